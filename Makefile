@@ -1,0 +1,40 @@
+# The verbs of the project; CI runs the same ones. Needs Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test check format bench weights
+
+demo: $(READY)  ## train the embedded model with DDPO on JPEG compressibility
+	$(BIN)/diffusionrl train --name demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(READY)  ## the test suite
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## the figures of the README
+	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/throughput.py
+
+weights: $(READY)  ## the embedded model again, from its recipe
+	$(BIN)/python -m diffusionrl.emoji.recipe vae
+	$(BIN)/python -m diffusionrl.emoji.recipe classifier
+	$(BIN)/python -m diffusionrl.emoji.recipe diffusion
+	$(BIN)/python -m diffusionrl.emoji.recipe publish
+
+# torch first and by its version, so that pip takes a CPU build where one is offered.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)

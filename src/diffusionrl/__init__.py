@@ -1,0 +1,29 @@
+"""Reinforcement learning for diffusion and flow models: tune a model towards anything you can measure."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusionrl.api import train as train
+    from diffusionrl.config import TrainConfig as TrainConfig
+    from diffusionrl.errors import RunStopped as RunStopped
+    from diffusionrl.errors import UserError as UserError
+    from diffusionrl.policies import load_policy as load_policy
+    from diffusionrl.prompts import Prompt as Prompt
+
+_PUBLIC = {
+    "Prompt": "diffusionrl.prompts",
+    "RunStopped": "diffusionrl.errors",
+    "TrainConfig": "diffusionrl.config",
+    "UserError": "diffusionrl.errors",
+    "load_policy": "diffusionrl.policies",
+    "train": "diffusionrl.api",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used, so that the command line answers without torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'diffusionrl' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,86 @@
+"""DDPO: Training Diffusion Models with Reinforcement Learning (Black et al., arXiv 2305.13301).
+
+Denoising is a decision process of T steps: the state is (prompt, t, x_t), the action x_{t-1}, the policy the sampler's
+Gaussian, and the reward comes at the end. With the advantage A of a sample, each of its steps has the loss
+
+    score function (SF, Eq. 3)        -A * log p(x_{t-1} | x_t, c)
+    importance sampling (IS, Eq. 4)   max(-A * ratio, -A * clip(ratio, 1 - e, 1 + e)),    ratio = p / p_old, per step
+
+averaged over samples and steps. SF is on-policy: one update a step. At p = p_old the two gradients agree.
+
+Where the paper is silent or its code departs from it, this file follows the code:
+- log-probabilities are means over the latent dimensions (the equations imply sums), so the ratio is the geometric mean over
+  dimensions; ``logprob_reduction`` says which, and ``clip_range`` is in its units;
+- advantages are clamped (at 5, as in the PyTorch release; 10 in JAX);
+- steps whose fresh noise is 0 carry no log-probability and are left out.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusionrl import seeds
+from diffusionrl.advantages import PromptStatistics, batch_advantages, group_advantages
+from diffusionrl.config import DDPOConfig
+from diffusionrl.policies.base import Policy
+from diffusionrl.rollout import Rollout, denoise_step
+from diffusionrl.transitions import log_density
+
+
+def clipped_loss(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
+    """PPO's pessimistic loss: the ratio earns nothing beyond the clip, and is always charged."""
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+class DDPO:
+    """DDPO-IS and DDPO-SF."""
+
+    def __init__(self, config: DDPOConfig, guidance: float) -> None:
+        self.config, self.guidance = config, guidance
+        self.updates_per_step, self.micro_batch_size = config.updates_per_step, config.micro_batch_size
+        self.logprob_reduction = config.logprob_reduction
+        self.statistics = PromptStatistics(config.buffer_size, config.min_count)
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        texts = [prompt.text for prompt in rollout.prompts]
+        if self.config.normalisation == "prompt":
+            advantages = self.statistics.advantages(rollout.scores, texts)
+        elif self.config.normalisation == "group":
+            advantages = group_advantages(rollout.scores, texts)
+        else:
+            advantages = batch_advantages(rollout.scores)
+        return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+
+    def pairs(self, rollout: Rollout, samples: Tensor, seed: int, step: int) -> Tensor:
+        stochastic = (rollout.table.fresh > 0).nonzero().flatten()
+        count = max(1, round(self.config.train_fraction * len(stochastic)))
+        pairs = []
+        for sample in samples.tolist():
+            drawn = torch.randperm(len(stochastic), generator=seeds.torch_generator(seed, "trained_steps", step, sample))
+            chosen = stochastic[drawn[:count]].sort().values
+            pairs.append(torch.stack([torch.full_like(chosen, sample), chosen], 1))
+        return torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
+
+    def losses(self, policy: Policy, rollout: Rollout, pairs: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sample, step = pairs.to(rollout.latents.device).unbind(1)
+        x, following = rollout.latents[sample, step], rollout.latents[sample, step + 1]
+        mean, std = denoise_step(policy, rollout.table, x, step, rollout.embeddings[sample], self.guidance)
+        log_prob = log_density(following, mean, std, self.logprob_reduction)
+        advantage = advantages.to(x.device)[sample]
+        log_ratio = log_prob - rollout.log_probs[sample, step]
+        ratio = log_ratio.exp()
+        score_function = self.config.variant == "sf"
+        loss = -advantage * log_prob if score_function else clipped_loss(advantage, ratio, self.config.clip_range)
+        distance = (ratio.detach() - 1).abs()
+        return loss, {
+            "ratio_gap": distance,
+            "policy/clip_fraction": (distance > self.config.clip_range).float(),
+            "policy/approx_kl": 0.5 * log_ratio.detach() ** 2,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompt_statistics": self.statistics.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.statistics.load_state_dict(state["prompt_statistics"])

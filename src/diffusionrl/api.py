@@ -1,0 +1,64 @@
+"""A run in one call, from Python or from the command line."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusionrl.algorithms import DDPO, Algorithm
+from diffusionrl.config import TrainConfig
+from diffusionrl.policies import check_model, load_policy
+from diffusionrl.policies.base import Policy
+from diffusionrl.prompts import Prompt, load_prompts
+from diffusionrl.rewards import Reward, load_reward, try_reward
+from diffusionrl.tracking import check_new
+from diffusionrl.trainer import Trainer, TrainResult
+
+DEFAULT_IMAGE_SIZE = 512  # of a model on the hub, whose configuration is not here to be read
+
+
+def train(
+    config: TrainConfig | None = None,
+    policy: Policy | None = None,
+    reward: Reward | None = None,
+    prompts: Sequence[str | Prompt] | None = None,
+    algorithm: Algorithm | None = None,
+) -> TrainResult:
+    """Train a policy towards a reward.
+
+    Args:
+        config: everything; by default the preset "emoji". The parts below take the place of what it names.
+        policy: from ``load_policy``, or your own.
+        reward: any function (images, prompts, metadata) -> scores; see ``diffusionrl.rewards.base.Reward``.
+        prompts: texts, or ``Prompt`` with metadata.
+        algorithm: an object like those in ``diffusionrl.algorithms``; by default DDPO with ``config.algorithm``.
+
+    Raises:
+        UserError: something that the user can mend; raised before anything slow, with nothing written.
+        RunStopped: the run had to end early.
+    """
+    if config is None:
+        from diffusionrl.presets import emoji
+
+        config = emoji()
+    run_dir = config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S"))
+    check_new(run_dir)
+    chosen = load_prompts(config.prompts) if prompts is None else [_as_prompt(prompt) for prompt in prompts]
+    if prompts is not None:
+        config = dataclasses.replace(config, prompts=f"<{len(chosen)} prompts handed over in Python>")
+    image_size = None if policy is not None else check_model(config.model)
+    if reward is not None:
+        config = dataclasses.replace(
+            config, reward=f"{reward.__module__}:{getattr(reward, '__qualname__', type(reward).__name__)}"
+        )
+    reward = reward or load_reward(config.reward)
+    samples = (chosen * 2)[:2]
+    try_reward(reward, image_size or DEFAULT_IMAGE_SIZE, [p.text for p in samples], [p.metadata for p in samples])
+    if policy is None:
+        policy = load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
+    algorithm = algorithm or DDPO(config.algorithm, config.sampling.guidance)
+    return Trainer(policy, reward, chosen, algorithm, config, run_dir).run()
+
+
+def _as_prompt(prompt: str | Prompt) -> Prompt:
+    return prompt if isinstance(prompt, Prompt) else Prompt(prompt)

@@ -1,0 +1,149 @@
+"""The command line: ``diffusionrl train`` and ``diffusionrl sample``. Torch is imported only when a command runs."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from diffusionrl.config import SamplingConfig, TrainConfig
+from diffusionrl.errors import RunStopped, UserError
+from diffusionrl.presets import PRESETS
+
+USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
+
+  train   tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
+  sample  make images from a model or a run
+
+"diffusionrl COMMAND --help" lists the options. Every field of the configuration is one (--algorithm.clip-range 1e-4).
+Options win over the YAML file, which wins over the preset (default: emoji).
+"""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Make images."""
+
+    model: str = "emoji"
+    """"emoji", a folder in diffusers' format, a hub id, or a run folder (its model with what it learned)."""
+    prompts: tuple[str, ...] = ("a cat", "a dog", "a butterfly", "a doctor")
+    """One image a prompt and seed."""
+    seeds: tuple[int, ...] = (0, 1)
+    """The same seed makes the same image whatever else is asked for."""
+    out: Path = Path("samples")
+    """Folder for the images and grid.png; it must not exist."""
+    sampling: SamplingConfig = field(default_factory=lambda: PRESETS["emoji"]().sampling)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a run that had to stop, 2 for what the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"train": _train, "sample": _sample}
+    if not arguments or arguments[0] not in commands:
+        asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(USAGE, file=sys.stdout if asked_for_help else sys.stderr)
+        return 0 if asked_for_help else 2
+    try:
+        commands[arguments[0]](arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunStopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_train(arguments: Sequence[str]) -> TrainConfig:
+    """Preset, then YAML file, then options.
+
+    Raises:
+        UserError: no such preset or file, or a value out of range.
+        SystemExit: with code 2, after tyro has named an unknown option or a value of the wrong type.
+    """
+    preset, rest = _take(list(arguments), "--preset")
+    file, rest = _take(rest, "--config")
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}: there are {', '.join(PRESETS)}")
+    config = PRESETS[preset or "emoji"]()
+    if file is not None:
+        config = tyro.cli(TrainConfig, default=config, args=_as_options(_read_yaml(Path(file))), prog=file)
+    return tyro.cli(TrainConfig, default=config, args=rest, prog="diffusionrl train [--preset NAME] [--config FILE]")
+
+
+def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
+    """Remove ``option VALUE`` or ``option=VALUE`` from the arguments."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"{option}="):
+            return argument.split("=", 1)[1], arguments[:index] + arguments[index + 1 :]
+        if argument == option:
+            if index + 1 == len(arguments):
+                raise UserError(f"{option} needs a value")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+    return None, arguments
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config file {file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"config file {file} must hold settings like 'steps: 20', not a {type(content).__name__}")
+    return content
+
+
+def _as_options(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """YAML settings as command line options, so that one parser checks both."""
+    options = []
+    for key, value in settings.items():
+        name = f"{prefix}{key}".replace("_", "-")
+        if isinstance(value, dict):
+            options += _as_options(value, f"{name}.")
+        else:
+            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return options
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def _train(arguments: Sequence[str]) -> None:
+    config = parse_train(arguments)
+    from diffusionrl.prompts import load_prompts
+
+    load_prompts(config.prompts)  # before torch is imported, so that a broken file is named at once
+    _quiet_libraries()
+    from diffusionrl.api import train
+    from diffusionrl.report.picture import draw_before_after
+
+    result = train(config)
+    picture = draw_before_after(result.run_dir)
+    before, after = result.before, result.after
+    print(f"\nreward on the same {len(before.rollout.prompts)} fixed seeds and prompts, mean ± standard error")
+    print(f"  before  {before.mean:9.3f} ± {before.standard_error:.3f}")
+    print(f"  after   {after.mean:9.3f} ± {after.standard_error:.3f}")
+    print(f"before/after picture: {picture}")
+    print(f"trained weights:      {result.run_dir / 'export'}")
+
+
+def _sample(arguments: Sequence[str]) -> None:
+    config = tyro.cli(SampleConfig, args=arguments, prog="diffusionrl sample")
+    if config.out.exists():
+        raise UserError(f"{config.out} exists: choose another --out")
+    _quiet_libraries()
+    from diffusionrl.sampling import sample_images
+
+    print(f"images: {sample_images(config.model, config.prompts, config.seeds, config.sampling, config.out)}")

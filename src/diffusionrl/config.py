@@ -1,0 +1,190 @@
+"""Every setting of a run, as frozen dataclasses. Defaults are DDPO's published recipe (arXiv 2305.13301, App. D).
+
+Nothing here imports torch, so that the command line answers at once.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from diffusionrl.errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How images are sampled, in training and in evaluation."""
+
+    num_steps: int = 50
+    """Denoising steps."""
+    guidance: float = 5.0
+    """Classifier-free guidance scale; 1 switches guidance off. Guidance is part of the policy that is trained."""
+    sampler: Literal["ddim", "cps", "precise", "renoise", "ode", "flow_grpo", "dance_grpo"] = "ddim"
+    """Row of the table in docs/transitions.md. The flow SDEs need a flow model."""
+    eta: float = 1.0
+    """Share of fresh noise. 1 with ddim is ancestral sampling; 0 leaves nothing for a policy gradient to use."""
+    batch_size: int = 16
+    """Images sampled at once: memory and speed, not results."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, f"sampling.num_steps must be at least 1, not {self.num_steps}")
+        _require(self.guidance >= 1, f"sampling.guidance must be at least 1 (1 is off), not {self.guidance}")
+        _require(self.eta >= 0, f"sampling.eta must not be negative, not {self.eta}")
+        _require(self.batch_size >= 1, f"sampling.batch_size must be at least 1, not {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Which weights are trained, and in what precision."""
+
+    training: Literal["lora", "full"] = "lora"
+    """A LoRA adapter on the UNet, or all of the UNet."""
+    lora_rank: int = 4
+    """Rank of the adapter; its alpha equals the rank, so the update is not rescaled."""
+    lora_targets: Literal["attention", "all"] = "attention"
+    """Attention projections, or those and every convolution and feed-forward layer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network. Latents, log-probabilities and trained weights are float32 always."""
+    device: str = "auto"
+    """"auto" takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        _require(self.lora_rank >= 1, f"policy.lora_rank must be at least 1, not {self.lora_rank}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 3e-4
+    """3e-4 for a LoRA; the paper's 1e-5 for the whole UNet."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm when it is longer."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
+        _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
+
+
+@dataclass(frozen=True)
+class DDPOConfig:
+    """DDPO; see docs/ddpo.md."""
+
+    variant: Literal["is", "sf"] = "is"
+    """Importance sampling with clipping, several updates a step; or score function (REINFORCE), one update a step."""
+    clip_range: float = 1e-4
+    """Clip of the per-step ratio, in units of ``logprob_reduction``: with the mean, clip_range * latent dimensions is the
+    clip of the true log-ratio, 1.6 in the paper's setting of 16,384 dimensions."""
+    logprob_reduction: Literal["mean", "sum"] = "mean"
+    """How a log-probability runs over the latent dimensions."""
+    advantage_clip: float = 5.0
+    """Advantages are clamped to plus or minus this."""
+    normalisation: Literal["prompt", "batch", "group"] = "prompt"
+    """Advantages relative to a prompt's recent rewards, to the whole step, or to the samples of one prompt in the step."""
+    buffer_size: int = 32
+    """Rewards remembered for each prompt ("prompt" only)."""
+    min_count: int = 16
+    """A prompt with fewer remembered rewards uses the statistics of the whole step ("prompt" only)."""
+    updates_per_step: int = 4
+    """Optimizer steps on the samples of one step. "sf" takes exactly 1."""
+    train_fraction: float = 1.0
+    """Share of the denoising steps that is trained, drawn anew for every sample; less is faster and noisier."""
+    micro_batch_size: int = 32
+    """(sample, denoising step) pairs in one forward pass of an update: memory and speed, not results."""
+
+    def __post_init__(self) -> None:
+        _require(self.clip_range > 0, f"algorithm.clip_range must be positive, not {self.clip_range}")
+        _require(self.advantage_clip > 0, f"algorithm.advantage_clip must be positive, not {self.advantage_clip}")
+        _require(0 < self.train_fraction <= 1, f"algorithm.train_fraction must lie in (0, 1], not {self.train_fraction}")
+        _require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
+        _require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
+        _require(
+            1 <= self.min_count <= self.buffer_size,
+            f"algorithm.min_count must lie between 1 and buffer_size ({self.buffer_size}), not {self.min_count}",
+        )
+        _require(
+            self.variant == "is" or self.updates_per_step == 1,
+            f"algorithm.variant 'sf' is on-policy: set algorithm.updates_per_step to 1, not {self.updates_per_step}",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The fixed seeds and prompts on which runs are compared."""
+
+    every: int = 10
+    """Steps between evaluations; 0 evaluates only before the first and after the last step."""
+    num_samples: int = 64
+    """Images, over the prompts in turn."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"evaluation.every must not be negative, not {self.every}")
+        _require(self.num_samples >= 2, f"evaluation.num_samples must be at least 2, not {self.num_samples}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run."""
+
+    model: str = "emoji"
+    """"emoji" (the embedded model), a folder in diffusers' format, or a hub id."""
+    reward: str = "compressibility"
+    """A built-in reward, or package.module:function of your own, called with (images, prompts, metadata)."""
+    prompts: str = "ddpo-animals"
+    """A built-in set, a text file (one prompt a line) or a JSONL file ("prompt" and any metadata)."""
+    steps: int = 200
+    """Training steps. DDPO's figures end near 50,000 queries: 200 steps of 256 samples."""
+    prompts_per_step: int = 256
+    samples_per_prompt: int = 1
+    """Samples a step are prompts_per_step * samples_per_prompt."""
+    seed: int = 0
+    """Every random number of the run follows from it."""
+    name: str | None = None
+    """The run folder is runs/NAME; by default, NAME is the date and time."""
+    run_dir: Path | None = None
+    """The run folder, in place of runs/NAME."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    algorithm: DDPOConfig = field(default_factory=DDPOConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
+        _require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
+        _require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        _require(
+            self.samples_per_step % self.algorithm.updates_per_step == 0,
+            f"{self.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut into "
+            f"algorithm.updates_per_step = {self.algorithm.updates_per_step} equal updates",
+        )
+        _require(
+            self.algorithm.normalisation != "group" or self.samples_per_prompt > 1,
+            "algorithm.normalisation 'group' compares the samples of one prompt: set samples_per_prompt above 1",
+        )
+        _require(
+            self.sampling.sampler != "ode" and self.sampling.eta > 0,
+            "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
+        )
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as YAML that ``--config`` reads back."""
+    plain = dataclasses.asdict(config)
+    plain["run_dir"] = None if config.run_dir is None else str(config.run_dir)
+    plain["optimizer"]["betas"] = list(config.optimizer.betas)
+    return yaml.safe_dump(plain, sort_keys=False)

@@ -1,0 +1,44 @@
+"""A small image classifier that names the subject of a scene; trained on fresh scenes only, so it can judge generated ones."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffusionrl.emoji.vocabulary import SUBJECTS
+
+WEIGHTS = Path(__file__).parent / "weights" / "classifier.safetensors"
+CLASSES = tuple(SUBJECTS)
+
+
+class SceneClassifier(nn.Module):
+    """Four strided convolutions, mean and maximum over places, one linear layer: about 240,000 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 96, 128)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(2 * widths[-1], len(CLASSES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], (B, 3, 64, 64) -> logits over ``CLASSES``, (B, 107)."""
+        features = self.features(images * 2 - 1)
+        return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1))
+
+
+def load_classifier() -> SceneClassifier:
+    """The shipped classifier, in evaluation mode."""
+    classifier = SceneClassifier()
+    classifier.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
+    return classifier.eval()
+
+
+@torch.no_grad()
+def name_subjects(classifier: SceneClassifier, images: Tensor) -> list[str]:
+    """The most likely subject of each image, (B, 3, 64, 64) in [0, 1]."""
+    return [CLASSES[i] for i in classifier(images).argmax(1).tolist()]

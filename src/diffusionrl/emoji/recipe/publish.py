@@ -1,0 +1,68 @@
+"""Stage 4: measure the whole pipeline, and put float16 weights and figures into the package."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from diffusionrl.config import SamplingConfig
+from diffusionrl.emoji.classifier import SceneClassifier, name_subjects
+from diffusionrl.emoji.vocabulary import ANIMALS, SUBJECTS, with_article
+from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy
+from diffusionrl.prompts import Prompt
+from diffusionrl.rollout import collect
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """Measure and publish."""
+
+    runs: Path = Path("runs/emoji")
+    num_samples_per_subject: int = 5
+    num_steps: int = 16
+    guidance: float = 3.0
+    eta: float = 1.0
+
+
+def publish(config: PublishConfig) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(config.runs / "diffusion" / "pipeline", safety_checker=None)
+    pipeline.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
+    classifier = load_file(config.runs / "classifier" / "classifier.safetensors")
+    save_file({name: weight.half() for name, weight in classifier.items()}, WEIGHTS / "classifier.safetensors")
+    figures = {}
+    for stage in ("vae", "classifier", "diffusion"):
+        figures |= json.loads((config.runs / stage / "figures.json").read_text())
+        shutil.copy(config.runs / stage / "log.jsonl", WEIGHTS / f"{stage}_log.jsonl")
+    figures |= measure(config)
+    (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+def measure(config: PublishConfig) -> dict[str, float]:
+    """How often the classifier names the prompted subject, on samples of the published weights."""
+    policy = StableDiffusionPolicy(StableDiffusionPipeline.from_pretrained(WEIGHTS / "pipeline", safety_checker=None))
+    classifier = SceneClassifier()
+    classifier.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS / "classifier.safetensors").items()})
+    names = [name for name in SUBJECTS for _ in range(config.num_samples_per_subject)]
+    sampling = SamplingConfig(config.num_steps, config.guidance, "ddim", config.eta, batch_size=64)
+    prompts = [Prompt(with_article(name)) for name in names]
+
+    def right(images: torch.Tensor, asked: object, metadata: object) -> list[float]:
+        return [
+            float(with_article(named) == text) for named, text in zip(name_subjects(classifier, images), asked, strict=True)
+        ]
+
+    values = collect(policy, right, prompts, sampling, 0, "quality", 0).scores.values
+    animal = torch.tensor([name in ANIMALS for name in names])
+    return {
+        "subject_accuracy": round(values.mean().item(), 4),
+        "animal_accuracy": round(values[animal].mean().item(), 4),
+        "thing_accuracy": round(values[~animal].mean().item(), 4),
+        "samples": len(names),
+    }

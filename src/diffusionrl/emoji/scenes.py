@@ -1,0 +1,102 @@
+"""Scenes with captions, drawn on the fly from the atlas: the training distribution of the embedded world.
+
+A scene is one or two sprites on a plain pale background of random colour, with random size, place and flip.
+"""
+
+import colorsys
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from diffusionrl import seeds
+from diffusionrl.emoji.sprites import load_sprites
+from diffusionrl.emoji.vocabulary import (
+    ACTIVE_ANIMALS,
+    ACTIVITIES,
+    GENDERS,
+    OCCUPATIONS,
+    SKIN_TONE_SHARES,
+    SUBJECTS,
+    person,
+    with_article,
+)
+
+IMAGE_SIZE = 64
+KIND_SHARES = {"subject": 0.58, "pair": 0.14, "activity": 0.10, "person": 0.18}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image, its caption, and what the caption leaves open."""
+
+    image: Image.Image
+    caption: str
+    subjects: tuple[str, ...] = ()
+    occupation: str | None = None
+    gender: str | None = None
+    skin_tone: str | None = None
+
+
+def draw_scene(seed: int, index: int, kind: str | None = None) -> Scene:
+    """Scene number ``index`` of the endless training set ``seed``.
+
+    Args:
+        kind: one of ``KIND_SHARES``; None draws it by those shares.
+    """
+    rng = seeds.numpy_generator(seed, "scene", index)
+    kind = kind or _choice(rng, KIND_SHARES)
+    canvas = _background(rng)
+    if kind == "person":
+        occupation, gender = _choice(rng, OCCUPATIONS), _choice(rng, GENDERS)
+        tone = _choice(rng, SKIN_TONE_SHARES)
+        _paste(canvas, person(occupation, gender, tone), rng, size=(42, 60))
+        return Scene(canvas, with_article(occupation), (), occupation, gender, tone)
+    if kind == "subject":
+        name = _choice(rng, SUBJECTS)
+        _paste(canvas, name, rng, size=(38, 60))
+        return Scene(canvas, with_article(name), (name,))
+    if kind == "activity":
+        animal, activity = _choice(rng, ACTIVE_ANIMALS), _choice(rng, ACTIVITIES)
+        _paste(canvas, animal, rng, size=(32, 38), box=(0, 0, 64, 38))
+        _paste(canvas, activity, rng, size=(24, 27), box=(0, 37, 64, 64))
+        return Scene(canvas, f"{with_article(animal)} {activity}", (animal,))
+    left, right = _choice(rng, SUBJECTS), _choice(rng, SUBJECTS)
+    _paste(canvas, left, rng, size=(27, 32), box=(0, 0, 32, 64))
+    _paste(canvas, right, rng, size=(27, 32), box=(32, 0, 64, 64))
+    return Scene(canvas, f"{with_article(left)} and {with_article(right)}", (left, right))
+
+
+def draw_images(seed: int, indices: range, kind: str | None = None) -> tuple[np.ndarray, list[Scene]]:
+    """Scenes as one array, uint8 (N, 64, 64, 3), beside the scenes themselves."""
+    scenes = [draw_scene(seed, index, kind) for index in indices]
+    return np.stack([np.asarray(scene.image) for scene in scenes]), scenes
+
+
+def _choice(rng: np.random.Generator, options: object) -> str:
+    """One of the options; a mapping to floats gives their probabilities."""
+    names = list(options)  # type: ignore[call-overload]
+    shares = list(options.values()) if isinstance(options, dict) and isinstance(options[names[0]], float) else None
+    return names[rng.choice(len(names), p=shares)]
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+    colour = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.25), rng.uniform(0.88, 1.0))
+    return Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), tuple(round(255 * c) for c in colour))
+
+
+def _paste(
+    canvas: Image.Image,
+    name: str,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    box: tuple[int, int, int, int] = (0, 0, IMAGE_SIZE, IMAGE_SIZE),
+) -> None:
+    """Paste a sprite of random size (pixels), flip and place inside the box (left, top, right, bottom)."""
+    side = int(rng.integers(size[0], size[1], endpoint=True))
+    sprite = load_sprites()[name].resize((side, side), Image.Resampling.BILINEAR)
+    if rng.random() < 0.5:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    left = int(rng.integers(box[0], box[2] - side, endpoint=True))
+    top = int(rng.integers(box[1], box[3] - side, endpoint=True))
+    canvas.paste(sprite, (left, top), sprite)

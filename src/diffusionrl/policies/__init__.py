@@ -1,0 +1,80 @@
+"""Models as policies: one adapter a model family."""
+
+from pathlib import Path
+
+import torch
+
+from diffusionrl.errors import UserError
+from diffusionrl.policies.base import Policy
+from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder
+
+__all__ = ["Policy", "StableDiffusionPolicy", "check_model", "load_pipeline", "load_policy"]
+
+EMBEDDED_MODEL = Path(__file__).parent.parent / "emoji" / "weights" / "pipeline"
+
+
+def _folder(model: str) -> Path | None:
+    """The local folder of a model, or None for a hub id."""
+    if model == "emoji":
+        return EMBEDDED_MODEL
+    path = Path(model)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if not path.is_dir():
+            raise UserError(
+                f"model {model!r} was not found: give 'emoji', a folder in diffusers' format, or a hub id owner/name"
+            )
+        return path
+    return None
+
+
+def check_model(model: str) -> int | None:
+    """Check a model without loading it; its image size in pixels, or None for a hub id.
+
+    Raises:
+        UserError: see ``check_pipeline_folder``.
+    """
+    folder = _folder(model)
+    return None if folder is None else check_pipeline_folder(folder)
+
+
+def load_pipeline(model: str):  # type: ignore[no-untyped-def]
+    """The diffusers pipeline of "emoji", of a folder or of a hub id, in float32, safetensors only."""
+    from diffusers import StableDiffusionPipeline
+
+    check_model(model)
+    try:
+        return StableDiffusionPipeline.from_pretrained(
+            _folder(model) or model,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model!r} could not be loaded: {error}") from error
+
+
+def load_policy(
+    model: str,
+    training: str = "lora",
+    lora_rank: int = 4,
+    lora_targets: str = "attention",
+    dtype: str = "float32",
+    device: str = "auto",
+    seed: int = 0,
+) -> StableDiffusionPolicy:
+    """A policy by name, folder or hub id; the arguments are those of ``PolicyConfig``.
+
+    Raises:
+        UserError: the model is not there or not of a supported family.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return StableDiffusionPolicy(
+        load_pipeline(model),
+        lora_rank=lora_rank if training == "lora" else None,
+        lora_targets=lora_targets,
+        dtype=getattr(torch, dtype),
+        device=device,
+        seed=seed,
+    )

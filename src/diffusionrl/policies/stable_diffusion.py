@@ -1,0 +1,190 @@
+"""Stable Diffusion 1.x and 2.x (epsilon and v prediction), and the embedded model, which is one of them.
+
+Adapters and precision. In float32 an adapter is applied in weight space: each pass runs the plain network with weights
+``W + B A``, through which the gradient reaches A and B. Sampling then costs what the base model costs, and sampling and
+update are the same computation, so the ratio before the first update is exactly 1. In bfloat16 the small ``B A`` would drown
+in the rounding of W; there the adapter runs beside the layer in float32, as peft does it.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from diffusionrl import seeds
+from diffusionrl.errors import UserError
+from diffusionrl.policies.base import chunks
+from diffusionrl.transitions import Grid, to_x0_and_noise, variance_preserving_grid
+
+_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+_REST = ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv"]
+LORA_TARGETS = {"attention": _ATTENTION, "all": _ATTENTION + _REST}
+_DECODE_BATCH = 16
+
+
+class StableDiffusionPolicy:
+    """A ``StableDiffusionPipeline`` as a policy. Only the UNet is trained; text encoder and VAE stay as they are.
+
+    Args:
+        lora_rank: rank of a new adapter; None trains the whole UNet.
+        lora_targets: a key of ``LORA_TARGETS``.
+        seed: seed of the adapter's initial weights.
+
+    Raises:
+        UserError: the pipeline's parts do not fit, or bfloat16 was asked for together with full fine-tuning.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        lora_rank: int | None = 4,
+        lora_targets: str = "attention",
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        self._alphas_cumprod = scheduler.alphas_cumprod
+        self._final_alpha_cumprod = float(scheduler.final_alpha_cumprod)
+        self._spacing, self._steps_offset = scheduler.config.timestep_spacing, scheduler.config.steps_offset
+        self._prediction = scheduler.config.prediction_type
+        size = self.unet.config.sample_size
+        self.latent_shape = (self.unet.config.in_channels, size, size)
+        self._embeddings: dict[str, Tensor] = {}
+        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            part.requires_grad_(False).eval().to(self.device)
+        pipeline.vae.to(torch.float32)
+        self.unet.to(dtype=dtype, memory_format=torch.channels_last)
+        self._adapted: dict[str, LoraLayer] = {}
+        if lora_rank is not None:
+            self._add_adapter(lora_rank, lora_targets, seed)
+        elif dtype != torch.float32:
+            raise UserError("full fine-tuning needs policy.dtype float32: small updates are lost in bfloat16 weights")
+        else:
+            self.unet.requires_grad_(True)
+        self._weight_space = bool(self._adapted) and dtype == torch.float32
+        if self._weight_space:
+            self.unet.disable_adapters()
+            for parameter in self.trainable().values():  # which peft has just frozen
+                parameter.requires_grad_(True)
+
+    def _add_adapter(self, rank: int, targets: str, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its draws are replaced below
+            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[targets]))
+        self._adapted = {name: module for name, module in self.unet.named_modules() if isinstance(module, LoraLayer)}
+        for index, layer in enumerate(self._adapted.values()):
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            down.data = torch.empty(down.shape).normal_(std=1 / rank, generator=seeds.torch_generator(seed, "lora", index))
+            up.data = torch.zeros(up.shape)
+            for weight in (down, up):
+                weight.data = weight.data.to(self.device)
+                weight.requires_grad_(True)
+
+    def grid(self, num_steps: int) -> Grid:
+        return variance_preserving_grid(
+            self._alphas_cumprod, num_steps, self._spacing, self._steps_offset, self._final_alpha_cumprod
+        )
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._embeddings:  # one by one, so that an embedding does not depend on its batch
+                self._embeddings[prompt] = self.pipeline.encode_prompt(prompt, self.device, 1, False)[0].to(self.dtype)
+        return torch.cat([self._embeddings[prompt] for prompt in prompts])
+
+    def denoise(
+        self, x: Tensor, timestep: Tensor, alpha: Tensor, sigma: Tensor, embeddings: Tensor, guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        if guidance == 1.0:
+            output = self._network(x, timestep, embeddings)
+        else:
+            unconditional = self.embed([""]).expand_as(embeddings)
+            both = self._network(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([unconditional, embeddings]))
+            without, with_prompt = both.chunk(2)
+            output = without + guidance * (with_prompt - without)
+        return to_x0_and_noise(self._prediction, output, x, alpha, sigma)
+
+    def _network(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            inputs = (x, timestep, embeddings)
+            if self._weight_space:
+                return torch.func.functional_call(self.unet, self._merged_weights(), inputs).sample
+            return self.unet(*inputs).sample.float()
+
+    def _merged_weights(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.base_layer.weight": layer.base_layer.weight + layer.get_delta_weight("default")
+            for name, layer in self._adapted.items()
+        }
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        scaled = latents / vae.config.scaling_factor
+        decoded = [vae.decode(scaled[part]).sample for part in chunks(len(scaled), _DECODE_BATCH)]
+        return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        if not self._adapted:
+            return dict(self.unet.named_parameters())
+        return {name: weight for name, weight in self.unet.named_parameters() if ".lora_" in name}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Raises UserError under full fine-tuning, which keeps no copy of the original weights."""
+        if not self._adapted:
+            raise UserError("full fine-tuning keeps no reference model: train a LoRA (policy.training lora)")
+        if self._weight_space:
+            self._weight_space = False
+            yield
+            self._weight_space = True
+        else:
+            self.unet.disable_adapters()
+            yield
+            self.unet.enable_adapters()
+
+    def export(self, folder: Path) -> None:
+        """A LoRA for ``pipe.load_lora_weights(folder)``; after full fine-tuning, a ``unet`` folder."""
+        if not self._adapted:
+            self.unet.save_pretrained(folder / "unet")
+            return
+        weights = get_peft_model_state_dict(self.unet)
+        StableDiffusionPipeline.save_lora_weights(
+            folder,
+            unet_lora_layers={name: weight.contiguous() for name, weight in weights.items()},
+            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+        )
+
+
+def check_pipeline_folder(folder: Path) -> int:
+    """Whether a folder holds a pipeline of this family, from its JSON alone. Returns the image size in pixels.
+
+    Raises:
+        UserError: it does not; the message says what was found and what is supported.
+    """
+    supported = "Supported: Stable Diffusion 1.x and 2.x text-to-image pipelines in diffusers' folder format."
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json. {supported}")
+    try:
+        found = json.loads(index.read_text())["_class_name"]
+        unet = json.loads((folder / "unet" / "config.json").read_text()) if found == "StableDiffusionPipeline" else None
+        vae = json.loads((folder / "vae" / "config.json").read_text()) if unet is not None else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no complete diffusers pipeline: {error!r}. {supported}") from error
+    if unet is None or vae is None:
+        raise UserError(f"{folder} holds a {found}. {supported}")
+    if unet["in_channels"] != vae["latent_channels"]:
+        raise UserError(
+            f"{folder} is an inpainting or depth model: its UNet takes {unet['in_channels']} channels, "
+            f"its VAE makes {vae['latent_channels']}. {supported}"
+        )
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)

@@ -1,0 +1,54 @@
+"""One picture of a run: samples before, samples after, and the reward curve between them."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diffusionrl.tracking import read_metrics
+
+_ROWS, _COLUMNS = 3, 5
+
+
+def draw_before_after(run_dir: Path) -> Path:
+    """Write ``before_after.png`` into the run folder, from its samples and metrics. Returns its path."""
+    folders = sorted((run_dir / "samples").iterdir())
+    metrics = read_metrics(run_dir)
+    figure = Figure(figsize=(12, 3.3), layout="constrained")
+    FigureCanvasAgg(figure)
+    before, curve, after = figure.subplots(1, 3, width_ratios=(5, 4.4, 5))
+    for axes, folder, title in ((before, folders[0], "before"), (after, folders[-1], "after")):
+        axes.imshow(_sheet(folder))
+        axes.set_title(title)
+        axes.axis("off")
+    steps = [line for line in metrics if "reward/mean" in line]
+    curve.plot([line["queries"] for line in steps], [line["reward/mean"] for line in steps], label="training", color="#4477aa")
+    fixed = [line for line in metrics if "eval/reward" in line]
+    curve.errorbar(
+        [line["queries"] for line in fixed],
+        [line["eval/reward"] for line in fixed],
+        [line["eval/reward_se"] for line in fixed],
+        fmt="o",
+        capsize=3,
+        label="fixed seeds ± s.e.",
+        color="#cc6677",
+    )
+    curve.set_xlabel("reward queries")
+    curve.set_title("reward")
+    curve.grid(alpha=0.3)
+    curve.legend(frameon=False)
+    target = run_dir / "before_after.png"
+    figure.savefig(target, dpi=110)
+    return target
+
+
+def _sheet(folder: Path) -> Image.Image:
+    """The first samples of a folder, row by row, with a thin gap."""
+    tiles = [Image.open(file) for file in sorted(folder.glob("0*.png"))[: _ROWS * _COLUMNS]]
+    side = tiles[0].width
+    gap = max(1, side // 32)
+    sheet = Image.new("RGB", (_COLUMNS * (side + gap) - gap, -(-len(tiles) // _COLUMNS) * (side + gap) - gap), "white")
+    for index, tile in enumerate(tiles):
+        sheet.paste(tile, (index % _COLUMNS * (side + gap), index // _COLUMNS * (side + gap)))
+    return sheet

@@ -1,0 +1,135 @@
+"""Prompts to trajectories, chunk by chunk; rewards are computed while the next chunk is sampled."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusionrl import seeds
+from diffusionrl.config import SamplingConfig
+from diffusionrl.policies.base import Policy, chunks
+from diffusionrl.prompts import Prompt
+from diffusionrl.rewards.base import Reward, Scores, score
+from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Trajectories of N samples over T denoising steps, on the policy's device, and what they scored.
+
+    Attributes:
+        table: the sampler that made them.
+        prompts: N prompts.
+        embeddings: (N, L, D).
+        latents: float32, (N, T + 1, C, h, w), from pure noise to the endpoint.
+        log_probs: float32, (N, T), of the stored latents under the policy that drew them; 0 on deterministic rows.
+        images: float32 in [0, 1], (N, 3, H, W), on the CPU.
+        scores: N scores.
+        seconds: time spent in "rollout" and, overlapping it, in "reward".
+    """
+
+    table: SamplerTable
+    prompts: list[Prompt]
+    embeddings: Tensor
+    latents: Tensor
+    log_probs: Tensor
+    images: Tensor
+    scores: Scores
+    seconds: dict[str, float]
+
+
+def make_table(policy: Policy, config: SamplingConfig) -> SamplerTable:
+    """The sampler of a configuration on the model's own time grid."""
+    return SAMPLERS[config.sampler](policy.grid(config.num_steps), config.eta)
+
+
+def denoise_step(
+    policy: Policy, table: SamplerTable, x: Tensor, steps: Tensor, embeddings: Tensor, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the next latent, for samples that may each be at a step of their own.
+
+    This is the policy of the paper, and the only place where it is evaluated: sampling and updates share it.
+
+    Args:
+        x: (B, C, h, w).
+        steps: rows of the table, (B,).
+    """
+    rows = steps.to(table.kept.device)
+    shape = (-1, *[1] * (x.ndim - 1))
+    grid = table.grid
+    timestep, alpha, sigma = (column[rows].to(x.device) for column in (grid.timesteps, grid.alpha, grid.sigma))
+    x0, noise = policy.denoise(x, timestep, alpha.view(shape), sigma.view(shape), embeddings, guidance)
+    return table.mean(steps, x0, noise), table.std(steps, x)
+
+
+@torch.no_grad()
+def sample_trajectories(
+    policy: Policy, table: SamplerTable, embeddings: Tensor, noise: Tensor, guidance: float, reduction: Reduction = "mean"
+) -> tuple[Tensor, Tensor]:
+    """Latents (B, T + 1, C, h, w) and log-probabilities (B, T) from noise (B, T + 1, C, h, w): the first row starts the
+    chain, row i + 1 is the fresh noise of step i."""
+    latents, log_probs = [noise[:, 0]], []
+    for i in range(len(table)):
+        steps = torch.full((len(noise),), i, device=noise.device)
+        mean, std = denoise_step(policy, table, latents[-1], steps, embeddings, guidance)
+        latents.append(mean + std * noise[:, i + 1])
+        carries = bool(table.fresh[i] > 0)
+        log_probs.append(log_density(latents[-1], mean, std, reduction) if carries else torch.zeros_like(noise[:, 0, 0, 0, 0]))
+    return torch.stack(latents, 1), torch.stack(log_probs, 1)
+
+
+def collect(
+    policy: Policy,
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    seed: int,
+    purpose: str,
+    step: int,
+    reduction: Reduction = "mean",
+) -> Rollout:
+    """Sample one image a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone.
+
+    Raises:
+        UserError: the reward broke its contract (see ``score``).
+    """
+    table = make_table(policy, sampling)
+    shape = (len(table) + 1, *policy.latent_shape)
+    embeddings, latents, log_probs, images, futures = [], [], [], [], []
+    began = time.perf_counter()
+    with ThreadPoolExecutor(1) as pool:
+        for part in chunks(len(prompts), sampling.batch_size):
+            chunk = prompts[part]
+            noise = seeds.normal(seed, purpose, step, list(range(part.start, part.stop)), shape).to(policy.device)
+            embeddings.append(policy.embed([prompt.text for prompt in chunk]))
+            drawn = sample_trajectories(policy, table, embeddings[-1], noise, sampling.guidance, reduction)
+            latents.append(drawn[0])
+            log_probs.append(drawn[1])
+            images.append(policy.decode(drawn[0][:, -1]).cpu())
+            futures.append(pool.submit(_timed_score, reward, images[-1], chunk))
+        rollout_seconds = time.perf_counter() - began
+        scores, reward_seconds = _gather(futures)
+    return Rollout(
+        table,
+        list(prompts),
+        torch.cat(embeddings),
+        torch.cat(latents),
+        torch.cat(log_probs),
+        torch.cat(images),
+        scores,
+        {"rollout": rollout_seconds, "reward": reward_seconds},
+    )
+
+
+def _timed_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Scores, float]:
+    began = time.perf_counter()
+    scores = score(reward, images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+    return scores, time.perf_counter() - began
+
+
+def _gather(futures: list[Future[tuple[Scores, float]]]) -> tuple[Scores, float]:
+    results = [future.result() for future in futures]
+    return Scores.join([scores for scores, _ in results]), sum(seconds for _, seconds in results)

@@ -1,0 +1,160 @@
+"""The loop. It knows no algorithm, no reward and no model by name."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusionrl import seeds
+from diffusionrl.algorithms.base import Algorithm
+from diffusionrl.config import TrainConfig
+from diffusionrl.errors import RunStopped
+from diffusionrl.evaluation import Evaluation, evaluate, write_samples
+from diffusionrl.policies.base import Policy, chunks
+from diffusionrl.prompts import Prompt
+from diffusionrl.rewards.base import Reward
+from diffusionrl.rollout import Rollout, collect
+from diffusionrl.tracking import Tracker, peak_memory_gb
+
+MAX_INVALID_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made: its folder, and the evaluations before the first and after the last step."""
+
+    run_dir: Path
+    before: Evaluation
+    after: Evaluation
+
+
+class Trainer:
+    """One run: ``Trainer(...).run()``.
+
+    Raises:
+        UserError: the run folder exists.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        prompts: Sequence[Prompt],
+        algorithm: Algorithm,
+        config: TrainConfig,
+        run_dir: Path,
+    ) -> None:
+        self.policy, self.reward, self.prompts, self.algorithm, self.config = policy, reward, prompts, algorithm, config
+        self.parameters = list(policy.trainable().values())
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, settings.learning_rate, settings.betas, settings.epsilon, settings.weight_decay
+        )
+        self.tracker = Tracker(run_dir, config, policy.device)
+
+    def run(self) -> TrainResult:
+        """Train to the end.
+
+        Raises:
+            RunStopped: too many samples without a valid score, or a loss or gradient that is not finite.
+        """
+        before = after = self._evaluate(0)
+        self.tracker.log({"step": 0, "queries": 0} | _evaluation_metrics(before))
+        for step in range(1, self.config.steps + 1):
+            metrics = self.step(step)
+            every = self.config.evaluation.every
+            if step == self.config.steps or (every and step % every == 0):
+                after = self._evaluate(step)
+                metrics |= _evaluation_metrics(after)
+            self.tracker.log(metrics)
+        return TrainResult(self.tracker.run_dir, before, after)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Sample, score, weigh, update: one pass through the picture. Returns the step's metrics."""
+        config = self.config
+        rollout = collect(
+            self.policy,
+            self.reward,
+            self._prompts_of(step),
+            config.sampling,
+            config.seed,
+            "rollout",
+            step,
+            self.algorithm.logprob_reduction,
+        )
+        self._check_scores(rollout)
+        advantages = self.algorithm.advantages(rollout)
+        began = time.perf_counter()
+        update = self._update(rollout, advantages, step)
+        scores = rollout.scores.values[rollout.scores.valid]
+        return {
+            "step": step,
+            "queries": step * config.samples_per_step,
+            "reward/mean": scores.mean().item(),
+            "reward/std": scores.std(correction=0).item(),
+            "reward/invalid": int((~rollout.scores.valid).sum()),
+            **update,
+            "time/rollout": rollout.seconds["rollout"],
+            "time/reward": rollout.seconds["reward"],
+            "time/update": time.perf_counter() - began,
+            "peak_memory_gb": peak_memory_gb(self.policy.device),
+        }
+
+    def _prompts_of(self, step: int) -> list[Prompt]:
+        """Which prompt a sample gets depends on the seed, the step and its index alone."""
+        drawn = [
+            self.prompts[seeds.address(self.config.seed, "prompt", step, i) % len(self.prompts)]
+            for i in range(self.config.prompts_per_step)
+        ]
+        return [prompt for prompt in drawn for _ in range(self.config.samples_per_prompt)]
+
+    def _check_scores(self, rollout: Rollout) -> None:
+        invalid = int((~rollout.scores.valid).sum())
+        if invalid > MAX_INVALID_SHARE * len(rollout.prompts):
+            raise RunStopped(
+                f"{invalid} of {len(rollout.prompts)} samples of the step have no valid score; "
+                f"the reward's last error: {rollout.scores.error}"
+            )
+
+    def _update(self, rollout: Rollout, advantages: Tensor, step: int) -> dict[str, float]:
+        seed, algorithm = self.config.seed, self.algorithm
+        order = torch.randperm(len(rollout.prompts), generator=seeds.torch_generator(seed, "update_order", step))
+        logged: dict[str, list[Tensor]] = {}
+        norms, first_gap = [], 0.0
+        for number, part in enumerate(order.chunk(algorithm.updates_per_step)):
+            pairs = algorithm.pairs(rollout, part[rollout.scores.valid[part]], seed, step)
+            if len(pairs) == 0:
+                continue
+            for micro in chunks(len(pairs), algorithm.micro_batch_size):
+                losses, figures = algorithm.losses(self.policy, rollout, pairs[micro], advantages)
+                (losses.sum() / len(pairs)).backward()  # type: ignore[no-untyped-call]
+                for key, values in figures.items():
+                    logged.setdefault(key, []).append(values)
+            if number == 0 and "ratio_gap" in logged:
+                first_gap = torch.cat(logged["ratio_gap"]).max().item()
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+            if not norm.isfinite():
+                raise RunStopped(
+                    f"the gradient of step {step} is not finite; the weights are as before this update. "
+                    "Try a lower optimizer.learning_rate or policy.dtype float32"
+                )
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            norms.append(norm.item())
+        means = {key: torch.cat(values).mean().item() for key, values in logged.items() if key != "ratio_gap"}
+        return {"ratio/max_gap": first_gap, **means, "grad_norm": sum(norms) / max(1, len(norms))}
+
+    def _evaluate(self, step: int) -> Evaluation:
+        """Evaluate on the fixed seeds; keep the samples, and the weights as they are now."""
+        settings = self.config.evaluation
+        found = evaluate(self.policy, self.reward, self.prompts, settings.num_samples, self.config.sampling, self.config.seed)
+        write_samples(found.rollout, self.tracker.run_dir / "samples" / f"step_{step:06d}")
+        self.policy.export(self.tracker.run_dir / "export")
+        return found
+
+
+def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    return {"eval/reward": evaluation.mean, "eval/reward_se": evaluation.standard_error}

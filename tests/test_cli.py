@@ -1,0 +1,260 @@
+"""The command line: help, bad input, and whole runs on the tiny and the embedded model."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffusionrl import RunStopped, TrainConfig, UserError, train
+from diffusionrl.cli import main, parse_train
+from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig
+from diffusionrl.policies import load_pipeline
+
+SMALL = ["--steps", "2", "--prompts-per-step", "8", "--sampling.num-steps", "4", "--sampling.batch-size", "8"]
+SMALL += ["--algorithm.updates-per-step", "2", "--evaluation.num-samples", "4", "--evaluation.every", "0"]
+REQUIRED = {
+    *("step", "queries", "reward/mean", "reward/std", "ratio/max_gap", "policy/clip_fraction", "policy/approx_kl"),
+    *("grad_norm", "time/rollout", "time/reward", "time/update", "peak_memory_gb"),
+}
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if not k.startswith("time/") and k != "peak_memory_gb"} for line in metrics]
+
+
+# Help and settings
+
+
+def test_help_answers_in_under_a_second() -> None:
+    best = 9.0
+    for _ in range(3):  # the best of three: a busy machine says nothing about the program
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "diffusionrl", "train", "--help"], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - began)
+    assert "--algorithm.clip-range" in done.stdout
+    assert best < 1.0
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, diffusionrl.cli as c\ntry: c.main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_options_win_over_yaml_which_wins_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 7\nseed: 3\nalgorithm:\n  clip_range: 1e-2\n  variant: is\noptimizer:\n  betas: [0.8, 0.9]\n")
+    config = parse_train(["--config", str(file), "--seed", "4", "--preset=ddpo-lora"])
+    assert (config.steps, config.seed, config.algorithm.clip_range) == (7, 4, 1e-2)
+    assert config.model == "CompVis/stable-diffusion-v1-4"
+    assert config.optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("preset", ["emoji", "ddpo-lora", "ddpo-paper"])
+def test_a_written_config_reads_back(tmp_path: Path, preset: str) -> None:
+    from diffusionrl.config import to_yaml
+
+    config = parse_train(["--preset", preset])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+# Bad input: one clear error, exit code 2, before anything slow, nothing left behind
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--algorithm.clip-rnage", "1"], "--algorithm.clip-range"),
+        (["--steps", "many"], "steps"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--algorithm.train-fraction", "2"], r"must lie in (0, 1]"),
+        (["--sampling.eta", "0"], "needs fresh noise"),
+        (["--preset", "emojis"], "there are emoji, ddpo-lora, ddpo-paper"),
+        (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--config", "bad.yaml"], "--algorithm.clip-range"),
+        (["--config", "list.yaml"], "must hold settings"),
+        (["--prompts", "nowhere.txt"], "no such file"),
+        (["--prompts", "empty.txt"], "holds no prompt"),
+        (["--model", "empty"], "no model_index.json"),
+        (["--model", "./nowhere"], "was not found"),
+        (["--reward", "compresibility"], "unknown reward"),
+        (["--reward", "no_such_module:f"], "does not import"),
+        (["--reward", "broken_reward:short"], "it returned a list of length 1"),
+        (["--run-dir", "empty"], "never overwritten"),
+    ],
+)
+def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: list[str], said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "bad.yaml").write_text("algorithm:\n  clip_rnage: 1\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken_reward.py").write_text("def short(images, prompts, metadata):\n    return [1.0]\n")
+    before = set(tmp_path.rglob("*"))
+    try:
+        code = main(["train", *options])
+    except SystemExit as stop:
+        code = stop.code  # type: ignore[assignment]
+    assert code == 2
+    heard = capsys.readouterr()
+    assert said in " ".join((heard.err + heard.out).replace("│", " ").split())
+    assert "Traceback" not in heard.err
+    assert {path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts} == before
+
+
+def test_no_command_prints_the_usage(capsys: Any) -> None:
+    assert main([]) == 2
+    assert "usage: diffusionrl COMMAND" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def embedded_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """``python -m diffusionrl train`` on the embedded model, and what it printed."""
+    run_dir = tmp_path_factory.mktemp("embedded") / "run"
+    command = [sys.executable, "-m", "diffusionrl", "train", *SMALL, "--run-dir", str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    return run_dir, done.stdout
+
+
+def test_the_run_folder(embedded_run: tuple[Path, str]) -> None:
+    run_dir, printed = embedded_run
+    metrics = lines(run_dir)
+    assert [line["step"] for line in metrics] == [0, 1, 2]
+    for line in metrics[1:]:
+        assert line.keys() >= REQUIRED
+        assert line["ratio/max_gap"] < 1e-5
+    assert metrics[-1]["queries"] == 16
+    assert "eval/reward" in metrics[0] and "eval/reward" in metrics[-1]
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["steps"] == 2
+    assert json.loads((run_dir / "env.json").read_text())["versions"]["torch"] == torch.__version__
+    for step in ("step_000000", "step_000002"):
+        entries = [json.loads(line) for line in (run_dir / "samples" / step / "samples.jsonl").read_text().splitlines()]
+        assert len(entries) == 4
+        assert Image.open(run_dir / "samples" / step / "00003.png").size == (64, 64)
+        assert Image.open(run_dir / "samples" / step / "grid.png").size[1] == 64
+    assert (run_dir / "before_after.png").is_file()
+    for said in ("before", "after", str(run_dir / "export"), str(run_dir / "before_after.png"), "left"):
+        assert said in printed
+
+
+def test_two_runs_with_one_seed_are_the_same_to_the_bit(embedded_run: tuple[Path, str], tmp_path: Path) -> None:
+    first, second = embedded_run[0], tmp_path / "again"
+    command = [sys.executable, "-m", "diffusionrl", "train", *SMALL, "--run-dir", str(second)]
+    subprocess.run(command, capture_output=True, check=True, timeout=100)
+    assert without_times(lines(first)) == without_times(lines(second))
+    for file in ("export/pytorch_lora_weights.safetensors", "samples/step_000002/grid.png"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_the_export_loads_in_plain_diffusers(embedded_run: tuple[Path, str]) -> None:
+    pipeline = load_pipeline("emoji")
+    pipeline.load_lora_weights(embedded_run[0] / "export")
+    assert pipeline.get_active_adapters()
+
+
+def test_sample_from_a_run(embedded_run: tuple[Path, str], tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "images"
+    options = ["--prompts", "a cat", "a dog", "--seeds", "0", "1", "2", "--sampling.num-steps", "2", "--out", str(out)]
+    assert main(["sample", "--model", str(embedded_run[0]), *options]) == 0
+    assert len(list(out.glob("0*.png"))) == 6
+    assert Image.open(out / "grid.png").size == (3 * 64, 2 * 64)
+    assert main(["sample", "--out", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def small(run_dir: Path, **settings: Any) -> TrainConfig:
+    return TrainConfig(
+        steps=1,
+        prompts_per_step=4,
+        run_dir=run_dir,
+        sampling=SamplingConfig(num_steps=3),
+        algorithm=DDPOConfig(updates_per_step=2),
+        evaluation=EvaluationConfig(num_samples=2),
+        **settings,
+    )
+
+
+def test_train_from_python(make_policy: Any, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def red(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
+        seen.extend(zip(prompts, metadata, strict=True))
+        return images[:, 0].mean((1, 2))
+
+    policy = make_policy()
+    before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
+    result = train(small(tmp_path / "run"), policy=policy, reward=red, prompts=["a cat", "a dog"])
+    assert result.run_dir == tmp_path / "run"
+    assert {prompt for prompt, _ in seen} == {"a cat", "a dog"}
+    assert any(not torch.equal(before[name], weight) for name, weight in policy.trainable().items())
+    with pytest.raises(UserError, match="never overwritten"):
+        train(small(tmp_path / "run"), policy=policy, reward=red, prompts=["a cat"])
+
+
+def test_full_fine_tuning_trains_and_exports_the_unet(make_policy: Any, tmp_path: Path) -> None:
+    train(small(tmp_path / "run"), policy=make_policy(lora_rank=None), prompts=["a cat"])
+    assert (tmp_path / "run" / "export" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_a_folder_of_ones_own(tiny_folder: Path, tmp_path: Path) -> None:
+    assert main(["train", "--model", str(tiny_folder), *SMALL, "--run-dir", str(tmp_path / "run")]) == 0
+    assert len(lines(tmp_path / "run")) == 3
+
+
+def test_some_failed_rewards_are_counted_and_many_stop_the_run(make_policy: Any, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def sometimes(images: torch.Tensor, prompts: list[str], metadata: Any) -> list[float]:
+        calls.append(len(images))
+        return [float("nan") if i == 0 and len(images) == 4 else float(i) for i in range(len(images))]
+
+    def fails_later(images: torch.Tensor, prompts: list[str], metadata: Any) -> list[float]:
+        if len(images) == 4:
+            raise TimeoutError("the scorer is gone")
+        return [0.0] * len(images)
+
+    train(small(tmp_path / "some"), policy=make_policy(), reward=sometimes, prompts=["a cat"])
+    assert lines(tmp_path / "some")[1]["reward/invalid"] == 1
+    with pytest.raises(RunStopped, match="4 of 4 samples .* TimeoutError: the scorer is gone"):
+        train(small(tmp_path / "many"), policy=make_policy(), reward=fails_later, prompts=["a cat"])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(make_policy: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    from diffusionrl.algorithms import DDPO
+
+    policy = make_policy()
+    before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
+    true_losses = DDPO.losses
+
+    def broken(*arguments: Any) -> Any:
+        losses, figures = true_losses(*arguments)
+        return losses * float("nan"), figures
+
+    monkeypatch.setattr(DDPO, "losses", broken)
+    with pytest.raises(RunStopped, match="not finite"):
+        train(small(tmp_path / "run"), policy=policy, prompts=["a cat"])
+    assert all(torch.equal(before[name], weight) for name, weight in policy.trainable().items())
+
+
+def test_torchrun_style_start(tiny_folder: Path, tmp_path: Path) -> None:
+    """``python -m diffusionrl`` returns the exit code of the command."""
+    environment = os.environ | {"PYTHONWARNINGS": "default"}
+    done = subprocess.run([sys.executable, "-m", "diffusionrl", "train", "--steps", "0"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "steps must be at least 1" in done.stderr

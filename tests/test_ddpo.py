@@ -1,0 +1,213 @@
+"""DDPO's promises: exact ratios, right gradients, however the work is cut."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusionrl import seeds
+from diffusionrl.algorithms import DDPO
+from diffusionrl.algorithms.ddpo import clipped_loss
+from diffusionrl.config import DDPOConfig, SamplingConfig, TrainConfig
+from diffusionrl.policies import StableDiffusionPolicy
+from diffusionrl.policies.base import chunks
+from diffusionrl.prompts import Prompt
+from diffusionrl.rewards import Scores
+from diffusionrl.rollout import Rollout, collect, sample_trajectories
+from diffusionrl.transitions import Grid, SamplerTable, log_density
+
+SAMPLING = SamplingConfig(num_steps=4, guidance=3.0, batch_size=6)
+
+
+def brightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, object]]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+def rollout_of(policy: StableDiffusionPolicy, count: int = 6, sampling: SamplingConfig = SAMPLING) -> Rollout:
+    prompts = [Prompt(text) for text in ("a cat", "a dog", "an ant")] * count
+    return collect(policy, brightness, prompts[:count], sampling, 0, "test", 1)
+
+
+def all_pairs(algorithm: DDPO, rollout: Rollout) -> Tensor:
+    return algorithm.pairs(rollout, torch.arange(len(rollout.prompts)), 0, 1)
+
+
+def gradient(
+    policy: StableDiffusionPolicy, algorithm: DDPO, rollout: Rollout, pairs: Tensor, advantages: Tensor, size: int = 1000
+) -> Tensor:
+    for weight in policy.trainable().values():
+        weight.grad = None
+    for part in chunks(len(pairs), size):
+        losses, _ = algorithm.losses(policy, rollout, pairs[part], advantages)
+        (losses.sum() / len(pairs)).backward()
+    return torch.cat([weight.grad.flatten() for weight in policy.trainable().values() if weight.grad is not None])
+
+
+# Ratio
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_ratio_is_exactly_one_where_cut_alike(make_policy, targets: str) -> None:  # type: ignore[no-untyped-def]
+    policy = make_policy(lora_targets=targets)
+    rollout, algorithm = rollout_of(policy), DDPO(DDPOConfig(), 3.0)
+    for i in range(4):
+        pairs = torch.stack([torch.arange(6), torch.full((6,), i)], 1)
+        _, figures = algorithm.losses(policy, rollout, pairs, torch.ones(6))
+        assert figures["ratio_gap"].max() == 0
+
+
+@pytest.mark.parametrize("size", [1, 5, 24])
+def test_ratio_is_one_to_rounding_however_cut(make_policy, size: int) -> None:  # type: ignore[no-untyped-def]
+    policy = make_policy()
+    rollout, algorithm = rollout_of(policy), DDPO(DDPOConfig(), 3.0)
+    pairs = all_pairs(algorithm, rollout)
+    for part in chunks(len(pairs), size):
+        _, figures = algorithm.losses(policy, rollout, pairs[part], torch.ones(6))
+        assert figures["ratio_gap"].max() < 1e-5
+
+
+def test_ratio_is_near_one_in_bfloat16(make_policy) -> None:  # type: ignore[no-untyped-def]
+    """The stored latents are float32, so only the network's own rounding is left, here with batches cut alike."""
+    policy = make_policy(dtype=torch.bfloat16)
+    rollout, algorithm = rollout_of(policy), DDPO(DDPOConfig(), 3.0)
+    pairs = torch.stack([torch.arange(6), torch.full((6,), 2)], 1)
+    _, figures = algorithm.losses(policy, rollout, pairs, torch.ones(6))
+    assert figures["ratio_gap"].max() <= 1e-3
+
+
+# Gradient
+
+
+def test_is_gradient_is_sf_gradient_at_the_old_parameters(make_policy) -> None:  # type: ignore[no-untyped-def]
+    policy = make_policy()
+    rollout = rollout_of(policy)
+    advantages = torch.linspace(-1, 1, 6)
+    importance = DDPO(DDPOConfig(), 3.0)
+    score = DDPO(DDPOConfig(variant="sf", updates_per_step=1), 3.0)
+    pairs = all_pairs(importance, rollout)
+    found = [gradient(policy, algorithm, rollout, pairs, advantages) for algorithm in (importance, score)]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4 * found[1].abs().max().item())
+
+
+@pytest.mark.parametrize("size", [1, 7, 24])
+def test_cutting_the_batch_changes_no_gradient(make_policy, size: int) -> None:  # type: ignore[no-untyped-def]
+    policy = make_policy(lora_targets="all")
+    rollout, algorithm = rollout_of(policy), DDPO(DDPOConfig(), 3.0)
+    pairs, advantages = all_pairs(algorithm, rollout), torch.linspace(-1, 1, 6)
+    whole = gradient(policy, algorithm, rollout, pairs, advantages)
+    cut = gradient(policy, algorithm, rollout, pairs, advantages, size)
+    assert (cut - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_step_down_the_loss_moves_the_log_probability_with_the_advantage(make_policy, sign: float) -> None:  # type: ignore[no-untyped-def]
+    policy = make_policy()
+    rollout, algorithm = rollout_of(policy), DDPO(DDPOConfig(clip_range=1e3), 3.0)
+    pairs = all_pairs(algorithm, rollout)
+    advantages = torch.full((6,), sign)
+    before, _ = algorithm.losses(policy, rollout, pairs, advantages)
+    gradient(policy, algorithm, rollout, pairs, advantages)
+    with torch.no_grad():
+        for weight in policy.trainable().values():
+            weight -= 1e-3 * weight.grad / weight.grad.norm()
+        after, _ = algorithm.losses(policy, rollout, pairs, advantages)
+    # The loss is -advantage * ratio, so the mean ratio rises where the advantage is positive and falls where it is not.
+    assert after.mean() < before.mean()
+
+
+class GaussianChain:
+    """x' ~ N(alpha' * theta + kept * x, fresh^2) in one dimension: a policy whose objective is known in closed form."""
+
+    device, latent_shape = torch.device("cpu"), (1, 1, 1)
+
+    def __init__(self, theta: float) -> None:
+        self.theta = torch.nn.Parameter(torch.tensor(theta))
+
+    def denoise(self, x: Tensor, *unused: object) -> tuple[Tensor, Tensor]:
+        return self.theta.expand_as(x), x
+
+
+def test_policy_gradient_of_a_gaussian_chain_matches_its_closed_form() -> None:
+    """For the reward x_T, J = sum_i alpha'_i theta prod_{j>i} kept_j + const, so dJ/dtheta needs no sampling."""
+    alpha_next, kept, fresh = torch.tensor([0.5, 0.8, 1.0]), torch.tensor([0.7, 0.4, 0.3]), torch.tensor([0.5, 0.4, 0.2])
+    table = SamplerTable(Grid(torch.zeros(3), torch.ones(3), torch.ones(3), alpha_next, torch.ones(3)), kept, fresh)
+    exact = sum(alpha_next[i] * kept[i + 1 :].prod() for i in range(3)).item()
+    policy, count = GaussianChain(0.3), 40_000
+    noise = torch.randn(count, 4, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    latents, log_probs = sample_trajectories(policy, table, torch.zeros(count, 1, 1), noise, 1.0)  # type: ignore[arg-type]
+    reward = latents[:, -1].flatten()
+    scores = Scores(reward, torch.ones(count, dtype=torch.bool))
+    rollout = Rollout(table, [Prompt("")] * count, torch.zeros(count, 1, 1), latents, log_probs, latents[:, -1], scores, {})
+    pairs = torch.cartesian_prod(torch.arange(count), torch.arange(3))
+    for config in (DDPOConfig(variant="sf", updates_per_step=1), DDPOConfig()):
+        policy.theta.grad = None
+        losses, _ = DDPO(config, 1.0).losses(policy, rollout, pairs, reward - reward.mean())  # type: ignore[arg-type]
+        losses.mean().backward()
+        estimate = -3 * policy.theta.grad.item()  # the loss averages over the three steps, J sums
+        score = (latents[:, 1:] - alpha_next.view(3, 1, 1, 1) * 0.3 - kept.view(3, 1, 1, 1) * latents[:, :-1]).flatten(1)
+        terms = (score * alpha_next / fresh**2).sum(1) * (reward - reward.mean())
+        assert abs(estimate - exact) < 4 * terms.std().item() / math.sqrt(count)
+
+
+# Clip
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "slope"),
+    [(1.0, 1.5, -1.2, 0.0), (1.0, 0.5, -0.5, -1.0), (-1.0, 1.5, 1.5, 1.0), (-1.0, 0.5, 0.8, 0.0)],
+)
+def test_clip_is_pessimistic(advantage: float, ratio: float, loss: float, slope: float) -> None:
+    """Beyond the clip a ratio earns nothing more, but a ratio on the wrong side is charged in full."""
+    value = torch.tensor(ratio, requires_grad=True)
+    found = clipped_loss(torch.tensor(advantage), value, 0.2)
+    found.backward()
+    assert found.item() == pytest.approx(loss)
+    assert value.grad is not None and value.grad.item() == pytest.approx(slope)
+
+
+# Steps
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(1.0, 4), (0.5, 2), (0.01, 1)])
+def test_trained_steps_are_drawn_without_replacement(make_policy, fraction: float, expected: int) -> None:  # type: ignore[no-untyped-def]
+    rollout, algorithm = rollout_of(make_policy()), DDPO(DDPOConfig(train_fraction=fraction), 3.0)
+    pairs = all_pairs(algorithm, rollout)
+    assert len(pairs) == 6 * expected
+    assert len({tuple(pair) for pair in pairs.tolist()}) == len(pairs)
+    assert torch.equal(pairs, all_pairs(algorithm, rollout))
+
+
+def test_last_step_without_noise_is_left_out_and_the_loss_is_finite(make_policy) -> None:  # type: ignore[no-untyped-def]
+    """With steps_offset 0 the last sigma is 0: log sigma would be minus infinity."""
+    policy = make_policy({"steps_offset": 0, "set_alpha_to_one": True})
+    rollout, algorithm = rollout_of(policy), DDPO(DDPOConfig(), 3.0)
+    assert rollout.table.fresh[-1] == 0
+    assert (rollout.log_probs[:, -1] == 0).all()
+    pairs = all_pairs(algorithm, rollout)
+    assert pairs[:, 1].max() == 2
+    found = gradient(policy, algorithm, rollout, pairs, torch.ones(6))
+    assert found.isfinite().all()
+    assert found.abs().max() > 0
+
+
+def test_old_log_probability_is_that_of_the_stored_latent(make_policy) -> None:  # type: ignore[no-untyped-def]
+    policy = make_policy()
+    rollout = rollout_of(policy)
+    noise = seeds.normal(0, "test", 1, list(range(6)), (5, *policy.latent_shape))
+    assert torch.equal(rollout.latents[:, 0], noise[:, 0])
+    residual = rollout.table.fresh.view(1, 4, 1, 1, 1) * noise[:, 1:]
+    zero, std = torch.zeros(6, *policy.latent_shape), rollout.table.fresh
+    for i in range(4):
+        expected = log_density(residual[:, i], zero, std[i])
+        torch.testing.assert_close(rollout.log_probs[:, i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_arithmetic_of_the_paper() -> None:
+    """256 samples: 4 updates of 64 (IS), 1 of 256 (SF)."""
+    assert TrainConfig().samples_per_step / TrainConfig().algorithm.updates_per_step == 64
+    with pytest.raises(ValueError, match="on-policy"):
+        DDPOConfig(variant="sf")
+    with pytest.raises(ValueError, match="equal updates"):
+        TrainConfig(prompts_per_step=6)

@@ -1,0 +1,73 @@
+"""Rules of the house that a reader cannot see at a glance, checked on the syntax trees."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "diffusionrl"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "pickle.load", "pickle.loads", "numpy.load", "np.load"}
+GLOBAL_GENERATORS = {"torch.manual_seed", "torch.seed", "np.random.seed", "random.seed", "random.random", "np.random.rand"}
+# Imports point downwards: a module may import only what stands before it here.
+FLOORS = [
+    {"errors", "seeds", "transitions", "config"},
+    {"emoji"},
+    {"prompts"},
+    {"policies", "rewards"},
+    {"rollout", "advantages"},
+    {"algorithms"},
+    {"evaluation", "tracking"},
+    {"trainer"},
+    {"sampling", "report", "presets"},
+    {"api"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def calls(file: Path) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_nothing_is_unpickled_or_evaluated(file: Path) -> None:
+    assert not calls(file) & FORBIDDEN_CALLS
+    imported = {alias.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import) for alias in node.names}
+    assert "pickle" not in imported
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if "recipe" not in file.parts], ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_global_generator_is_used(file: Path) -> None:
+    """The recipe alone seeds torch, for the initial weights of its networks."""
+    found = calls(file)
+    assert not found & GLOBAL_GENERATORS
+    unseeded = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in {"torch.randn", "torch.rand", "torch.randint", "torch.randperm"}
+        and not any(keyword.arg == "generator" for keyword in node.keywords)
+    ]
+    assert not unseeded
+
+
+def test_imports_point_downwards() -> None:
+    height = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+    for file in FILES:
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room in ("__init__", "emoji"):  # the emoji recipe stands on top of everything that it measures
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusionrl."):
+                other = (node.module or "").split(".")[1]
+                assert height[other] < height[room] or other == room or height[room] == 0, f"{file} imports {node.module}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    assert len(file.read_text().splitlines()) <= 400
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno <= 70, f"{node.name} is longer than a screen"

@@ -1,0 +1,65 @@
+"""Prompt files, good and bad, and the built-in sets."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, SKIN_TONE_SHARES, with_article
+from diffusionrl.errors import UserError
+from diffusionrl.prompts import Prompt, load_prompts
+
+
+def texts(source: str | Path) -> list[str]:
+    return [prompt.text for prompt in load_prompts(str(source))]
+
+
+def test_built_in_sets_have_the_papers_sizes() -> None:
+    assert len(texts("ddpo-animals")) == 45
+    assert len(texts("activities")) == 135
+    assert "a dolphin riding a bike" in texts("activities")
+    assert len(texts("other-animals")) >= 25
+    assert len(texts("things")) >= 30
+    assert len(texts("occupations")) >= 14
+    assert not set(texts("ddpo-animals")) & set(texts("other-animals"))
+
+
+def test_articles() -> None:
+    assert [with_article(noun) for noun in ("ant", "cat", "umbrella")] == ["an ant", "a cat", "an umbrella"]
+
+
+def test_the_stated_biases() -> None:
+    assert SKIN_TONE_SHARES["light"] + SKIN_TONE_SHARES["medium-light"] == pytest.approx(0.8)
+    assert sum(SKIN_TONE_SHARES.values()) == pytest.approx(1)
+    assert len(ACTIVE_ANIMALS) == 15
+
+
+def test_text_and_jsonl(tmp_path: Path) -> None:
+    text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n  a d\xc3\xb6g \n<script>\n")
+    assert texts(text) == ["a cat", "a dög", "<script>"]
+    lines.write_text('{"prompt": "a cat", "colour": "red"}\n\n{"prompt": "a dog"}\n')
+    assert load_prompts(str(lines)) == [Prompt("a cat", {"colour": "red"}), Prompt("a dog")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", b"", r"p\.txt holds no prompt"),
+        ("p.txt", b"\n \n", r"p\.txt holds no prompt"),
+        ("p.txt", b"a cat\n\xff\xfe\n", r"p\.txt:2: not UTF-8"),
+        ("p.jsonl", b'{"prompt": "a cat"}\n{"text": "a dog"}\n', r"p\.jsonl:2: no \"prompt\".*\['text'\]"),
+        ("p.jsonl", b'{"prompt": ""}\n', r"p\.jsonl:1: no \"prompt\""),
+        ("p.jsonl", b'{"prompt": 3}\n', r"p\.jsonl:1: no \"prompt\""),
+        ("p.jsonl", b'["a cat"]\n', r"p\.jsonl:1: .*is a list"),
+        ("p.jsonl", b"a cat\n", r"p\.jsonl:1: not JSON"),
+    ],
+)
+def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        load_prompts(str(tmp_path / name))
+
+
+def test_a_missing_file_names_the_built_in_sets() -> None:
+    with pytest.raises(UserError, match="no such file, and no built-in set .*ddpo-animals"):
+        load_prompts("animals")

@@ -1,0 +1,107 @@
+"""Rewards: the paper's JPEG conventions, and what a user's function may do."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusionrl.errors import UserError
+from diffusionrl.rewards import Scores, load_reward, score, try_reward
+from diffusionrl.rewards.jpeg import jpeg_kilobytes, to_pil
+
+FLAT = torch.full((3, 64, 64), 0.5)
+NOISE = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_noise_is_larger_than_a_flat_image() -> None:
+    assert jpeg_kilobytes(FLAT) < 10 < jpeg_kilobytes(NOISE)
+    images = torch.stack([FLAT, NOISE])
+    large = load_reward("incompressibility")(images, ["", ""], [{}, {}])
+    small = load_reward("compressibility")(images, ["", ""], [{}, {}])
+    assert large == [jpeg_kilobytes(FLAT), jpeg_kilobytes(NOISE)]
+    assert small == [-size for size in large]
+
+
+def test_size_is_that_of_a_512_pixel_file_at_quality_95_in_thousands_of_bytes() -> None:
+    pixels = to_pil(NOISE).resize((512, 512), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    pixels.save(file, format="JPEG", quality=95, subsampling="4:2:0")
+    assert jpeg_kilobytes(NOISE) == len(file.getvalue()) / 1000
+    native = torch.rand(3, 512, 512, generator=torch.Generator().manual_seed(1))
+    file = io.BytesIO()
+    to_pil(native).save(file, format="JPEG", quality=95)
+    assert jpeg_kilobytes(native) == len(file.getvalue()) / 1000
+
+
+def test_pixels_are_rounded_not_truncated() -> None:
+    assert to_pil(torch.full((3, 1, 1), 0.999)).getpixel((0, 0)) == (255, 255, 255)
+    assert to_pil(torch.full((3, 1, 1), 0.501)).getpixel((0, 0)) == (128, 128, 128)
+
+
+def returning(value: Any) -> Any:
+    return lambda images, prompts, metadata: value
+
+
+@pytest.mark.parametrize("value", [[1, 2], (1.5, 2.5), torch.tensor([1, 2]), torch.tensor([1.0, 2.0], requires_grad=True)])
+def test_any_two_numbers_are_scores(value: Any) -> None:
+    found = score(returning(value), torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+    assert found.values.dtype == torch.float32
+    assert found.valid.all()
+    assert found.error is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), None])
+def test_a_missing_score_is_invalid_not_zero(bad: float | None) -> None:
+    found = score(returning([1.0, bad]), torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+    assert found.valid.tolist() == [True, False]
+    assert found.error is not None and "'b'" in found.error
+
+
+def test_an_exception_makes_its_samples_invalid_and_is_kept() -> None:
+    def broken(images: Any, prompts: Any, metadata: Any) -> Any:
+        raise OSError("no disk")
+
+    found = score(broken, torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+    assert not found.valid.any()
+    assert found.error == "OSError: no disk"
+    joined = Scores.join([found, score(returning([1, 2]), torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])])
+    assert joined.valid.tolist() == [False, False, True, True]
+    assert joined.error == "OSError: no disk"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [([1.0], "list of length 1"), (torch.zeros(2, 1), r"Tensor of shape \(2, 1\)"), (3.0, "float"), (["x", "y"], "list"), (None, "NoneType")],
+)
+def test_a_wrong_length_or_type_is_an_error(value: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"one number a sample, here 2; it returned a {said}"):
+        score(returning(value), torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+
+
+def test_rewards_are_tried_before_anything_slow() -> None:
+    def broken(images: Any, prompts: Any, metadata: Any) -> Any:
+        raise KeyError("colour")
+
+    with pytest.raises(UserError, match=r"failed on two grey 64 x 64 images: KeyError: 'colour'"):
+        try_reward(broken, 64, ["a cat"], [{}])
+    try_reward(load_reward("compressibility"), 64, ["a cat"], [{}])
+
+
+def test_own_rewards_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_found.py").write_text("def red(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\nsize = 3\n")
+    (tmp_path / "mine_broken.py").write_text("import nothing_like_this\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_reward("mine_found:red")(torch.ones(1, 3, 2, 2), ["a"], [{}]).tolist() == [1.0]
+    for name, said in [
+        ("compresibility", "built in are compressibility, incompressibility"),
+        ("mine_found:blue", "AttributeError"),
+        ("mine_found:size", "is a int, not a function"),
+        ("mine_broken:red", "ModuleNotFoundError"),
+        ("no_such_module:red", "ModuleNotFoundError"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            load_reward(name)
