@@ -48,8 +48,8 @@ def main(config: Config) -> None:
         policy._weight_space = False
         policy.unet.enable_adapters()
     if config.channels_first:
-        policy.unet.to(memory_format=torch.contiguous_format)
         policy.memory_format = torch.contiguous_format
+        policy.unet.to(memory_format=policy.memory_format)
     if config.compile:
         policy.unet.compile()
     sampling = SamplingConfig(config.num_steps, config.guidance, batch_size=config.sample_batch)

@@ -25,7 +25,11 @@ def test_batch_advantages_are_centred_and_scaled(values: list[float]) -> None:
 
 def test_equal_scores_have_no_advantage() -> None:
     same = scores([3, 3, 3, 3])
-    for found in (batch_advantages(same), group_advantages(same, list("aabb")), PromptStatistics(4, 1).advantages(same, list("aabb"))):
+    for found in (
+        batch_advantages(same),
+        group_advantages(same, list("aabb")),
+        PromptStatistics(4, 1).advantages(same, list("aabb")),
+    ):
         assert torch.equal(found, torch.zeros(4))
 
 
@@ -44,7 +48,11 @@ def test_invalid_samples_leave_the_baseline_and_have_no_advantage() -> None:
 
 def test_no_valid_sample_gives_zeros() -> None:
     none = scores([1, 2], [False, False])
-    for found in (batch_advantages(none), group_advantages(none, ["a", "a"]), PromptStatistics(4, 1).advantages(none, ["a", "a"])):
+    for found in (
+        batch_advantages(none),
+        group_advantages(none, ["a", "a"]),
+        PromptStatistics(4, 1).advantages(none, ["a", "a"]),
+    ):
         assert torch.equal(found, torch.zeros(2))
 
 

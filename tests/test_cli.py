@@ -41,14 +41,22 @@ def test_help_answers_in_under_a_second() -> None:
     best = 9.0
     for _ in range(3):  # the best of three: a busy machine says nothing about the program
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "diffusionrl", "train", "--help"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "diffusionrl", "train", "--help"], capture_output=True, text=True, check=True
+        )
         best = min(best, time.perf_counter() - began)
     assert "--algorithm.clip-range" in done.stdout
     assert best < 1.0
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys, diffusionrl.cli as c\ntry: c.main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = """
+import sys, diffusionrl.cli
+try:
+    diffusionrl.cli.main(["train", "--help"])
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
@@ -231,11 +239,13 @@ def test_some_failed_rewards_are_counted_and_many_stop_the_run(make_policy: Any,
 
     train(small(tmp_path / "some"), policy=make_policy(), reward=sometimes, prompts=["a cat"])
     assert lines(tmp_path / "some")[1]["reward/invalid"] == 1
-    with pytest.raises(RunStopped, match="4 of 4 samples .* TimeoutError: the scorer is gone"):
+    with pytest.raises(RunStopped, match=r"4 of 4 samples .* TimeoutError: the scorer is gone"):
         train(small(tmp_path / "many"), policy=make_policy(), reward=fails_later, prompts=["a cat"])
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(make_policy: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(
+    make_policy: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
     from diffusionrl.algorithms import DDPO
 
     policy = make_policy()
@@ -255,6 +265,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(make_policy
 def test_torchrun_style_start(tiny_folder: Path, tmp_path: Path) -> None:
     """``python -m diffusionrl`` returns the exit code of the command."""
     environment = os.environ | {"PYTHONWARNINGS": "default"}
-    done = subprocess.run([sys.executable, "-m", "diffusionrl", "train", "--steps", "0"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "diffusionrl", "train", "--steps", "0"], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 2
     assert "steps must be at least 1" in done.stderr

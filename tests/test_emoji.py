@@ -73,7 +73,9 @@ def test_samples_show_what_was_asked_for() -> None:
     policy, classifier = StableDiffusionPolicy(load_pipeline("emoji"), lora_rank=None), load_classifier()
 
     def right(images: torch.Tensor, prompts: list[str], metadata: object) -> list[float]:
-        return [float(with_article(name) == prompt) for name, prompt in zip(name_subjects(classifier, images), prompts, strict=True)]
+        return [
+            float(with_article(name) == prompt) for name, prompt in zip(name_subjects(classifier, images), prompts, strict=True)
+        ]
 
     sampling = SamplingConfig(num_steps=16, guidance=3.0, batch_size=54)
     scores = collect(policy, right, [Prompt(with_article(name)) for name in SUBJECTS], sampling, 0, "test", 0).scores  # type: ignore[arg-type]

@@ -33,11 +33,15 @@ def calls(file: Path) -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_nothing_is_unpickled_or_evaluated(file: Path) -> None:
     assert not calls(file) & FORBIDDEN_CALLS
-    imported = {alias.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import) for alias in node.names
+    }
     assert "pickle" not in imported
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if "recipe" not in file.parts], ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if "recipe" not in file.parts], ids=lambda file: str(file.relative_to(PACKAGE))
+)
 def test_no_global_generator_is_used(file: Path) -> None:
     """The recipe alone seeds torch, for the initial weights of its networks."""
     found = calls(file)

@@ -93,7 +93,9 @@ def test_new_adapter_changes_nothing_and_depends_on_the_seed_alone(load_tiny) ->
     weights = [torch.cat([w.detach().flatten() for w in policy.trainable().values()]) for policy in (first, second, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    assert torch.equal(sample(first, [0], ["a cat"]), sample(StableDiffusionPolicy(load_tiny(), lora_rank=None), [0], ["a cat"]))
+    assert torch.equal(
+        sample(first, [0], ["a cat"]), sample(StableDiffusionPolicy(load_tiny(), lora_rank=None), [0], ["a cat"])
+    )
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])

@@ -61,5 +61,5 @@ def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, conte
 
 
 def test_a_missing_file_names_the_built_in_sets() -> None:
-    with pytest.raises(UserError, match="no such file, and no built-in set .*ddpo-animals"):
+    with pytest.raises(UserError, match=r"no such file, and no built-in set .*ddpo-animals"):
         load_prompts("animals")

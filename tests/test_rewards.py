@@ -74,7 +74,13 @@ def test_an_exception_makes_its_samples_invalid_and_is_kept() -> None:
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [([1.0], "list of length 1"), (torch.zeros(2, 1), r"Tensor of shape \(2, 1\)"), (3.0, "float"), (["x", "y"], "list"), (None, "NoneType")],
+    [
+        ([1.0], "list of length 1"),
+        (torch.zeros(2, 1), r"Tensor of shape \(2, 1\)"),
+        (3.0, "float"),
+        (["x", "y"], "list"),
+        (None, "NoneType"),
+    ],
 )
 def test_a_wrong_length_or_type_is_an_error(value: Any, said: str) -> None:
     with pytest.raises(UserError, match=f"one number a sample, here 2; it returned a {said}"):
@@ -91,7 +97,9 @@ def test_rewards_are_tried_before_anything_slow() -> None:
 
 
 def test_own_rewards_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine_found.py").write_text("def red(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\nsize = 3\n")
+    (tmp_path / "mine_found.py").write_text(
+        "def red(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\nsize = 3\n"
+    )
     (tmp_path / "mine_broken.py").write_text("import nothing_like_this\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from diffusionrl import seeds
 
-addresses = st.tuples(st.integers(0, 2**31), st.sampled_from(["rollout", "evaluation"]), st.integers(0, 10**6), st.integers(-5, 10**6))
+addresses = st.tuples(
+    st.integers(0, 2**31), st.sampled_from(["rollout", "evaluation"]), st.integers(0, 10**6), st.integers(-5, 10**6)
+)
 
 
 @given(addresses, addresses)

@@ -87,7 +87,9 @@ def test_flow_ode_is_diffusers_euler(num_steps: int, shift: float) -> None:
 def test_reference_deviations_of_stable_diffusion() -> None:
     """Figures derived for SD's schedule at eta 1: 50 steps begin .4545, .4483 and end .0999, .0395, .0206."""
     fresh = ddim(grid_of(stable_diffusion_scheduler(), 50), 1.0).fresh
-    torch.testing.assert_close(fresh[[0, 1, -3, -2, -1]], torch.tensor([0.4545, 0.4483, 0.0999, 0.0395, 0.0206]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        fresh[[0, 1, -3, -2, -1]], torch.tensor([0.4545, 0.4483, 0.0999, 0.0395, 0.0206]), atol=1e-4, rtol=0
+    )
 
 
 stable_diffusion_grids = st.builds(lambda n: grid_of(stable_diffusion_scheduler(), n), st.integers(1, 60))
@@ -146,7 +148,9 @@ def test_ancestral_ddim_has_no_room_on_a_flow() -> None:
         ddim(flow_grid(10), 1.0)
 
 
-@pytest.mark.parametrize(("sampler", "eta", "reason"), [("ode", 0.5, "eta must be 0"), ("renoise", 0.5, "eta must be 1"), ("ddim", 3.0, "lower eta")])
+@pytest.mark.parametrize(
+    ("sampler", "eta", "reason"), [("ode", 0.5, "eta must be 0"), ("renoise", 0.5, "eta must be 1"), ("ddim", 3.0, "lower eta")]
+)
 def test_impossible_eta_is_refused(sampler: str, eta: float, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         SAMPLERS[sampler](grid_of(stable_diffusion_scheduler(), 10), eta)

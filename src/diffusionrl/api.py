@@ -54,10 +54,9 @@ def train(
     reward = reward or load_reward(config.reward)
     samples = (chosen * 2)[:2]
     try_reward(reward, image_size or DEFAULT_IMAGE_SIZE, [p.text for p in samples], [p.metadata for p in samples])
-    if policy is None:
-        policy = load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
+    trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
     algorithm = algorithm or DDPO(config.algorithm, config.sampling.guidance)
-    return Trainer(policy, reward, chosen, algorithm, config, run_dir).run()
+    return Trainer(trained, reward, chosen, algorithm, config, run_dir).run()
 
 
 def _as_prompt(prompt: str | Prompt) -> Prompt:

@@ -56,12 +56,13 @@ class StableDiffusionPolicy:
         self._spacing, self._steps_offset = scheduler.config.timestep_spacing, scheduler.config.steps_offset
         self._prediction = scheduler.config.prediction_type
         size = self.unet.config.sample_size
-        self.latent_shape = (self.unet.config.in_channels, size, size)
+        self.latent_shape: tuple[int, ...] = (self.unet.config.in_channels, size, size)
         self._embeddings: dict[str, Tensor] = {}
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.requires_grad_(False).eval().to(self.device)
         pipeline.vae.to(torch.float32)
-        self.unet.to(dtype=dtype, memory_format=torch.channels_last)
+        self.memory_format = torch.channels_last  # the faster layout for convolutions, on CPUs too
+        self.unet.to(dtype=dtype, memory_format=self.memory_format)
         self._adapted: dict[str, LoraLayer] = {}
         if lora_rank is not None:
             self._add_adapter(lora_rank, lora_targets, seed)
@@ -112,7 +113,7 @@ class StableDiffusionPolicy:
         return to_x0_and_noise(self._prediction, output, x, alpha, sigma)
 
     def _network(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
-        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             inputs = (x, timestep, embeddings)
             if self._weight_space:

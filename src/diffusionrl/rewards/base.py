@@ -85,8 +85,10 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequ
         return Scores(nothing, nothing.bool(), f"{type(error).__name__}: {error}")
     values = _as_floats(returned, len(images))
     valid = values.isfinite()
-    error = None if valid.all() else f"it returned {values[~valid][0].item()} for {prompts[int((~valid).nonzero()[0])]!r}"
-    return Scores(values.nan_to_num(0.0, 0.0, 0.0), valid, error)
+    if valid.all():
+        return Scores(values, valid)
+    first = int((~valid).nonzero()[0])
+    return Scores(values.nan_to_num(0.0, 0.0, 0.0), valid, f"it returned {values[first].item()} for {prompts[first]!r}")
 
 
 def _as_floats(returned: Any, count: int) -> Tensor:

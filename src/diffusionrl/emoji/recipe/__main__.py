@@ -1,5 +1,8 @@
 """``python -m diffusionrl.emoji.recipe STAGE``."""
 
+from collections.abc import Callable
+from typing import Any
+
 import tyro
 
 from diffusionrl.emoji.recipe.classifier import ClassifierConfig, train_classifier
@@ -7,13 +10,13 @@ from diffusionrl.emoji.recipe.diffusion import DiffusionConfig, train_diffusion
 from diffusionrl.emoji.recipe.publish import PublishConfig, publish
 from diffusionrl.emoji.recipe.vae import VAEConfig, train_vae
 
-STAGES = {
+STAGES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "vae": (VAEConfig, train_vae),
-    "diffusion": (DiffusionConfig, train_diffusion),
     "classifier": (ClassifierConfig, train_classifier),
+    "diffusion": (DiffusionConfig, train_diffusion),
     "publish": (PublishConfig, publish),
 }
 
 if __name__ == "__main__":
-    config = tyro.extras.subcommand_cli_from_dict({name: make for name, (make, _) in STAGES.items()})
-    next(run for make, run in STAGES.values() if isinstance(config, make))(config)  # type: ignore[arg-type]
+    chosen: Any = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in STAGES.items()})
+    dict(STAGES.values())[type(chosen)](chosen)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def publish(config: PublishConfig) -> None:
     pipeline.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
     classifier = load_file(config.runs / "classifier" / "classifier.safetensors")
     save_file({name: weight.half() for name, weight in classifier.items()}, WEIGHTS / "classifier.safetensors")
-    figures = {}
+    figures: dict[str, float] = {}
     for stage in ("vae", "classifier", "diffusion"):
         figures |= json.loads((config.runs / stage / "figures.json").read_text())
         shutil.copy(config.runs / stage / "log.jsonl", WEIGHTS / f"{stage}_log.jsonl")
@@ -53,7 +54,7 @@ def measure(config: PublishConfig) -> dict[str, float]:
     sampling = SamplingConfig(config.num_steps, config.guidance, "ddim", config.eta, batch_size=64)
     prompts = [Prompt(with_article(name)) for name in names]
 
-    def right(images: torch.Tensor, asked: object, metadata: object) -> list[float]:
+    def right(images: torch.Tensor, asked: Sequence[str], metadata: object) -> list[float]:
         return [
             float(with_article(named) == text) for named, text in zip(name_subjects(classifier, images), asked, strict=True)
         ]

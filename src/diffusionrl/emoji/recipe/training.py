@@ -117,7 +117,7 @@ def train_stage(
     began, logged = time.perf_counter(), first
     for step in range(first, config.num_steps):
         value, metrics = loss(step)
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         warmup = min(1.0, (step + 1) / config.warmup_steps)
         optimizer.step(warmup * 0.5 * (1 + math.cos(math.pi * step / config.num_steps)))
         for key, number in metrics.items():
