@@ -12,10 +12,10 @@ from diffusionrl import seeds
 from diffusionrl.algorithms import DDPO
 from diffusionrl.config import DDPOConfig, SamplingConfig
 from diffusionrl.policies import load_policy
-from diffusionrl.policies.base import chunks
 from diffusionrl.prompts import load_prompts
 from diffusionrl.rollout import collect
 from diffusionrl.tracking import peak_memory_gb
+from diffusionrl.trainer import accumulate_gradient
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def main(config: Config) -> None:
         order = torch.randperm(config.samples, generator=seeds.torch_generator(0, "order", number))
         for part in order.chunk(config.updates):
             pairs = algorithm.pairs(rollout, part, 0, number)
-            for micro in chunks(len(pairs), config.train_batch):
-                losses, _ = algorithm.losses(policy, rollout, pairs[micro], advantages)
-                (losses.sum() / len(pairs)).backward()
+            accumulate_gradient(algorithm, policy, rollout, pairs, advantages)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()

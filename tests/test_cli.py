@@ -1,7 +1,7 @@
 """The command line: help, bad input, and whole runs on the tiny and the embedded model."""
 
+import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,10 +13,13 @@ import torch
 import yaml
 from PIL import Image
 
-from diffusionrl import RunStopped, TrainConfig, UserError, train
+from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, seeds, train
 from diffusionrl.cli import main, parse_train
 from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig
+from diffusionrl.images import to_pil
 from diffusionrl.policies import load_pipeline
+from diffusionrl.rollout import make_table, sample_trajectories
+from diffusionrl.sampling import load_trained
 
 SMALL = ["--steps", "2", "--prompts-per-step", "8", "--sampling.num-steps", "4", "--sampling.batch-size", "8"]
 SMALL += ["--algorithm.updates-per-step", "2", "--evaluation.num-samples", "4", "--evaluation.every", "0"]
@@ -78,6 +81,14 @@ def test_a_written_config_reads_back(tmp_path: Path, preset: str) -> None:
     assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
+    (tmp_path / "sf.yaml").write_text("algorithm:\n  variant: sf\n")
+    config = parse_train(["--config", str(tmp_path / "sf.yaml"), "--algorithm.updates-per-step", "1"])
+    assert (config.algorithm.variant, config.algorithm.updates_per_step) == ("sf", 1)
+    with pytest.raises(UserError, match="on-policy"):
+        parse_train(["--config", str(tmp_path / "sf.yaml")])
+
+
 # Bad input: one clear error, exit code 2, before anything slow, nothing left behind
 
 
@@ -89,6 +100,11 @@ def test_a_written_config_reads_back(tmp_path: Path, preset: str) -> None:
         (["--steps", "0"], "steps must be at least 1"),
         (["--algorithm.train-fraction", "2"], r"must lie in (0, 1]"),
         (["--sampling.eta", "0"], "needs fresh noise"),
+        (["--sampling.eta", "3"], "lower eta"),
+        (["--sampling.num-steps", "2000"], "must lie between 1 and"),
+        (["--sampling.sampler", "flow_grpo"], "linear flow"),
+        (["--policy.training", "full", "--policy.dtype", "bfloat16"], "needs policy.dtype float32"),
+        (["--optimizer.betas", "1", "1"], "must lie in [0, 1)"),
         (["--preset", "emojis"], "there are emoji, ddpo-lora, ddpo-paper"),
         (["--config", "nowhere.yaml"], "cannot be read"),
         (["--config", "bad.yaml"], "--algorithm.clip-range"),
@@ -170,10 +186,20 @@ def test_two_runs_with_one_seed_are_the_same_to_the_bit(embedded_run: tuple[Path
         assert (first / file).read_bytes() == (second / file).read_bytes()
 
 
-def test_the_export_loads_in_plain_diffusers(embedded_run: tuple[Path, str]) -> None:
-    pipeline = load_pipeline("emoji")
-    pipeline.load_lora_weights(embedded_run[0] / "export")
-    assert pipeline.get_active_adapters()
+def test_the_export_draws_the_trainers_image_in_plain_diffusers(embedded_run: tuple[Path, str]) -> None:
+    """To the pixel, from the same starting noise."""
+    trained, plain = load_trained(str(embedded_run[0])), load_pipeline("emoji")
+    plain.load_lora_weights(embedded_run[0] / "export")
+    plain.set_progress_bar_config(disable=True)
+    table = make_table(trained, SamplingConfig(num_steps=8, sampler="ode", eta=0.0))
+    noise = seeds.normal(0, "test", 0, [0, 1], (9, *trained.latent_shape))
+    latents, _ = sample_trajectories(trained, table, trained.embed(["a cat", "an owl"]), noise, 3.0)
+    settings = {"latents": noise[:, 0], "num_inference_steps": 8, "guidance_scale": 3.0}
+    theirs = plain(["a cat", "an owl"], **settings).images
+    base = load_pipeline("emoji")(["a cat", "an owl"], **settings).images
+    for image, plain_image, base_image in zip(trained.decode(latents[:, -1]), theirs, base, strict=True):
+        assert to_pil(image).tobytes() == plain_image.tobytes()
+        assert base_image.tobytes() != plain_image.tobytes()
 
 
 def test_sample_from_a_run(embedded_run: tuple[Path, str], tmp_path: Path, capsys: Any) -> None:
@@ -207,12 +233,16 @@ def test_train_from_python(make_policy: Any, tmp_path: Path) -> None:
 
     policy = make_policy()
     before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
-    result = train(small(tmp_path / "run"), policy=policy, reward=red, prompts=["a cat", "a dog"])
+    prompts = ["a cat", Prompt("a dog", {"colour": "red"})]
+    result = train(small(tmp_path / "run"), policy=policy, reward=red, prompts=prompts)
     assert result.run_dir == tmp_path / "run"
-    assert {prompt for prompt, _ in seen} == {"a cat", "a dog"}
+    assert {(prompt, metadata.get("colour")) for prompt, metadata in seen} == {("a cat", None), ("a dog", "red")}
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"] == policy.source
     assert any(not torch.equal(before[name], weight) for name, weight in policy.trainable().items())
     with pytest.raises(UserError, match="never overwritten"):
         train(small(tmp_path / "run"), policy=policy, reward=red, prompts=["a cat"])
+    with pytest.raises(UserError, match="no prompt"):
+        train(small(tmp_path / "other"), policy=policy, reward=red, prompts=[])
 
 
 def test_full_fine_tuning_trains_and_exports_the_unet(make_policy: Any, tmp_path: Path) -> None:
@@ -262,11 +292,25 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(
     assert all(torch.equal(before[name], weight) for name, weight in policy.trainable().items())
 
 
-def test_torchrun_style_start(tiny_folder: Path, tmp_path: Path) -> None:
-    """``python -m diffusionrl`` returns the exit code of the command."""
-    environment = os.environ | {"PYTHONWARNINGS": "default"}
-    done = subprocess.run(
-        [sys.executable, "-m", "diffusionrl", "train", "--steps", "0"], capture_output=True, text=True, env=environment
-    )
+def test_an_interrupted_run_keeps_what_it_learned(make_policy: Any, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def interrupted(images: torch.Tensor, prompts: list[str], metadata: Any) -> list[int]:
+        calls.append(1)
+        if len(calls) == 4:  # the trial, the first evaluation, the first step, and now the second
+            raise KeyboardInterrupt
+        return list(range(len(images)))
+
+    config = dataclasses.replace(small(tmp_path / "run"), steps=5)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, policy=make_policy(), reward=interrupted, prompts=["a cat"])
+    assert len(lines(tmp_path / "run")) == 2
+    assert (tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_module_returns_the_commands_exit_code() -> None:
+    """``python -m diffusionrl`` is what torchrun starts."""
+    command = [sys.executable, "-m", "diffusionrl", "train", "--steps", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "steps must be at least 1" in done.stderr

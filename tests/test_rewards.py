@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from diffusionrl.errors import UserError
+from diffusionrl.images import to_pil
 from diffusionrl.rewards import Scores, load_reward, score, try_reward
-from diffusionrl.rewards.jpeg import jpeg_kilobytes, to_pil
+from diffusionrl.rewards.jpeg import jpeg_kilobytes
 
 FLAT = torch.full((3, 64, 64), 0.5)
 NOISE = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -93,7 +94,22 @@ def test_rewards_are_tried_before_anything_slow() -> None:
 
     with pytest.raises(UserError, match=r"failed on two grey 64 x 64 images: KeyError: 'colour'"):
         try_reward(broken, 64, ["a cat"], [{}])
+    with pytest.raises(UserError, match="one number a sample"):
+        try_reward(returning([1.0]), 64, ["a cat"], [{}])
     try_reward(load_reward("compressibility"), 64, ["a cat"], [{}])
+    try_reward(returning([None, None]), 64, ["a cat"], [{}])  # nothing to see on a grey image is no fault
+
+
+def test_rewards_build_no_graph() -> None:
+    weight = torch.ones(1, requires_grad=True)
+    graph: list[bool] = []
+    score(
+        lambda images, p, m: graph.append((images.mean((1, 2, 3)) * weight).requires_grad) or [0.0, 0.0],
+        torch.zeros(2, 3, 8, 8),
+        ["", ""],
+        [{}, {}],
+    )
+    assert graph == [False]
 
 
 def test_own_rewards_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def grid_of(scheduler: DDIMScheduler, num_steps: int) -> Grid:
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 16, 50])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_is_diffusers_ddim(num_steps: int, spacing: str, prediction: str, eta: float) -> None:

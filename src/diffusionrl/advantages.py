@@ -15,10 +15,14 @@ EPSILON = 1e-6
 
 
 def standardise(values: Tensor, reference: Tensor) -> Tensor:
-    """(values - mean) / (std + 1e-6) with the statistics of ``reference``; zeros where there is nothing to compare with."""
+    """(values - mean) / (std + 1e-6) with the statistics of ``reference``; zeros where there is nothing to compare with.
+
+    In double precision: the rounding of a float32 mean can exceed the epsilon, which would tell equal scores apart.
+    """
     if len(reference) == 0:
         return torch.zeros_like(values)
-    return (values - reference.mean()) / (reference.std(correction=0) + EPSILON)
+    values, reference = values.double(), reference.double()
+    return ((values - reference.mean()) / (reference.std(correction=0) + EPSILON)).float()
 
 
 def batch_advantages(scores: Scores) -> Tensor:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from diffusionrl.algorithms import DDPO, Algorithm
 from diffusionrl.config import TrainConfig
+from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt, load_prompts
 from diffusionrl.rewards import Reward, load_reward, try_reward
+from diffusionrl.rollout import make_table
 from diffusionrl.tracking import check_new
 from diffusionrl.trainer import Trainer, TrainResult
-
-DEFAULT_IMAGE_SIZE = 512  # of a model on the hub, whose configuration is not here to be read
 
 
 def train(
@@ -44,17 +44,22 @@ def train(
     run_dir = config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S"))
     check_new(run_dir)
     chosen = load_prompts(config.prompts) if prompts is None else [_as_prompt(prompt) for prompt in prompts]
+    if not chosen:
+        raise UserError("there is no prompt to train on: prompts is empty")
     if prompts is not None:
         config = dataclasses.replace(config, prompts=f"<{len(chosen)} prompts handed over in Python>")
-    image_size = None if policy is not None else check_model(config.model)
+    if policy is not None:
+        config = dataclasses.replace(config, model=policy.source)
+    image_size = check_model(config.model) if policy is None else policy.image_size
     if reward is not None:
         config = dataclasses.replace(
             config, reward=f"{reward.__module__}:{getattr(reward, '__qualname__', type(reward).__name__)}"
         )
     reward = reward or load_reward(config.reward)
     samples = (chosen * 2)[:2]
-    try_reward(reward, image_size or DEFAULT_IMAGE_SIZE, [p.text for p in samples], [p.metadata for p in samples])
+    try_reward(reward, image_size, [p.text for p in samples], [p.metadata for p in samples])
     trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
+    make_table(trained, config.sampling)
     algorithm = algorithm or DDPO(config.algorithm, config.sampling.guidance)
     return Trainer(trained, reward, chosen, algorithm, config, run_dir).run()
 

@@ -1,5 +1,6 @@
 """The command line: ``diffusionrl train`` and ``diffusionrl sample``. Torch is imported only when a command runs."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,8 @@ class SampleConfig:
     """The same seed makes the same image whatever else is asked for."""
     out: Path = Path("samples")
     """Folder for the images and grid.png; it must not exist."""
-    sampling: SamplingConfig = field(default_factory=lambda: PRESETS["emoji"]().sampling)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """By default that of the run, or of the preset "emoji"."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStopped as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was learned so far is in the run's export folder", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -71,7 +76,10 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         raise UserError(f"unknown preset {preset!r}: there are {', '.join(PRESETS)}")
     config = PRESETS[preset or "emoji"]()
     if file is not None:
-        config = tyro.cli(TrainConfig, default=config, args=_as_options(_read_yaml(Path(file))), prog=file)
+        options = _as_options(_read_yaml(Path(file)))
+        with contextlib.suppress(UserError):  # a value out of range may yet be put right by an option
+            tyro.cli(TrainConfig, default=config, args=options, prog=file)
+        rest = options + rest
     return tyro.cli(TrainConfig, default=config, args=rest, prog="diffusionrl train [--preset NAME] [--config FILE]")
 
 
@@ -140,7 +148,10 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _sample(arguments: Sequence[str]) -> None:
-    config = tyro.cli(SampleConfig, args=arguments, prog="diffusionrl sample")
+    model, _ = _take(list(arguments), "--model")
+    run_config = Path(model or "") / "config.yaml"
+    sampling = parse_train(["--config", str(run_config)] if run_config.is_file() else []).sampling
+    config = tyro.cli(SampleConfig, default=SampleConfig(sampling=sampling), args=arguments, prog="diffusionrl sample")
     if config.out.exists():
         raise UserError(f"{config.out} exists: choose another --out")
     _quiet_libraries()

@@ -49,14 +49,18 @@ class PolicyConfig:
     lora_rank: int = 4
     """Rank of the adapter; its alpha equals the rank, so the update is not rescaled."""
     lora_targets: Literal["attention", "all"] = "attention"
-    """Attention projections, or those and every convolution and feed-forward layer."""
+    """Attention projections, or all projections, convolutions and feed-forward layers of the UNet's blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network. Latents, log-probabilities and trained weights are float32 always."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """"auto" takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
         _require(self.lora_rank >= 1, f"policy.lora_rank must be at least 1, not {self.lora_rank}")
+        _require(
+            self.training == "lora" or self.dtype == "float32",
+            "policy.training 'full' needs policy.dtype float32: small updates are lost in bfloat16 weights",
+        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
+        _require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
+        _require(self.epsilon >= 0, f"optimizer.epsilon must not be negative, not {self.epsilon}")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
         _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
 
 
@@ -183,8 +190,7 @@ class TrainConfig:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML that ``--config`` reads back."""
-    plain = dataclasses.asdict(config)
-    plain["run_dir"] = None if config.run_dir is None else str(config.run_dir)
+    """The configuration as YAML that ``--config`` reads back, but for the run folder, which is where it lies."""
+    plain = dataclasses.asdict(config) | {"name": None, "run_dir": None}
     plain["optimizer"]["betas"] = list(config.optimizer.betas)
     return yaml.safe_dump(plain, sort_keys=False)

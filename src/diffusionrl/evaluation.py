@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-from torch import Tensor
-
 from diffusionrl.config import SamplingConfig
+from diffusionrl.images import image_grid, to_pil
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards.base import Reward
-from diffusionrl.rewards.jpeg import to_pil
 from diffusionrl.rollout import Rollout, collect
 
 
@@ -37,23 +34,14 @@ def evaluate(
     return Evaluation(rollout, values.mean().item() if len(values) else math.nan, error)
 
 
-def image_grid(images: Tensor, columns: int = 8) -> Image.Image:
-    """Images (N, 3, H, W) in [0, 1] side by side, row by row."""
-    tiles = [to_pil(image) for image in images]
-    width, height = tiles[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
-    for index, tile in enumerate(tiles):
-        sheet.paste(tile, (index % columns * width, index // columns * height))
-    return sheet
-
-
 def write_samples(rollout: Rollout, folder: Path) -> None:
     """``grid.png``, every image, and ``samples.jsonl``. File names come from the index, never from a prompt."""
     folder.mkdir(parents=True)
-    image_grid(rollout.images).save(folder / "grid.png")
+    tiles = [to_pil(image) for image in rollout.images]
+    image_grid(tiles, columns=8).save(folder / "grid.png")
     with (folder / "samples.jsonl").open("w") as lines:
-        for index, (image, prompt) in enumerate(zip(rollout.images, rollout.prompts, strict=True)):
-            to_pil(image).save(folder / f"{index:05d}.png")
+        for index, (tile, prompt) in enumerate(zip(tiles, rollout.prompts, strict=True)):
+            tile.save(folder / f"{index:05d}.png")
             valid = bool(rollout.scores.valid[index])
             entry = {
                 "index": index,

@@ -25,7 +25,7 @@ def emoji() -> TrainConfig:
     return TrainConfig(
         steps=20,
         prompts_per_step=64,
-        sampling=SamplingConfig(num_steps=16, guidance=3.0, batch_size=64),
+        sampling=SamplingConfig(num_steps=16, guidance=3.0, batch_size=32),
         policy=PolicyConfig(lora_rank=16, lora_targets="all"),
         algorithm=DDPOConfig(clip_range=_CLIP_TIMES_DIMENSIONS / (8 * 8 * 16), train_fraction=0.5, micro_batch_size=64),
         optimizer=OptimizerConfig(learning_rate=1e-3),
@@ -34,7 +34,10 @@ def emoji() -> TrainConfig:
 
 
 def ddpo_lora() -> TrainConfig:
-    """The PyTorch release's recipe for JPEG compressibility: Stable Diffusion 1.4, LoRA, 100 steps of 256 samples."""
+    """The PyTorch release's recipe for JPEG compressibility: Stable Diffusion 1.4, LoRA, 100 steps of 256 samples.
+
+    Two deviations: bfloat16 for its float16, and the 45 animals for the 398 of ImageNet.
+    """
     return TrainConfig(
         model="CompVis/stable-diffusion-v1-4",
         steps=100,
@@ -44,7 +47,10 @@ def ddpo_lora() -> TrainConfig:
 
 
 def ddpo_paper() -> TrainConfig:
-    """The paper's recipe: Stable Diffusion 1.4, the whole UNet in float32 at 1e-5, 200 steps of 256 samples."""
+    """The paper's recipe: Stable Diffusion 1.4, the whole UNet in float32 at 1e-5, 200 steps of 256 samples.
+
+    One deviation: for JPEG compressibility, the 45 animals for the 398 of ImageNet.
+    """
     return TrainConfig(
         model="CompVis/stable-diffusion-v1-4",
         policy=PolicyConfig(training="full"),

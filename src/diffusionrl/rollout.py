@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusionrl import seeds
 from diffusionrl.config import SamplingConfig
+from diffusionrl.errors import UserError
 from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards.base import Reward, Scores, score
@@ -42,8 +43,15 @@ class Rollout:
 
 
 def make_table(policy: Policy, config: SamplingConfig) -> SamplerTable:
-    """The sampler of a configuration on the model's own time grid."""
-    return SAMPLERS[config.sampler](policy.grid(config.num_steps), config.eta)
+    """The sampler of a configuration on the model's own time grid.
+
+    Raises:
+        UserError: the model or the sampler cannot do that.
+    """
+    try:
+        return SAMPLERS[config.sampler](policy.grid(config.num_steps), config.eta)
+    except ValueError as error:
+        raise UserError(f"sampling settings do not fit the model: {error}") from error
 
 
 def denoise_step(

@@ -9,10 +9,9 @@ import yaml
 from diffusionrl import seeds as addresses
 from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError
-from diffusionrl.evaluation import image_grid
-from diffusionrl.policies import StableDiffusionPolicy, check_model, load_pipeline
+from diffusionrl.images import image_grid, to_pil
+from diffusionrl.policies import StableDiffusionPolicy, load_pipeline, load_policy
 from diffusionrl.policies.base import chunks
-from diffusionrl.rewards.jpeg import to_pil
 from diffusionrl.rollout import make_table, sample_trajectories
 
 
@@ -25,8 +24,7 @@ def load_trained(model: str) -> StableDiffusionPolicy:
     run_dir = Path(model)
     config_file = run_dir / "config.yaml"
     if not config_file.is_file():
-        check_model(model)
-        return StableDiffusionPolicy(load_pipeline(model), lora_rank=None)
+        return load_policy(model, training="full")
     pipeline = load_pipeline(yaml.safe_load(config_file.read_text())["model"])
     if (run_dir / "export" / "unet").is_dir():
         pipeline.unet = type(pipeline.unet).from_pretrained(run_dir / "export" / "unet")
@@ -36,7 +34,8 @@ def load_trained(model: str) -> StableDiffusionPolicy:
         pipeline.unload_lora_weights()
     else:
         raise UserError(f"{run_dir} is a run folder without an export: it has not trained yet")
-    return StableDiffusionPolicy(pipeline, lora_rank=None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return StableDiffusionPolicy(pipeline, lora_rank=None, device=device, source=model)
 
 
 @torch.no_grad()
@@ -53,8 +52,8 @@ def sample_images(model: str, prompts: Sequence[str], seeds: Sequence[int], samp
         latents, _ = sample_trajectories(policy, table, policy.embed(texts), noise, sampling.guidance)
         images.append(policy.decode(latents[:, -1]).cpu())
     out.mkdir(parents=True)
-    made = torch.cat(images)
-    for index, image in enumerate(made):
-        to_pil(image).save(out / f"{index:05d}.png")
-    image_grid(made, columns=len(seeds)).save(out / "grid.png")
+    tiles = [to_pil(image) for image in torch.cat(images)]
+    for index, tile in enumerate(tiles):
+        tile.save(out / f"{index:05d}.png")
+    image_grid(tiles, columns=len(seeds)).save(out / "grid.png")
     return out / "grid.png"

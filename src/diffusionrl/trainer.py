@@ -32,11 +32,7 @@ class TrainResult:
 
 
 class Trainer:
-    """One run: ``Trainer(...).run()``.
-
-    Raises:
-        UserError: the run folder exists.
-    """
+    """One run: ``Trainer(...).run()``."""
 
     def __init__(
         self,
@@ -53,24 +49,29 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, settings.learning_rate, settings.betas, settings.epsilon, settings.weight_decay
         )
-        self.tracker = Tracker(run_dir, config, policy.device)
+        self.run_dir = run_dir
 
     def run(self) -> TrainResult:
-        """Train to the end.
+        """Train to the end. The weights are exported however it ends.
 
         Raises:
+            UserError: the run folder exists.
             RunStopped: too many samples without a valid score, or a loss or gradient that is not finite.
         """
+        tracker = Tracker(self.run_dir, self.config, self.policy.device)
         before = after = self._evaluate(0)
-        self.tracker.log({"step": 0, "queries": 0} | _evaluation_metrics(before))
-        for step in range(1, self.config.steps + 1):
-            metrics = self.step(step)
-            every = self.config.evaluation.every
-            if step == self.config.steps or (every and step % every == 0):
-                after = self._evaluate(step)
-                metrics |= _evaluation_metrics(after)
-            self.tracker.log(metrics)
-        return TrainResult(self.tracker.run_dir, before, after)
+        tracker.log({"step": 0, "queries": 0} | _evaluation_metrics(before))
+        try:
+            for step in range(1, self.config.steps + 1):
+                metrics = self.step(step)
+                every = self.config.evaluation.every
+                if step == self.config.steps or (every and step % every == 0):
+                    after = self._evaluate(step)
+                    metrics |= _evaluation_metrics(after)
+                tracker.log(metrics)
+        finally:  # whatever ended the run, what it learned is kept
+            self.policy.export(self.run_dir / "export")
+        return TrainResult(self.run_dir, before, after)
 
     def step(self, step: int) -> dict[str, float]:
         """Sample, score, weigh, update: one pass through the picture. Returns the step's metrics."""
@@ -115,7 +116,7 @@ class Trainer:
         invalid = int((~rollout.scores.valid).sum())
         if invalid > MAX_INVALID_SHARE * len(rollout.prompts):
             raise RunStopped(
-                f"{invalid} of {len(rollout.prompts)} samples of the step have no valid score; "
+                f"{invalid} of {len(rollout.prompts)} samples have no valid score; "
                 f"the reward's last error: {rollout.scores.error}"
             )
 
@@ -123,18 +124,17 @@ class Trainer:
         seed, algorithm = self.config.seed, self.algorithm
         order = torch.randperm(len(rollout.prompts), generator=seeds.torch_generator(seed, "update_order", step))
         logged: dict[str, list[Tensor]] = {}
-        norms, first_gap = [], 0.0
-        for number, part in enumerate(order.chunk(algorithm.updates_per_step)):
+        norms: list[float] = []
+        first_gap = 0.0
+        for part in order.chunk(algorithm.updates_per_step):
             pairs = algorithm.pairs(rollout, part[rollout.scores.valid[part]], seed, step)
             if len(pairs) == 0:
                 continue
-            for micro in chunks(len(pairs), algorithm.micro_batch_size):
-                losses, figures = algorithm.losses(self.policy, rollout, pairs[micro], advantages)
-                (losses.sum() / len(pairs)).backward()  # type: ignore[no-untyped-call]
-                for key, values in figures.items():
-                    logged.setdefault(key, []).append(values)
-            if number == 0 and "ratio_gap" in logged:
-                first_gap = torch.cat(logged["ratio_gap"]).max().item()
+            figures = accumulate_gradient(algorithm, self.policy, rollout, pairs, advantages)
+            for key, values in figures.items():
+                logged.setdefault(key, []).append(values)
+            if not norms and "ratio_gap" in figures:
+                first_gap = figures["ratio_gap"].max().item()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
             if not norm.isfinite():
                 raise RunStopped(
@@ -148,13 +148,33 @@ class Trainer:
         return {"ratio/max_gap": first_gap, **means, "grad_norm": sum(norms) / max(1, len(norms))}
 
     def _evaluate(self, step: int) -> Evaluation:
-        """Evaluate on the fixed seeds; keep the samples, and the weights as they are now."""
+        """Evaluate on the fixed seeds and keep the samples."""
         settings = self.config.evaluation
         found = evaluate(self.policy, self.reward, self.prompts, settings.num_samples, self.config.sampling, self.config.seed)
-        write_samples(found.rollout, self.tracker.run_dir / "samples" / f"step_{step:06d}")
-        self.policy.export(self.tracker.run_dir / "export")
+        self._check_scores(found.rollout)
+        write_samples(found.rollout, self.run_dir / "samples" / f"step_{step:06d}")
         return found
 
 
 def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    return {"eval/reward": evaluation.mean, "eval/reward_se": evaluation.standard_error}
+    return {
+        "eval/reward": evaluation.mean,
+        "eval/reward_se": evaluation.standard_error,
+        "eval/invalid": int((~evaluation.rollout.scores.valid).sum()),
+    }
+
+
+def accumulate_gradient(
+    algorithm: Algorithm, policy: Policy, rollout: Rollout, pairs: Tensor, advantages: Tensor
+) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss over all pairs, in micro-batches; how they are cut changes only rounding.
+
+    Returns:
+        The algorithm's figures, one number a pair.
+    """
+    parts: list[dict[str, Tensor]] = []
+    for micro in chunks(len(pairs), algorithm.micro_batch_size):
+        losses, figures = algorithm.losses(policy, rollout, pairs[micro], advantages)
+        (losses.sum() / len(pairs)).backward()  # type: ignore[no-untyped-call]
+        parts.append(figures)
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

@@ -81,7 +81,7 @@ def _column(values: Tensor, steps: Tensor, like: Tensor) -> Tensor:
 def variance_preserving_grid(
     alphas_cumprod: Tensor,
     num_steps: int,
-    spacing: Literal["leading", "trailing"] = "leading",
+    spacing: Literal["leading", "linspace", "trailing"] = "leading",
     steps_offset: int = 1,
     final_alpha_cumprod: float | None = None,
 ) -> Grid:
@@ -101,10 +101,14 @@ def variance_preserving_grid(
     if spacing == "leading":
         timesteps = torch.arange(num_steps).flip(0) * stride + steps_offset
     elif spacing == "trailing":
-        # Half to even, as NumPy and diffusers round.
+        # Half to even, as NumPy and diffusers round; so does linspace below.
         timesteps = torch.tensor([round(num_train - i * num_train / num_steps) - 1 for i in range(num_steps)])
+    elif spacing == "linspace":
+        timesteps = torch.linspace(0, num_train - 1, num_steps, dtype=torch.float64).round().long().flip(0)
     else:
-        raise ValueError(f"timestep spacing {spacing!r} is not supported: use 'leading' or 'trailing'")
+        raise ValueError(f"timestep spacing {spacing!r} is not supported: use 'leading', 'linspace' or 'trailing'")
+    if timesteps.max() >= num_train:
+        raise ValueError(f"{num_steps} steps with an offset of {steps_offset} leave the model's {num_train} training times")
     following = timesteps - stride
     final = alphas_cumprod[0] if final_alpha_cumprod is None else torch.as_tensor(final_alpha_cumprod)
     now = alphas_cumprod.float()[timesteps]

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import hf_hub_download
 
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import Policy
@@ -17,30 +19,36 @@ def _folder(model: str) -> Path | None:
     """The local folder of a model, or None for a hub id."""
     if model == "emoji":
         return EMBEDDED_MODEL
-    path = Path(model)
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        if not path.is_dir():
-            raise UserError(
-                f"model {model!r} was not found: give 'emoji', a folder in diffusers' format, or a hub id owner/name"
-            )
+    path = Path(model).expanduser()
+    if path.is_dir():
         return path
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(f"model {model!r} was not found: give 'emoji', a folder in diffusers' format, or a hub id owner/name")
     return None
 
 
-def check_model(model: str) -> int | None:
-    """Check a model without loading it; its image size in pixels, or None for a hub id.
+def check_model(model: str) -> int:
+    """Check a model without loading its weights; returns its image size in pixels.
 
     Raises:
-        UserError: see ``check_pipeline_folder``.
+        UserError: it is not there, or of an unsupported family; see ``check_pipeline_folder``.
     """
     folder = _folder(model)
-    return None if folder is None else check_pipeline_folder(folder)
+    if folder is None:
+        try:
+            files = [hf_hub_download(model, name) for name in ("unet/config.json", "vae/config.json", "model_index.json")]
+        except (OSError, ValueError) as error:
+            raise UserError(f"model {model!r} is no folder here, and the hub did not give it: {error}") from error
+        folder = Path(files[-1]).parent
+    return check_pipeline_folder(folder)
 
 
-def load_pipeline(model: str):  # type: ignore[no-untyped-def]
-    """The diffusers pipeline of "emoji", of a folder or of a hub id, in float32, safetensors only."""
-    from diffusers import StableDiffusionPipeline
+def load_pipeline(model: str) -> StableDiffusionPipeline:
+    """The diffusers pipeline of "emoji", of a folder or of a hub id, in float32, safetensors only.
 
+    Raises:
+        UserError: see ``check_model``.
+    """
     check_model(model)
     try:
         return StableDiffusionPipeline.from_pretrained(
@@ -70,6 +78,8 @@ def load_policy(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for, but torch sees no GPU here: use auto or cpu")
     return StableDiffusionPolicy(
         load_pipeline(model),
         lora_rank=lora_rank if training == "lora" else None,
@@ -77,4 +87,5 @@ def load_policy(
         dtype=getattr(torch, dtype),
         device=device,
         seed=seed,
+        source=model,
     )

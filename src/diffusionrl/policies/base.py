@@ -14,7 +14,11 @@ from diffusionrl.transitions import Grid
 class Policy(Protocol):
     """A pipeline seen as a policy: it embeds prompts, denoises, and decodes."""
 
+    source: str
+    """Where the model came from: what ``load_policy`` was given."""
     device: torch.device
+    image_size: int
+    """Height and width of an image, in pixels."""
     latent_shape: tuple[int, ...]
     """The shape of one latent, (C, h, w)."""
 

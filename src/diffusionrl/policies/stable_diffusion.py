@@ -3,7 +3,7 @@
 Adapters and precision. In float32 an adapter is applied in weight space: each pass runs the plain network with weights
 ``W + B A``, through which the gradient reaches A and B. Sampling then costs what the base model costs, and sampling and
 update are the same computation, so the ratio before the first update is exactly 1. In bfloat16 the small ``B A`` would drown
-in the rounding of W; there the adapter runs beside the layer in float32, as peft does it.
+in the rounding of W; there the adapter runs beside its layer, as peft does it, from float32 weights.
 """
 
 import json
@@ -48,7 +48,9 @@ class StableDiffusionPolicy:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         seed: int = 0,
+        source: str = "<pipeline handed over in Python>",
     ) -> None:
+        self.source = source
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self._alphas_cumprod = scheduler.alphas_cumprod
@@ -57,6 +59,7 @@ class StableDiffusionPolicy:
         self._prediction = scheduler.config.prediction_type
         size = self.unet.config.sample_size
         self.latent_shape: tuple[int, ...] = (self.unet.config.in_channels, size, size)
+        self.image_size = size * pipeline.vae_scale_factor
         self._embeddings: dict[str, Tensor] = {}
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.requires_grad_(False).eval().to(self.device)
@@ -143,14 +146,18 @@ class StableDiffusionPolicy:
         """Raises UserError under full fine-tuning, which keeps no copy of the original weights."""
         if not self._adapted:
             raise UserError("full fine-tuning keeps no reference model: train a LoRA (policy.training lora)")
-        if self._weight_space:
+        in_weight_space = self._weight_space
+        if in_weight_space:
             self._weight_space = False
-            yield
-            self._weight_space = True
         else:
             self.unet.disable_adapters()
+        try:
             yield
-            self.unet.enable_adapters()
+        finally:
+            if in_weight_space:
+                self._weight_space = True
+            else:
+                self.unet.enable_adapters()
 
     def export(self, folder: Path) -> None:
         """A LoRA for ``pipe.load_lora_weights(folder)``; after full fine-tuning, a ``unet`` folder."""
@@ -177,15 +184,16 @@ def check_pipeline_folder(folder: Path) -> int:
         raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json. {supported}")
     try:
         found = json.loads(index.read_text())["_class_name"]
-        unet = json.loads((folder / "unet" / "config.json").read_text()) if found == "StableDiffusionPipeline" else None
-        vae = json.loads((folder / "vae" / "config.json").read_text()) if unet is not None else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if found != "StableDiffusionPipeline":
+            raise UserError(f"{folder} holds a {found}. {supported}")
+        unet = json.loads((folder / "unet" / "config.json").read_text())
+        vae = json.loads((folder / "vae" / "config.json").read_text())
+        taken, made = unet["in_channels"], vae.get("latent_channels", 4)
+        image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is no complete diffusers pipeline: {error!r}. {supported}") from error
-    if unet is None or vae is None:
-        raise UserError(f"{folder} holds a {found}. {supported}")
-    if unet["in_channels"] != vae["latent_channels"]:
+    if taken != made:
         raise UserError(
-            f"{folder} is an inpainting or depth model: its UNet takes {unet['in_channels']} channels, "
-            f"its VAE makes {vae['latent_channels']}. {supported}"
+            f"{folder} is an inpainting or depth model: its UNet takes {taken} channels, its VAE makes {made}. {supported}"
         )
-    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(image_size)

@@ -1,11 +1,13 @@
 """One picture of a run: samples before, samples after, and the reward curve between them."""
 
+import math
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from diffusionrl.images import image_grid
 from diffusionrl.tracking import read_metrics
 
 _ROWS, _COLUMNS = 3, 5
@@ -27,8 +29,8 @@ def draw_before_after(run_dir: Path) -> Path:
     fixed = [line for line in metrics if "eval/reward" in line]
     curve.errorbar(
         [line["queries"] for line in fixed],
-        [line["eval/reward"] for line in fixed],
-        [line["eval/reward_se"] for line in fixed],
+        [_number(line["eval/reward"]) for line in fixed],
+        [_number(line["eval/reward_se"]) for line in fixed],
         fmt="o",
         capsize=3,
         label="fixed seeds ± s.e.",
@@ -44,11 +46,11 @@ def draw_before_after(run_dir: Path) -> Path:
 
 
 def _sheet(folder: Path) -> Image.Image:
-    """The first samples of a folder, row by row, with a thin gap."""
+    """The first samples of a folder."""
     tiles = [Image.open(file) for file in sorted(folder.glob("0*.png"))[: _ROWS * _COLUMNS]]
-    side = tiles[0].width
-    gap = max(1, side // 32)
-    sheet = Image.new("RGB", (_COLUMNS * (side + gap) - gap, -(-len(tiles) // _COLUMNS) * (side + gap) - gap), "white")
-    for index, tile in enumerate(tiles):
-        sheet.paste(tile, (index % _COLUMNS * (side + gap), index // _COLUMNS * (side + gap)))
-    return sheet
+    return image_grid(tiles, _COLUMNS, gap=max(1, tiles[0].width // 32))
+
+
+def _number(value: float | None) -> float:
+    """metrics.jsonl writes numbers that are not finite as null."""
+    return math.nan if value is None else value

@@ -10,20 +10,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusionrl.images import to_pil
 from diffusionrl.rewards.base import register
 
 SIZE = 512
 QUALITY = 95
 _THREADS = 2  # Pillow releases the interpreter lock while it resizes and encodes
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] -> an 8-bit RGB image, rounded to nearest."""
-    return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def jpeg_kilobytes(image: Tensor) -> float:
