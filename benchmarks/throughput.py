@@ -25,8 +25,9 @@ HERE = Path(__file__).parent
 TRL = HERE.parent / ".venv-trl"
 TRL_PACKAGES = ["trl==0.23.1", "transformers<5", "diffusers<0.37", "peft<0.18", "pillow"]
 TRL_RECOMMENDED = (6, 3)
-TRL_BATCHES = [(24, 12), (48, 12), (48, 6)]  # (sample, train); train is at most samples / updates
-OUR_BATCHES = (48, 48)
+TRL_BATCHES = [(12, 6), (24, 12)]  # (sample, train); train is at most samples / updates
+OUR_BATCHES = (24, 48)  # (sample, pairs)
+UPDATES = 2
 ABLATIONS: dict[str, list[str]] = {
     "as shipped": [],
     "adapter beside its layers": ["--beside-layers"],
@@ -42,7 +43,7 @@ class Config:
     """Measure throughput."""
 
     rounds: int = 3
-    samples: int = 48
+    samples: int = 24
     ablate: bool = False
     gpu: bool = False
     threads: int = 2
@@ -88,7 +89,7 @@ def compare_with_trl(config: Config) -> dict[str, Any]:
     prompts = HERE.parent / "runs" / "benchmarks" / "prompts.txt"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("\n".join(prompt.text for prompt in load_prompts("ddpo-animals")))
-    common = ["--samples", str(config.samples), "--threads", str(config.threads)]
+    common = ["--samples", str(config.samples), "--threads", str(config.threads), "--updates", str(UPDATES)]
     trl = [*common, "--model", str(EMBEDDED_MODEL), "--prompts", str(prompts)]
     ours = [*common, "--sample-batch", str(OUR_BATCHES[0]), "--train-batch", str(OUR_BATCHES[1])]
     results: dict[str, list[dict[str, Any]]] = {}
@@ -102,7 +103,8 @@ def compare_with_trl(config: Config) -> dict[str, Any]:
 
 
 def ablate(config: Config) -> dict[str, Any]:
-    common = ["--samples", str(config.samples), "--threads", str(config.threads)]
+    common = ["--samples", str(config.samples), "--threads", str(config.threads), "--updates", str(UPDATES)]
+    common += ["--sample-batch", str(OUR_BATCHES[0]), "--train-batch", str(OUR_BATCHES[1])]
     results: dict[str, list[dict[str, Any]]] = {}
     for _ in range(config.rounds):
         for name, options in ABLATIONS.items():

@@ -1,6 +1,5 @@
 """The command line: ``diffusionrl train`` and ``diffusionrl sample``. Torch is imported only when a command runs."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -67,8 +66,8 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     """Preset, then YAML file, then options.
 
     Raises:
-        UserError: no such preset or file, or a value out of range.
-        SystemExit: with code 2, after tyro has named an unknown option or a value of the wrong type.
+        UserError: no such preset or file.
+        SystemExit: with code 2, after tyro has named an unknown option, or a value of the wrong type or out of range.
     """
     preset, rest = _take(list(arguments), "--preset")
     file, rest = _take(rest, "--config")
@@ -76,11 +75,8 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
         raise UserError(f"unknown preset {preset!r}: there are {', '.join(PRESETS)}")
     config = PRESETS[preset or "emoji"]()
     if file is not None:
-        options = _as_options(_read_yaml(Path(file)))
-        with contextlib.suppress(UserError):  # a value out of range may yet be put right by an option
-            tyro.cli(TrainConfig, default=config, args=options, prog=file)
-        rest = options + rest
-    return tyro.cli(TrainConfig, default=config, args=rest, prog="diffusionrl train [--preset NAME] [--config FILE]")
+        rest = _as_options(_read_yaml(Path(file))) + rest
+    return tyro.cli(TrainConfig, default=config, args=rest, prog=f"diffusionrl train --config {file or 'FILE'}")
 
 
 def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:

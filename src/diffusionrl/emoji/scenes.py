@@ -1,6 +1,8 @@
 """Scenes with captions, drawn on the fly from the atlas: the training distribution of the embedded world.
 
-A scene is one or two sprites on a plain pale background of random colour, with random size, place and flip.
+A scene is one or two sprites on a plain pale background of random colour, with random size, place and flip. Sizes and places are
+multiples of 8 pixels, the pitch of the latents: a sprite of one size then has the same latents wherever it stands, which is what
+lets a small UNet learn some 270 sprites from a few hundred thousand samples.
 """
 
 import colorsys
@@ -23,6 +25,7 @@ from diffusionrl.emoji.vocabulary import (
 )
 
 IMAGE_SIZE = 64
+PITCH = 8  # pixels a latent
 KIND_SHARES = {"subject": 0.58, "pair": 0.14, "activity": 0.10, "person": 0.18}
 
 
@@ -50,20 +53,20 @@ def draw_scene(seed: int, index: int, kind: str | None = None) -> Scene:
     if kind == "person":
         occupation, gender = _choice(rng, OCCUPATIONS), _choice(rng, GENDERS)
         tone = _choice(rng, SKIN_TONE_SHARES)
-        _paste(canvas, person(occupation, gender, tone), rng, size=(42, 60))
+        _paste(canvas, person(occupation, gender, tone), rng, sizes=(48, 56))
         return Scene(canvas, with_article(occupation), (), occupation, gender, tone)
     if kind == "subject":
         name = _choice(rng, SUBJECTS)
-        _paste(canvas, name, rng, size=(38, 60))
+        _paste(canvas, name, rng, sizes=(48, 56))
         return Scene(canvas, with_article(name), (name,))
     if kind == "activity":
         animal, activity = _choice(rng, ACTIVE_ANIMALS), _choice(rng, ACTIVITIES)
-        _paste(canvas, animal, rng, size=(32, 38), box=(0, 0, 64, 38))
-        _paste(canvas, activity, rng, size=(24, 27), box=(0, 37, 64, 64))
+        _paste(canvas, animal, rng, sizes=(32, 40), box=(0, 0, 64, 40))
+        _paste(canvas, activity, rng, sizes=(24,), box=(0, 40, 64, 64))
         return Scene(canvas, f"{with_article(animal)} {activity}", (animal,))
     left, right = _choice(rng, SUBJECTS), _choice(rng, SUBJECTS)
-    _paste(canvas, left, rng, size=(27, 32), box=(0, 0, 32, 64))
-    _paste(canvas, right, rng, size=(27, 32), box=(32, 0, 64, 64))
+    _paste(canvas, left, rng, sizes=(24, 32), box=(0, 0, 32, 64))
+    _paste(canvas, right, rng, sizes=(24, 32), box=(32, 0, 64, 64))
     return Scene(canvas, f"{with_article(left)} and {with_article(right)}", (left, right))
 
 
@@ -89,14 +92,14 @@ def _paste(
     canvas: Image.Image,
     name: str,
     rng: np.random.Generator,
-    size: tuple[int, int],
+    sizes: tuple[int, ...],
     box: tuple[int, int, int, int] = (0, 0, IMAGE_SIZE, IMAGE_SIZE),
 ) -> None:
     """Paste a sprite of random size (pixels), flip and place inside the box (left, top, right, bottom)."""
-    side = int(rng.integers(size[0], size[1], endpoint=True))
+    side = int(rng.choice(sizes))
     sprite = load_sprites()[name].resize((side, side), Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    left = int(rng.integers(box[0], box[2] - side, endpoint=True))
-    top = int(rng.integers(box[1], box[3] - side, endpoint=True))
+    left = box[0] + PITCH * int(rng.integers((box[2] - box[0] - side) // PITCH, endpoint=True))
+    top = box[1] + PITCH * int(rng.integers((box[3] - box[1] - side) // PITCH, endpoint=True))
     canvas.paste(sprite, (left, top), sprite)

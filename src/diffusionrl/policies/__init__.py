@@ -53,7 +53,7 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
     try:
         return StableDiffusionPipeline.from_pretrained(
             _folder(model) or model,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
             use_safetensors=True,
             safety_checker=None,
             requires_safety_checker=False,

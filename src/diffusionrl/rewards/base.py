@@ -93,15 +93,15 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequ
 
 
 def _as_floats(returned: Any, count: int) -> Tensor:
-    contract = f"a reward returns one number a sample, here {count}"
+    contract = f"a reward returns one number a sample, here {count}; it returned {_describe(returned)}"
     try:
         if not isinstance(returned, Tensor):
             returned = torch.tensor([float("nan") if value is None else float(value) for value in returned])
         values = returned.detach().cpu().float()
     except (TypeError, ValueError) as error:
-        raise UserError(f"{contract}; it returned {_describe(returned)} ({error})") from error
+        raise UserError(f"{contract} ({error})") from error
     if values.shape != (count,):
-        raise UserError(f"{contract}; it returned {_describe(returned)}")
+        raise UserError(contract)
     return values
 
 
