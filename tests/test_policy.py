@@ -36,7 +36,7 @@ def test_sampling_is_that_of_the_pipeline(make_policy, prediction: str, guidance
 
 
 @pytest.mark.parametrize("targets", ["attention", "all"])
-def test_export_loads_in_plain_diffusers_to_the_pixel(make_policy, load_tiny, tmp_path: Path, targets: str) -> None:  # type: ignore[no-untyped-def]
+def test_export_draws_the_same_image_in_plain_diffusers(make_policy, load_tiny, tmp_path: Path, targets: str) -> None:  # type: ignore[no-untyped-def]
     policy = make_policy(lora_targets=targets)
     policy.export(tmp_path)
     plain = load_tiny()
@@ -126,6 +126,11 @@ def test_bfloat16_network_keeps_float32_around_it(make_policy) -> None:  # type:
     torch.testing.assert_close(images, sample(make_policy(), [0], ["a cat"]), rtol=0, atol=0.1)
     with pytest.raises(UserError, match="float32"):
         make_policy(dtype=torch.bfloat16, lora_rank=None)
+
+
+def test_a_prompt_that_is_cut_short_is_named(make_policy) -> None:  # type: ignore[no-untyped-def]
+    with pytest.warns(UserWarning, match=r"reads 16 of the \d+ tokens of the prompt 'a cat and a cat"):
+        make_policy().embed(["a cat " + "and a cat " * 10])
 
 
 def test_folders_of_other_families_are_named(tiny_folder: Path, tmp_path: Path) -> None:

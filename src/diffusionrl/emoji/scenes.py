@@ -1,8 +1,8 @@
 """Scenes with captions, drawn on the fly from the atlas: the training distribution of the embedded world.
 
-A scene is one or two sprites on a plain pale background of random colour, with random size, place and flip. Sizes and places are
-multiples of 8 pixels, the pitch of the latents: a sprite of one size then has the same latents wherever it stands, which is what
-lets a small UNet learn some 270 sprites from a few hundred thousand samples.
+A scene is one or two sprites on a plain pale background of random colour, with random size, place and flip. Sizes and places
+are multiples of 8 pixels, the pitch of the latents: a sprite of one size then has the same latents wherever it stands, which is
+what lets a small UNet learn some 270 sprites from a few hundred thousand samples.
 """
 
 import colorsys

@@ -7,6 +7,7 @@ in the rounding of W; there the adapter runs beside its layer, as peft does it, 
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,8 +101,14 @@ class StableDiffusionPolicy:
     def embed(self, prompts: Sequence[str]) -> Tensor:
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._embeddings:  # one by one, so that an embedding does not depend on its batch
+                self._warn_if_truncated(prompt)
                 self._embeddings[prompt] = self.pipeline.encode_prompt(prompt, self.device, 1, False)[0].to(self.dtype)
         return torch.cat([self._embeddings[prompt] for prompt in prompts])
+
+    def _warn_if_truncated(self, prompt: str) -> None:
+        limit, length = self.pipeline.tokenizer.model_max_length, len(self.pipeline.tokenizer(prompt).input_ids)
+        if length > limit:
+            warnings.warn(f"the model reads {limit} of the {length} tokens of the prompt {prompt!r}", stacklevel=3)
 
     def denoise(
         self, x: Tensor, timestep: Tensor, alpha: Tensor, sigma: Tensor, embeddings: Tensor, guidance: float
@@ -165,10 +172,12 @@ class StableDiffusionPolicy:
             self.unet.save_pretrained(folder / "unet")
             return
         weights = get_peft_model_state_dict(self.unet)
+        settings = self.unet.peft_config["default"].to_dict()
+        settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
         StableDiffusionPipeline.save_lora_weights(
             folder,
             unet_lora_layers={name: weight.contiguous() for name, weight in weights.items()},
-            unet_lora_adapter_metadata=self.unet.peft_config["default"].to_dict(),
+            unet_lora_adapter_metadata=settings,
         )
 
 

@@ -21,9 +21,9 @@ class ClassifierConfig(TrainingConfig):
     """Train the classifier."""
 
     out: Path = Path("runs/emoji/classifier")
-    num_steps: int = 1500
+    num_steps: int = 1200
     batch_size: int = 128
-    num_scenes: int = 40_000
+    num_scenes: int = 24_000
     """Scenes drawn once and passed over several times."""
 
 

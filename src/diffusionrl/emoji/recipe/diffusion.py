@@ -5,8 +5,8 @@ for guidance. In terms of the error of x0 the loss has the weight min(SNR, 5) + 
 latent channels decide a sprite's shape, and little on the last details. (Epsilon prediction with the weight min(SNR, 5) learned
 colours and textures on the same number of samples, but no shapes.)
 
-For the same reason the latents are scaled to a standard deviation of 0.5, not 1 (Chen, arXiv 2301.10972): at 1, a sprite's shape
-can still be read at a signal-to-noise ratio of 0.2, and most of the schedule would be spent on details.
+For the same reason the latents are scaled to a standard deviation of 0.5, not 1 (Chen, arXiv 2301.10972): at 1, a sprite's
+shape can still be read at a signal-to-noise ratio of 0.2, and most of the schedule would be spent on details.
 """
 
 import json
@@ -35,7 +35,7 @@ class DiffusionConfig(TrainingConfig):
 
     out: Path = Path("runs/emoji/diffusion")
     vae: Path = Path("runs/emoji/vae/vae")
-    num_steps: int = 1650
+    num_steps: int = 2500
     batch_size: int = 128
     learning_rate: float = 4e-3
     num_scenes: int = 24_000
