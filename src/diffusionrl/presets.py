@@ -28,7 +28,7 @@ def emoji() -> TrainConfig:
         sampling=SamplingConfig(num_steps=16, guidance=3.0, batch_size=32),
         policy=PolicyConfig(lora_rank=16, lora_targets="all"),
         algorithm=DDPOConfig(clip_range=_CLIP_TIMES_DIMENSIONS / (8 * 8 * 16), train_fraction=0.5, micro_batch_size=64),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3),
         evaluation=EvaluationConfig(every=0, num_samples=90),
     )
 
