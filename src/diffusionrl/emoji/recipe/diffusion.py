@@ -2,8 +2,7 @@
 
 Stable Diffusion's noise schedule, v prediction as in Stable Diffusion 2 (Salimans & Ho 2022), and one caption in ten left empty
 for guidance. In terms of the error of x0 the loss has the weight min(SNR, 5) + 1: much at high noise, where sixteen redundant
-latent channels decide a sprite's shape, and little on the last details. (Epsilon prediction with the weight min(SNR, 5) learned
-colours and textures on the same number of samples, but no shapes.)
+latent channels decide a sprite's shape, and little on the last details.
 
 For the same reason the latents are scaled to a standard deviation of 0.5, not 1 (Chen, arXiv 2301.10972): at 1, a sprite's
 shape can still be read at a signal-to-noise ratio of 0.2, and most of the schedule would be spent on details.
