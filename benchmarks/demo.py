@@ -39,6 +39,7 @@ def measure(seed: int, run_dir: Path) -> dict[str, float]:
     for folder in sorted((run_dir / "samples").iterdir()):
         rewards.append([json.loads(line)["reward"] for line in (folder / "samples.jsonl").read_text().splitlines()])
     gains = [after - before for before, after in zip(rewards[0], rewards[-1], strict=True)]
+    trained = sum(line.get("time/rollout", 0.0) + line.get("time/update", 0.0) for line in metrics)
     return {
         "seed": seed,
         "before": metrics[0]["eval/reward"],
@@ -47,6 +48,7 @@ def measure(seed: int, run_dir: Path) -> dict[str, float]:
         "standard_error": math.hypot(metrics[0]["eval/reward_se"], metrics[-1]["eval/reward_se"]),
         "paired_standard_error": statistics.stdev(gains) / math.sqrt(len(gains)),
         "queries": metrics[-1]["queries"],
+        "training_seconds": trained,
         "seconds": json.loads((run_dir / "seconds.json").read_text()),
         "largest_ratio_gap": max(line.get("ratio/max_gap", 0.0) for line in metrics),
         "peak_memory_gb": max(line.get("peak_memory_gb", 0.0) for line in metrics),
@@ -55,12 +57,13 @@ def measure(seed: int, run_dir: Path) -> dict[str, float]:
 
 def main(config: Config) -> None:
     rows = [measure(seed, config.out / f"seed_{seed}") for seed in config.seeds]
-    print("\n| seed | before | after | gain | standard errors | queries | seconds |\n|---|---|---|---|---|---|---|")
+    print("\n| seed | before | after | gain | standard errors | queries | training (s) | whole (s) |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         errors = row["gain"] / row["standard_error"]
         print(
             f"| {row['seed']} | {row['before']:.2f} | {row['after']:.2f} | {row['gain']:+.2f} | {errors:.1f} "
-            f"| {row['queries']} | {row['seconds']:.0f} |"
+            f"| {row['queries']} | {row['training_seconds']:.0f} | {row['seconds']:.0f} |"
         )
     (HERE / "demo.json").write_text(json.dumps(rows, indent=2) + "\n")
 

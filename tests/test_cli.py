@@ -23,7 +23,8 @@ from diffusionrl.images import to_pil
 from diffusionrl.policies import StableDiffusionPolicy, load_pipeline
 from diffusionrl.prompts import load_prompts
 
-SMALL = ["--steps", "2", "--prompts-per-step", "8", "--sampling.num-steps", "4", "--sampling.batch-size", "8"]
+SMALL = ["--steps", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--sampling.num-steps", "4"]
+SMALL += ["--sampling.batch-size", "8"]
 SMALL += ["--algorithm.updates-per-step", "2", "--evaluation.num-samples", "4", "--evaluation.every", "0"]
 REQUIRED = {
     *("step", "queries", "reward/mean", "reward/std", "ratio/max_gap", "policy/clip_fraction", "policy/approx_kl"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusionrl import seeds
 from diffusionrl.algorithms import DDPO
 from diffusionrl.algorithms.ddpo import clipped_loss
-from diffusionrl.config import DDPOConfig, SamplingConfig, TrainConfig
+from diffusionrl.config import DDPOConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.policies.base import chunks
 from diffusionrl.prompts import Prompt
@@ -178,6 +178,17 @@ def test_trained_steps_are_drawn_without_replacement(make_policy, fraction: floa
     assert torch.equal(pairs, all_pairs(algorithm, rollout))
 
 
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+def test_a_denoising_step_counts_by_a_power_of_its_fresh_noise(make_policy, power: float) -> None:  # type: ignore[no-untyped-def]
+    policy = make_policy({"steps_offset": 0, "set_alpha_to_one": True})
+    rollout = rollout_of(policy)
+    pairs = all_pairs(DDPO(DDPOConfig(), 3.0), rollout)
+    plain, _ = DDPO(DDPOConfig(), 3.0).losses(policy, rollout, pairs, torch.ones(6))
+    weighted, _ = DDPO(DDPOConfig(step_weight_power=power), 3.0).losses(policy, rollout, pairs, torch.ones(6))
+    fresh = rollout.table.fresh[:3]  # the last row has none
+    torch.testing.assert_close(weighted / plain, (fresh**power / (fresh**power).mean())[pairs[:, 1]])
+
+
 def test_last_step_without_noise_is_left_out_and_the_loss_is_finite(make_policy) -> None:  # type: ignore[no-untyped-def]
     """With steps_offset 0 the last sigma is 0: log sigma would be minus infinity."""
     policy = make_policy({"steps_offset": 0, "set_alpha_to_one": True})
@@ -215,6 +226,18 @@ def test_optimizer_steps_of_a_training_step(make_policy, tmp_path: Path, variant
     assert len(counted) == updates
     assert metrics["ratio/max_gap"] < 1e-5
     assert metrics["policy/approx_kl"] > 0 if updates > 1 else metrics["policy/approx_kl"] < 1e-10
+
+
+def test_warmup_scales_the_first_updates(make_policy, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    algorithm = DDPOConfig()
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup=4, weight_decay=0.0)
+    config = TrainConfig(prompts_per_step=8, sampling=SAMPLING, algorithm=algorithm, optimizer=optimizer)
+    trainer = Trainer(make_policy(), brightness, [Prompt("a cat")], DDPO(algorithm, 3.0), config, tmp_path / "run")
+    rates: list[float] = []
+    trainer.optimizer.register_step_pre_hook(lambda found, *_: rates.append(found.param_groups[0]["lr"]))
+    trainer.step(1)
+    trainer.step(2)
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3] + [1e-3] * 5)
 
 
 def test_defaults_are_the_papers() -> None:

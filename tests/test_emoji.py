@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.emoji.classifier import load_classifier, name_subjects
+from diffusionrl.emoji.recipe.tokenizer import train_tokenizer
 from diffusionrl.emoji.recipe.vae import EVALUATION_SEED, evaluate_vae
 from diffusionrl.emoji.scenes import KIND_SHARES, draw_images, draw_scene
 from diffusionrl.emoji.sprites import load_sprites
@@ -83,3 +84,9 @@ def test_samples_show_what_was_asked_for() -> None:
     published = json.loads((Path(EMBEDDED_MODEL).parent / "figures.json").read_text())
     assert published["subject_accuracy"] >= 0.9
     assert scores.values.mean() >= 0.85
+
+
+def test_training_the_tokenizer_twice_gives_the_same_one(tmp_path: Path) -> None:
+    """A resumed recipe trains it again, and captions must keep their tokens."""
+    vocabularies = [train_tokenizer(tmp_path / str(i)).get_vocab() for i in range(3)]
+    assert vocabularies[0] == vocabularies[1] == vocabularies[2]

@@ -69,6 +69,8 @@ class OptimizerConfig:
 
     learning_rate: float = 3e-4
     """3e-4 for a LoRA; the paper's 1e-5 for the whole UNet."""
+    warmup: int = 0
+    """Updates over which the learning rate rises from 0: AdamW's first steps are at full length, however noisy the gradient."""
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 1e-4
@@ -77,6 +79,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
+        _require(self.warmup >= 0, f"optimizer.warmup must not be negative, not {self.warmup}")
         _require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
         _require(self.epsilon >= 0, f"optimizer.epsilon must not be negative, not {self.epsilon}")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
@@ -106,6 +109,9 @@ class DDPOConfig:
     """Optimizer steps on the samples of one step. "sf" takes exactly 1."""
     train_fraction: float = 1.0
     """Share of the denoising steps that is trained, drawn anew for every sample; less is faster and noisier."""
+    step_weight_power: float = 0.0
+    """A denoising step counts in proportion to (its fresh noise) ** this: 0, as published, all alike; 1, their gradients
+    are about equally long; 2, the last steps, which have hardly any fresh noise, hardly count."""
     micro_batch_size: int = 32
     """(sample, denoising step) pairs in one forward pass of an update: memory and speed, not results."""
 
@@ -113,6 +119,7 @@ class DDPOConfig:
         _require(self.clip_range > 0, f"algorithm.clip_range must be positive, not {self.clip_range}")
         _require(self.advantage_clip > 0, f"algorithm.advantage_clip must be positive, not {self.advantage_clip}")
         _require(0 < self.train_fraction <= 1, f"algorithm.train_fraction must lie in (0, 1], not {self.train_fraction}")
+        _require(self.step_weight_power >= 0, f"algorithm.step_weight_power must not be negative, not {self.step_weight_power}")
         _require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
         _require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
         _require(

@@ -49,6 +49,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, settings.learning_rate, settings.betas, settings.epsilon, settings.weight_decay
         )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda update: min(1.0, (update + 1) / max(1, settings.warmup))
+        )
         self.run_dir = run_dir
 
     def run(self) -> TrainResult:
@@ -142,6 +145,7 @@ class Trainer:
                     "Try a lower optimizer.learning_rate or policy.dtype float32"
                 )
             self.optimizer.step()
+            self.schedule.step()
             self.optimizer.zero_grad()
             norms.append(norm.item())
         means = {key: torch.cat(values).mean().item() for key, values in logged.items() if key != "ratio_gap"}

@@ -13,6 +13,10 @@ Where the paper is silent or its code departs from it, this file follows the cod
   dimensions; ``logprob_reduction`` says which, and ``clip_range`` is in its units;
 - advantages are clamped (at 5, as in the PyTorch release; 10 in JAX);
 - steps whose fresh noise is 0 carry no log-probability and are left out.
+
+An option that is not in the paper: ``step_weight_power`` weighs denoising steps by a power of their fresh noise (1 as in
+TempFlow-GRPO). A step's gradient is residual / fresh^2 * dmean, about as long as 1 / fresh, so on coarse grids the noise of the
+last steps drowns the rest.
 """
 
 from typing import Any
@@ -25,7 +29,7 @@ from diffusionrl.advantages import PromptStatistics, batch_advantages, group_adv
 from diffusionrl.config import DDPOConfig
 from diffusionrl.policies.base import Policy
 from diffusionrl.rollout import Rollout, denoise_step
-from diffusionrl.transitions import log_density
+from diffusionrl.transitions import SamplerTable, log_density
 
 
 def clipped_loss(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
@@ -73,11 +77,16 @@ class DDPO:
         score_function = self.config.variant == "sf"
         loss = -advantage * log_prob if score_function else clipped_loss(advantage, ratio, self.config.clip_range)
         distance = (ratio.detach() - 1).abs()
-        return loss, {
+        return loss * self._step_weights(rollout.table).to(x.device)[step], {
             "ratio_gap": distance,
             "policy/clip_fraction": (distance > self.config.clip_range).float(),
             "policy/approx_kl": 0.5 * log_ratio.detach() ** 2,
         }
+
+    def _step_weights(self, table: SamplerTable) -> Tensor:
+        """(T,), of mean 1 over the stochastic steps."""
+        weights = table.fresh**self.config.step_weight_power
+        return weights / weights[table.fresh > 0].mean()
 
     def state_dict(self) -> dict[str, Any]:
         return {"prompt_statistics": self.statistics.state_dict()}

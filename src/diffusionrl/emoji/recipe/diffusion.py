@@ -34,7 +34,7 @@ class DiffusionConfig(TrainingConfig):
 
     out: Path = Path("runs/emoji/diffusion")
     vae: Path = Path("runs/emoji/vae/vae")
-    num_steps: int = 2500
+    num_steps: int = 5000
     batch_size: int = 128
     learning_rate: float = 4e-3
     num_scenes: int = 24_000

@@ -20,12 +20,21 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    trainer = trainers.BpeTrainer(vocab_size=_VOCABULARY_SIZE, end_of_word_suffix="</w>", show_progress=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [f"{letter}</w>" for letter in alphabet]
+    # Merges that are equally frequent go by their tokens' ids, which the trainer hands out in the order of a hash map, but for
+    # the initial alphabet and the special tokens.
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY_SIZE,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        special_tokens=endings,
+        show_progress=False,
+    )
     captions = [prompt for prompts in prompt_sets().values() for prompt in prompts] + ["and"] * 20
     tokenizer.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [f"{letter}</w>" for letter in alphabet] + ["".join(merge) for merge in merges] + [BEGIN, END]
+    tokens = alphabet + endings + ["".join(merge) for merge in merges] + [BEGIN, END]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
