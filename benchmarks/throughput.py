@@ -25,16 +25,16 @@ HERE = Path(__file__).parent
 TRL = HERE.parent / ".venv-trl"
 TRL_PACKAGES = ["trl==0.23.1", "transformers<5", "diffusers<0.37", "peft<0.18", "pillow"]
 TRL_RECOMMENDED = (6, 3)
-TRL_BATCHES = [(12, 6), (24, 12)]  # (sample, train); train is at most samples / updates
-OUR_BATCHES = (24, 48)  # (sample, pairs)
-UPDATES = 2
+TRL_BATCHES = [(12, 6), (48, 12)]  # (sample, train); train is at most samples / updates
+OUR_BATCHES = (48, 48)  # (sample, pairs)
+UPDATES = 4
 ABLATIONS: dict[str, list[str]] = {
     "as shipped": [],
     "adapter beside its layers": ["--beside-layers"],
     "channels first": ["--channels-first"],
     "update in micro-batches of 12": ["--train-batch", "12"],
     "sampling in batches of 6": ["--sample-batch", "6"],
-    "torch.compile (beside its layers)": ["--beside-layers", "--compile"],
+    "update in micro-batches of 96": ["--train-batch", "96"],
 }
 
 
@@ -43,7 +43,7 @@ class Config:
     """Measure throughput."""
 
     rounds: int = 3
-    samples: int = 24
+    samples: int = 48
     ablate: bool = False
     gpu: bool = False
     threads: int = 2

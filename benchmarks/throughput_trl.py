@@ -7,6 +7,7 @@ import resource
 import time
 
 import torch
+from accelerate import PartialState
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 
@@ -43,6 +44,7 @@ def main() -> None:
         save_freq=10**9,  # no checkpoint inside a timed step
         seed=0,
     )
+    PartialState()  # TRL's pipeline logs before its trainer has made one
     pipeline = DefaultDDPOStableDiffusionPipeline(options.model, pretrained_model_revision=None, use_lora=True)
     trainer = DDPOTrainer(
         config,

@@ -127,14 +127,17 @@ class StableDiffusionPolicy:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             inputs = (x, timestep, embeddings)
             if self._weight_space:
-                return torch.func.functional_call(self.unet, self._merged_weights(), inputs).sample
+                return torch.func.functional_call(self.unet, self._merged_weights(), inputs, tie_weights=False).sample
             return self.unet(*inputs).sample.float()
 
     def _merged_weights(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.base_layer.weight": layer.base_layer.weight + layer.get_delta_weight("default")
-            for name, layer in self._adapted.items()
-        }
+        """W + B A of every adapted layer; a kernel counts as the matrix (out, in * height * width). Alpha is the rank."""
+        merged = {}
+        for name, layer in self._adapted.items():
+            weight = layer.base_layer.weight
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            merged[f"{name}.base_layer.weight"] = weight + (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+        return merged
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class PublishConfig:
 def publish(config: PublishConfig) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(config.runs / "diffusion" / "pipeline", safety_checker=None)
     pipeline.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
+    for file in ("vocab.json", "merges.txt"):  # which transformers before 5 reads
+        shutil.copy(config.runs / "diffusion" / "tokenizer" / file, WEIGHTS / "pipeline" / "tokenizer" / file)
     classifier = load_file(config.runs / "classifier" / "classifier.safetensors")
     save_file({name: weight.half() for name, weight in classifier.items()}, WEIGHTS / "classifier.safetensors")
     figures: dict[str, float] = {}
