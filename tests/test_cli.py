@@ -94,6 +94,15 @@ def test_a_written_config_reads_back(tmp_path: Path, preset: str) -> None:
     assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+def test_another_algorithm_begins_at_its_defaults(tmp_path: Path) -> None:
+    from diffusionrl.config import RWRConfig, to_yaml
+
+    config = parse_train(["--algorithm.name", "rwr", "--algorithm.variant", "sparse", "--sampling.eta", "0"])
+    assert config.algorithm == RWRConfig(variant="sparse")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
+
+
 def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
     (tmp_path / "sf.yaml").write_text("algorithm:\n  variant: sf\n")
     config = parse_train(["--config", str(tmp_path / "sf.yaml"), "--algorithm.updates-per-step", "1"])
@@ -113,6 +122,9 @@ def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
         (["--steps", "0"], "steps must be at least 1"),
         (["--algorithm.train-fraction", "2"], r"must lie in (0, 1]"),
         (["--sampling.eta", "0"], "needs fresh noise"),
+        (["--algorithm.name", "ppo"], "unknown algorithm 'ppo': there are ddpo, rwr"),
+        (["--algorithm.name", "rwr", "--algorithm.percentile", "90"], "must lie in [0, 1]"),
+        (["--algorithm.name", "rwr", "--algorithm.clip-range", "1"], "--algorithm.clip-range"),
         (["--sampling.eta", "3"], "lower eta"),
         (["--sampling.num-steps", "2000"], "must lie between 1 and"),
         (["--sampling.sampler", "flow_grpo"], "linear flow"),

@@ -33,7 +33,7 @@ def batch_advantages(scores: Scores) -> Tensor:
 def group_advantages(scores: Scores, prompts: Sequence[str]) -> Tensor:
     """Relative to the valid samples of the same prompt in this step. Returns (N,)."""
     advantages = torch.zeros_like(scores.values)
-    for members in _members(prompts).values():
+    for members in members_of(prompts).values():
         reference = scores.values[members][scores.valid[members]]
         advantages[members] = standardise(scores.values[members], reference)
     return advantages * scores.valid
@@ -53,7 +53,7 @@ class PromptStatistics:
     def advantages(self, scores: Scores, prompts: Sequence[str]) -> Tensor:
         """Remember the valid scores, then standardise every sample. Returns (N,)."""
         advantages = torch.zeros_like(scores.values)
-        for prompt, members in _members(prompts).items():
+        for prompt, members in members_of(prompts).items():
             buffer = self._buffers.setdefault(prompt, deque(maxlen=self.buffer_size))
             buffer.extend(scores.values[members][scores.valid[members]].tolist())
             remembered = torch.tensor(list(buffer))
@@ -69,7 +69,8 @@ class PromptStatistics:
         self._buffers = {prompt: deque(rewards, maxlen=self.buffer_size) for prompt, rewards in state.items()}
 
 
-def _members(prompts: Sequence[str]) -> dict[str, list[int]]:
+def members_of(prompts: Sequence[str]) -> dict[str, list[int]]:
+    """The indices of each prompt's samples."""
     members: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         members.setdefault(prompt, []).append(index)

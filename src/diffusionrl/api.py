@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusionrl.algorithms import DDPO, Algorithm
+from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import TrainConfig
 from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
@@ -31,7 +31,7 @@ def train(
         policy: from ``load_policy``, or your own.
         reward: any function (images, prompts, metadata) -> scores; see ``diffusionrl.rewards.base.Reward``.
         prompts: texts, or ``Prompt`` with metadata.
-        algorithm: an object like those in ``diffusionrl.algorithms``; by default DDPO with ``config.algorithm``.
+        algorithm: an object like those in ``diffusionrl.algorithms``; by default the one of ``config.algorithm``.
 
     Raises:
         UserError: something that the user can mend; raised before anything slow, with nothing written.
@@ -60,8 +60,7 @@ def train(
     try_reward(reward, image_size, [p.text for p in samples], [p.metadata for p in samples])
     trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
     make_table(trained, config.sampling)
-    algorithm = algorithm or DDPO(config.algorithm, config.sampling.guidance)
-    return Trainer(trained, reward, chosen, algorithm, config, run_dir).run()
+    return Trainer(trained, reward, chosen, algorithm or make_algorithm(config), config, run_dir).run()
 
 
 def _as_prompt(prompt: str | Prompt) -> Prompt:

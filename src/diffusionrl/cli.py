@@ -1,5 +1,6 @@
 """The command line: ``diffusionrl train`` and ``diffusionrl sample``. Torch is imported only when a command runs."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import tyro
 import yaml
 
-from diffusionrl.config import SamplingConfig, TrainConfig
+from diffusionrl.config import ALGORITHMS, SamplingConfig, TrainConfig
 from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.presets import PRESETS
 
@@ -76,7 +77,14 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     config = PRESETS[preset or "emoji"]()
     if file is not None:
         rest = _as_options(_read_yaml(Path(file))) + rest
-    return tyro.cli(TrainConfig, default=config, args=rest, prog=f"diffusionrl train --config {file or 'FILE'}")
+    while (taken := _take(rest, "--algorithm.name"))[0] is not None:  # the last one wins
+        name, rest = taken
+        if name not in ALGORITHMS:
+            raise UserError(f"unknown algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
+        if name != config.algorithm.name:
+            config = dataclasses.replace(config, algorithm=ALGORITHMS[name]())
+    kind = tyro.conf.AvoidSubcommands[TrainConfig]
+    return tyro.cli(kind, default=config, args=rest, prog=f"diffusionrl train --config {file or 'FILE'}")
 
 
 def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:

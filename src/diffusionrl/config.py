@@ -90,6 +90,8 @@ class OptimizerConfig:
 class DDPOConfig:
     """DDPO; see docs/ddpo.md."""
 
+    name: Literal["ddpo"] = "ddpo"
+    """The algorithm."""
     variant: Literal["is", "sf"] = "is"
     """Importance sampling with clipping, several updates a step; or score function (REINFORCE), one update a step."""
     clip_range: float = 1e-4
@@ -133,6 +135,41 @@ class DDPOConfig:
 
 
 @dataclass(frozen=True)
+class RWRConfig:
+    """Reward-weighted regression; see docs/rwr.md."""
+
+    name: Literal["rwr"] = "rwr"
+    """The algorithm."""
+    variant: Literal["rwr", "sparse"] = "rwr"
+    """Samples weighted by exp(inverse_temperature * reward); or the best ones alone, all alike."""
+    inverse_temperature: float = 0.2
+    """In units of 1 / reward: 0.2 is for kilobytes ("rwr" only)."""
+    percentile: float = 0.9
+    """Rewards at or above it are trained on ("sparse" only)."""
+    normalisation: Literal["prompt", "batch"] = "prompt"
+    """Weights over the samples of one prompt, or of the whole step. One sample alone always has weight 1."""
+    updates_per_step: int = 400
+    """Optimizer steps on the samples of one step."""
+    batch_size: int = 128
+    """Samples in one optimizer step, each at a time of its own."""
+    micro_batch_size: int = 32
+    """Samples in one forward pass of an update: memory and speed, not results."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.inverse_temperature > 0, f"algorithm.inverse_temperature must be positive, not {self.inverse_temperature}"
+        )
+        _require(0 <= self.percentile <= 1, f"algorithm.percentile must lie in [0, 1], not {self.percentile}")
+        _require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
+        _require(self.batch_size >= 1, f"algorithm.batch_size must be at least 1, not {self.batch_size}")
+        _require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
+
+
+AlgorithmConfig = DDPOConfig | RWRConfig
+ALGORITHMS: dict[str, type[AlgorithmConfig]] = {"ddpo": DDPOConfig, "rwr": RWRConfig}
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """The fixed seeds and prompts on which runs are compared."""
 
@@ -169,7 +206,7 @@ class TrainConfig:
     """The run folder, in place of runs/NAME."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    algorithm: DDPOConfig = field(default_factory=DDPOConfig)
+    algorithm: AlgorithmConfig = field(default_factory=DDPOConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -181,13 +218,17 @@ class TrainConfig:
         _require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         _require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
         _require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        if isinstance(self.algorithm, DDPOConfig):
+            self._check_ddpo(self.algorithm)
+
+    def _check_ddpo(self, algorithm: DDPOConfig) -> None:
         _require(
-            self.samples_per_step % self.algorithm.updates_per_step == 0,
+            self.samples_per_step % algorithm.updates_per_step == 0,
             f"{self.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut into "
-            f"algorithm.updates_per_step = {self.algorithm.updates_per_step} equal updates",
+            f"algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
         )
         _require(
-            self.algorithm.normalisation != "group" or self.samples_per_prompt > 1,
+            algorithm.normalisation != "group" or self.samples_per_prompt > 1,
             "algorithm.normalisation 'group' compares the samples of one prompt: set samples_per_prompt above 1",
         )
         _require(

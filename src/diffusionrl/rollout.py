@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from diffusionrl.prompts import Prompt
 from diffusionrl.rewards.base import Reward, Scores, score
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
 
+Needs = Literal["trajectories", "endpoints"]
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -25,8 +28,9 @@ class Rollout:
         table: the sampler that made them.
         prompts: N prompts.
         embeddings: (N, L, D).
-        latents: float32, (N, T + 1, C, h, w), from pure noise to the endpoint.
-        log_probs: float32, (N, T), of the stored latents under the policy that drew them; 0 on deterministic rows.
+        latents: float32, (N, T + 1, C, h, w), from pure noise to the endpoint; (N, 1, C, h, w) where only endpoints are kept.
+        log_probs: float32, (N, T), of the stored latents under the policy that drew them; 0 on deterministic rows; (N, 0) where
+            only endpoints are kept.
         images: float32 in [0, 1], (N, 3, H, W), on the CPU.
         scores: N scores.
         seconds: time spent in "rollout" and, overlapping it, in "reward".
@@ -98,8 +102,13 @@ def collect(
     purpose: str,
     step: int,
     reduction: Reduction = "mean",
+    needs: Needs = "trajectories",
 ) -> Rollout:
     """Sample one image a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone.
+
+    Args:
+        reduction: of the log-probabilities over the latent dimensions.
+        needs: what is kept of a sample, its trajectory or its endpoint.
 
     Raises:
         UserError: the reward broke its contract (see ``score``).
@@ -113,10 +122,11 @@ def collect(
             chunk = prompts[part]
             noise = seeds.normal(seed, purpose, step, list(range(part.start, part.stop)), shape).to(policy.device)
             embeddings.append(policy.embed([prompt.text for prompt in chunk]))
-            drawn = sample_trajectories(policy, table, embeddings[-1], noise, sampling.guidance, reduction)
-            latents.append(drawn[0])
-            log_probs.append(drawn[1])
-            images.append(policy.decode(drawn[0][:, -1]).cpu())
+            path, densities = sample_trajectories(policy, table, embeddings[-1], noise, sampling.guidance, reduction)
+            whole = needs == "trajectories"
+            latents.append(path if whole else path[:, -1:].clone())
+            log_probs.append(densities if whole else densities[:, :0])
+            images.append(policy.decode(path[:, -1]).cpu())
             futures.append(pool.submit(_timed_score, reward, images[-1], chunk))
         rollout_seconds = time.perf_counter() - began
         scores, reward_seconds = _gather(futures)

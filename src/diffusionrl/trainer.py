@@ -88,6 +88,7 @@ class Trainer:
             "rollout",
             step,
             self.algorithm.logprob_reduction,
+            self.algorithm.needs,
         )
         self._check_scores(rollout)
         advantages = self.algorithm.advantages(rollout)
@@ -124,20 +125,18 @@ class Trainer:
             )
 
     def _update(self, rollout: Rollout, advantages: Tensor, step: int) -> dict[str, float]:
-        seed, algorithm = self.config.seed, self.algorithm
-        order = torch.randperm(len(rollout.prompts), generator=seeds.torch_generator(seed, "update_order", step))
         logged: dict[str, list[Tensor]] = {}
         norms: list[float] = []
-        first_gap = 0.0
-        for part in order.chunk(algorithm.updates_per_step):
-            pairs = algorithm.pairs(rollout, part[rollout.scores.valid[part]], seed, step)
-            if len(pairs) == 0:
+        first: dict[str, float] = {}
+        for rows in self.algorithm.updates(rollout, advantages, self.config.seed, step):
+            if len(rows) == 0:
                 continue
-            figures = accumulate_gradient(algorithm, self.policy, rollout, pairs, advantages)
+            figures = accumulate_gradient(self.algorithm, self.policy, rollout, rows, advantages)
+            gap = figures.pop("ratio_gap", None)
+            if gap is not None:
+                first.setdefault("ratio/max_gap", gap.max().item())
             for key, values in figures.items():
                 logged.setdefault(key, []).append(values)
-            if not norms and "ratio_gap" in figures:
-                first_gap = figures["ratio_gap"].max().item()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
             if not norm.isfinite():
                 raise RunStopped(
@@ -148,8 +147,8 @@ class Trainer:
             self.schedule.step()
             self.optimizer.zero_grad()
             norms.append(norm.item())
-        means = {key: torch.cat(values).mean().item() for key, values in logged.items() if key != "ratio_gap"}
-        return {"ratio/max_gap": first_gap, **means, "grad_norm": sum(norms) / max(1, len(norms))}
+        means = {key: torch.cat(values).mean().item() for key, values in logged.items()}
+        return first | means | {"grad_norm": sum(norms) / max(1, len(norms))}
 
     def _evaluate(self, step: int) -> Evaluation:
         """Evaluate on the fixed seeds and keep the samples."""
@@ -169,16 +168,16 @@ def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
 
 
 def accumulate_gradient(
-    algorithm: Algorithm, policy: Policy, rollout: Rollout, pairs: Tensor, advantages: Tensor
+    algorithm: Algorithm, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over all pairs, in micro-batches; how they are cut changes only rounding.
+    """Add the gradient of the mean loss over all rows, in micro-batches; how they are cut changes only rounding.
 
     Returns:
-        The algorithm's figures, one number a pair.
+        The algorithm's figures, one number a row.
     """
     parts: list[dict[str, Tensor]] = []
-    for micro in chunks(len(pairs), algorithm.micro_batch_size):
-        losses, figures = algorithm.losses(policy, rollout, pairs[micro], advantages)
-        (losses.sum() / len(pairs)).backward()  # type: ignore[no-untyped-call]
+    for micro in chunks(len(rows), algorithm.micro_batch_size):
+        losses, figures = algorithm.losses(policy, rollout, rows[micro], advantages)
+        (losses.sum() / len(rows)).backward()  # type: ignore[no-untyped-call]
         parts.append(figures)
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

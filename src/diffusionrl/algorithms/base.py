@@ -1,31 +1,33 @@
 """What the trainer asks of an algorithm."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from diffusionrl.policies.base import Policy
-from diffusionrl.rollout import Rollout
+from diffusionrl.rollout import Needs, Rollout
 from diffusionrl.transitions import Reduction
 
 
 class Algorithm(Protocol):
-    """How a batch of samples becomes losses. Work is cut into (sample, step) pairs, which may be batched in any way."""
+    """How a batch of samples becomes losses. Work is cut into rows of integers, which may be batched in any way."""
 
-    updates_per_step: int
-    micro_batch_size: int
+    needs: Needs
+    """What must be collected: whole trajectories with their log-probabilities, or endpoints only."""
     logprob_reduction: Reduction
+    micro_batch_size: int
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """One number a sample, (N,), float32. Called once a step: running statistics are updated here."""
         ...
 
-    def pairs(self, rollout: Rollout, samples: Tensor, seed: int, step: int) -> Tensor:
-        """The (sample, denoising step) pairs that an update on these valid samples runs over, (P, 2)."""
+    def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
+        """The work of each optimizer step: rows (R, K) of integers, of which the first is a valid sample's index."""
         ...
 
-    def losses(self, policy: Policy, rollout: Rollout, pairs: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair, (P,), with gradient; and figures to log, each (P,), without."""
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each row, (R,), with gradient; and figures to log, each (R,), without."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ TempFlow-GRPO). A step's gradient is residual / fresh^2 * dmean, about as long a
 last steps drowns the rest.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from diffusionrl import seeds
 from diffusionrl.advantages import PromptStatistics, batch_advantages, group_advantages
 from diffusionrl.config import DDPOConfig
 from diffusionrl.policies.base import Policy
-from diffusionrl.rollout import Rollout, denoise_step
+from diffusionrl.rollout import Needs, Rollout, denoise_step
 from diffusionrl.transitions import SamplerTable, log_density
 
 
@@ -42,8 +43,8 @@ class DDPO:
 
     def __init__(self, config: DDPOConfig, guidance: float) -> None:
         self.config, self.guidance = config, guidance
-        self.updates_per_step, self.micro_batch_size = config.updates_per_step, config.micro_batch_size
-        self.logprob_reduction = config.logprob_reduction
+        self.needs: Needs = "trajectories"
+        self.micro_batch_size, self.logprob_reduction = config.micro_batch_size, config.logprob_reduction
         self.statistics = PromptStatistics(config.buffer_size, config.min_count)
 
     def advantages(self, rollout: Rollout) -> Tensor:
@@ -56,7 +57,13 @@ class DDPO:
             advantages = batch_advantages(rollout.scores)
         return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
+    def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
+        order = torch.randperm(len(rollout.prompts), generator=seeds.torch_generator(seed, "update_order", step))
+        for part in order.chunk(self.config.updates_per_step):
+            yield self.pairs(rollout, part[rollout.scores.valid[part]], seed, step)
+
     def pairs(self, rollout: Rollout, samples: Tensor, seed: int, step: int) -> Tensor:
+        """The (sample, denoising step) pairs that an update on these samples runs over, (P, 2)."""
         stochastic = (rollout.table.fresh > 0).nonzero().flatten()
         count = max(1, round(self.config.train_fraction * len(stochastic)))
         pairs = []
@@ -66,8 +73,8 @@ class DDPO:
             pairs.append(torch.stack([torch.full_like(chosen, sample), chosen], 1))
         return torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
 
-    def losses(self, policy: Policy, rollout: Rollout, pairs: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sample, step = pairs.to(rollout.latents.device).unbind(1)
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sample, step = rows.to(rollout.latents.device).unbind(1)
         x, following = rollout.latents[sample, step], rollout.latents[sample, step + 1]
         mean, std = denoise_step(policy, rollout.table, x, step, rollout.embeddings[sample], self.guidance)
         log_prob = log_density(following, mean, std, self.logprob_reduction)

@@ -22,6 +22,13 @@ class Policy(Protocol):
     latent_shape: tuple[int, ...]
     """The shape of one latent, (C, h, w)."""
 
+    num_train_timesteps: int
+    """The model was trained at the timesteps 0 ... num_train_timesteps - 1."""
+
+    def noise_level(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of the path at timesteps of training, (B,) each, on the CPU."""
+        ...
+
     def grid(self, num_steps: int) -> Grid:
         """The model's own time grid."""
         ...

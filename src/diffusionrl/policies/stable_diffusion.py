@@ -55,6 +55,7 @@ class StableDiffusionPolicy:
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self._alphas_cumprod = scheduler.alphas_cumprod
+        self.num_train_timesteps = len(self._alphas_cumprod)
         self._final_alpha_cumprod = float(scheduler.final_alpha_cumprod)
         self._spacing, self._steps_offset = scheduler.config.timestep_spacing, scheduler.config.steps_offset
         self._prediction = scheduler.config.prediction_type
@@ -91,6 +92,10 @@ class StableDiffusionPolicy:
             for weight in (down, up):
                 weight.data = weight.data.to(self.device)
                 weight.requires_grad_(True)
+
+    def noise_level(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self._alphas_cumprod[timesteps]
+        return kept.sqrt(), (1 - kept).sqrt()
 
     def grid(self, num_steps: int) -> Grid:
         return variance_preserving_grid(

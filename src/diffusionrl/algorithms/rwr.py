@@ -1,0 +1,92 @@
+"""RWR and RWR-sparse: reward-weighted regression, the baselines of DDPO (Black et al., arXiv 2305.13301, Sec. 4.1, App. D).
+
+Generation is a decision process of one step: the state is the prompt c, the action the image x0. Its likelihood cannot be
+computed, so a bound stands in for it, the denoising loss, weighted by what the image scored:
+
+    L = E[ w(x0, c) * |noise - noise_theta(alpha_t x0 + sigma_t noise, t, c)|^2 ],        noise ~ N(0, I)
+    RWR           w = softmax(beta * r), times the number of samples: its mean is 1
+    RWR-sparse    w = 1 where r is at or above the percentile, 0 elsewhere; only the former are trained on
+
+over the samples of one prompt or of the whole step, for t uniform over the times that the model was trained at. With guidance,
+the guided prediction is trained, as in the paper (App. E.1). A step's samples are passed over in shuffled batches until
+``updates_per_step`` optimizer steps are made, with fresh times and noise at every pass.
+
+The paper weights per prompt; its code does so for the aesthetic reward only, and elsewhere over the step:
+``normalisation`` says which. Rewards are in the units of the reward: ``inverse_temperature`` 0.2 is for kilobytes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusionrl import seeds
+from diffusionrl.advantages import members_of
+from diffusionrl.config import RWRConfig
+from diffusionrl.policies.base import Policy
+from diffusionrl.rollout import Needs, Rollout
+from diffusionrl.transitions import Reduction
+
+
+class RWR:
+    """RWR and RWR-sparse. An "advantage" is a sample's weight."""
+
+    needs: Needs = "endpoints"
+    logprob_reduction: Reduction = "mean"
+
+    def __init__(self, config: RWRConfig, guidance: float) -> None:
+        self.config, self.guidance = config, guidance
+        self.micro_batch_size = config.micro_batch_size
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        scores = rollout.scores
+        weights = torch.zeros_like(scores.values)
+        texts = [prompt.text if self.config.normalisation == "prompt" else "" for prompt in rollout.prompts]
+        for indices in members_of(texts).values():
+            members = torch.tensor(indices)
+            members = members[scores.valid[members]]
+            if len(members):
+                weights[members] = self._weigh(scores.values[members].double()).float()
+        return weights
+
+    def _weigh(self, rewards: Tensor) -> Tensor:
+        if self.config.variant == "sparse":
+            return (rewards >= rewards.quantile(self.config.percentile)).double()
+        return len(rewards) * (self.config.inverse_temperature * rewards).softmax(0)
+
+    def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
+        trained = (advantages > 0).nonzero().flatten()
+        size, queue, passes = self.config.batch_size, trained[:0], 0
+        for update in range(self.config.updates_per_step if len(trained) else 0):
+            while len(queue) < size:
+                order = torch.randperm(len(trained), generator=seeds.torch_generator(seed, "update_order", step, passes))
+                queue, passes = torch.cat([queue, trained[order]]), passes + 1
+            batch, queue = queue[:size], queue[size:]
+            draws = [seeds.address(seed, "rwr", step, update, i) for i in range(len(batch))]
+            yield torch.stack([batch, torch.tensor(draws)], 1)
+
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sample = rows[:, 0].to(rollout.latents.device)
+        clean = rollout.latents[sample, -1]
+        timesteps, noises = [], []
+        for draw in rows[:, 1].tolist():
+            generator = torch.Generator().manual_seed(draw)
+            timesteps.append(torch.randint(policy.num_train_timesteps, (), generator=generator))
+            noises.append(torch.randn(policy.latent_shape, generator=generator))
+        timestep, noise = torch.stack(timesteps), torch.stack(noises).to(clean.device)
+        alpha, sigma = (column.to(clean.device).view(-1, 1, 1, 1) for column in policy.noise_level(timestep))
+        x = alpha * clean + sigma * noise
+        _, predicted = policy.denoise(
+            x, timestep.float().to(clean.device), alpha, sigma, rollout.embeddings[sample], self.guidance
+        )
+        errors = (predicted - noise).square().flatten(1).mean(1)
+        weights = advantages.to(clean.device)[sample]
+        return weights * errors, {"policy/denoising_loss": errors.detach(), "policy/weight": weights}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"RWR has no state, but was given {sorted(state)}")
