@@ -24,10 +24,12 @@ format: $(READY)
 bench: $(READY)  ## the figures of the README
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/ddpo_paper.py
 
 weights: $(READY)  ## the embedded model again, from its recipe
 	$(BIN)/python -m diffusionrl.emoji.recipe vae
 	$(BIN)/python -m diffusionrl.emoji.recipe classifier
+	$(BIN)/python -m diffusionrl.emoji.recipe clip
 	$(BIN)/python -m diffusionrl.emoji.recipe diffusion
 	$(BIN)/python -m diffusionrl.emoji.recipe publish
 

@@ -94,6 +94,21 @@ def test_a_written_config_reads_back(tmp_path: Path, preset: str) -> None:
     assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+def test_switches_paths_and_lists_read_back(tmp_path: Path) -> None:
+    from diffusionrl.config import to_yaml
+
+    options = ["--reward", "aesthetic=2", "clip-score", "--rewards.normalise", "--evaluation.held-out", "emoji-gold"]
+    options += ["--rewards.aesthetic.head", "head.safetensors", "--rewards.vlm.cache", "None"]
+    config = parse_train(options)
+    assert config.reward == ("aesthetic=2", "clip-score") and config.rewards.normalise
+    assert config.rewards.aesthetic.head == Path("head.safetensors") and config.rewards.vlm.cache is None
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
+    assert not parse_train(["--config", str(tmp_path / "config.yaml"), "--rewards.no-normalise"]).rewards.normalise
+    (tmp_path / "one.yaml").write_text("reward: incompressibility\n")
+    assert parse_train(["--config", str(tmp_path / "one.yaml")]).reward == ("incompressibility",)
+
+
 def test_another_algorithm_begins_at_its_defaults(tmp_path: Path) -> None:
     from diffusionrl.config import RWRConfig, to_yaml
 
@@ -139,6 +154,12 @@ def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
         (["--model", "empty"], "no model_index.json"),
         (["--model", "./nowhere"], "was not found"),
         (["--reward", "compresibility"], "unknown reward"),
+        (["--reward", "aesthetic=2", "aesthetic"], "named twice"),
+        (["--reward", "aesthetic=lots"], "the weight 'lots' is not a number"),
+        (["--evaluation.held-out", "emoji-jugde"], "unknown reward 'emoji-jugde'"),
+        (["--reward", "vlm-yes"], "rewards.vlm.model is needed"),
+        (["--reward", "clip-score", "--rewards.clip-score.model", "./nowhere"], "was not found"),
+        (["--reward", "clip-score", "--rewards.clip-score.model", "."], "could not be loaded"),
         (["--reward", "no_such_module:f"], "does not import"),
         (["--reward", "broken_reward:short"], "it returned a list of length 1"),
         (["--run-dir", "empty"], "never overwritten"),

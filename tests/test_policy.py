@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,7 +48,8 @@ def test_export_draws_the_same_image_in_plain_diffusers(make_policy, load_tiny, 
     theirs = plain(PROMPTS, **settings).images
     without = load_tiny()(PROMPTS, **settings).images
     for image, plain_image, base in zip(ours, theirs, without, strict=True):
-        assert to_pil(image).tobytes() == plain_image.tobytes()
+        gap = np.abs(np.array(to_pil(image), dtype=int) - np.array(plain_image, dtype=int))
+        assert gap.max() <= 1 and gap.mean() < 1e-3  # layer by layer instead of merged: a rounding goes the other way
         assert base.tobytes() != plain_image.tobytes(), "the adapter must matter, or this test shows nothing"
 
 

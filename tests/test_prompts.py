@@ -23,6 +23,18 @@ def test_built_in_sets_have_the_papers_sizes() -> None:
     assert not set(texts("ddpo-animals")) & set(texts("other-animals"))
 
 
+def test_sets_from_imagenet_and_the_papers_unseen_ones() -> None:
+    animals = texts("imagenet-animals")
+    assert len(animals) == len(set(animals)) == 398
+    assert animals[0] == "tench, Tinca tinca"
+    assert animals[-1] == "puffer, pufferfish, blowfish, globefish"
+    assert len(texts("unseen-animals")) == 38
+    assert len(texts("everyday-objects")) == 50
+    assert {"an ostrich", "a walrus", "an orangutan"} <= set(texts("unseen-animals"))
+    assert {"an umbrella", "an iron", "scissors"} <= set(texts("everyday-objects"))
+    assert not set(texts("unseen-animals")) & set(texts("ddpo-animals"))
+
+
 def test_articles() -> None:
     assert [with_article(noun) for noun in ("ant", "cat", "umbrella")] == ["an ant", "a cat", "an umbrella"]
 

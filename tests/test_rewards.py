@@ -112,6 +112,26 @@ def test_rewards_build_no_graph() -> None:
     assert graph == [False]
 
 
+def test_a_reward_may_say_itself_what_is_invalid_and_why() -> None:
+    said = Scores(torch.tensor([1.0, 0.0]), torch.tensor([True, False]), "the server sleeps")
+    found = score(returning(said), torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+    assert found.valid.tolist() == [True, False]
+    assert found.error == "the server sleeps"
+    nothing = Scores(torch.zeros(2), torch.zeros(2).bool(), "the server sleeps")
+    with pytest.raises(UserError, match="grey 8 x 8 images: the server sleeps"):
+        try_reward(returning(nothing), 8, ["a"], [{}])
+
+
+def test_a_score_outside_the_rewards_range_is_invalid() -> None:
+    def share(images: Any, prompts: Any, metadata: Any) -> list[float]:
+        return [0.5, 7.2]
+
+    share.range = (0.0, 1.0)  # type: ignore[attr-defined]
+    found = score(share, torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+    assert found.valid.tolist() == [True, False]
+    assert found.error == "it returned 7.2 for 'b', outside its range of 0 to 1"
+
+
 def test_own_rewards_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_found.py").write_text(
         "def red(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\nsize = 3\n"
@@ -121,7 +141,7 @@ def test_own_rewards_are_found_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_reward("mine_found:red")(torch.ones(1, 3, 2, 2), ["a"], [{}]).tolist() == [1.0]
     for name, said in [
-        ("compresibility", "built in are compressibility, incompressibility"),
+        ("compresibility", "built in are aesthetic, clip-score, compressibility"),
         ("mine_found:blue", "AttributeError"),
         ("mine_found:size", "is a int, not a function"),
         ("mine_broken:red", "ModuleNotFoundError"),

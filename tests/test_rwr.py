@@ -49,6 +49,19 @@ def test_weights_are_a_softmax_of_mean_1(rewards: list[float], beta: float) -> N
             assert math.log(weights[i] / weights[0]) == pytest.approx(expected, abs=1e-3)
 
 
+def test_the_conditional_prediction_alone_can_be_trained(make_policy) -> None:  # type: ignore[no-untyped-def]
+    """Figure 10: samples are drawn with guidance, the loss is that of a policy without."""
+    policy = make_policy()
+    rollout = endpoints(policy)
+    weights = torch.ones(len(rollout.prompts))
+    rows = torch.tensor([[0, 11], [3, 12]])
+    conditional, _ = RWR(RWRConfig(train_guided=False), SAMPLING.guidance).losses(policy, rollout, rows, weights)
+    unguided, _ = RWR(RWRConfig(), 1.0).losses(policy, rollout, rows, weights)
+    guided, _ = RWR(RWRConfig(), SAMPLING.guidance).losses(policy, rollout, rows, weights)
+    assert torch.equal(conditional, unguided)
+    assert not torch.equal(conditional, guided)
+
+
 def test_weights_are_per_prompt_and_leave_invalid_samples_out() -> None:
     rollout = scored([1.0, 2.0, 50.0, 60.0, math.nan], ["a", "a", "b", "b", "b"], [True] * 4 + [False])
     weights = RWR(RWRConfig(), 1.0).advantages(rollout)

@@ -11,7 +11,7 @@ from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt, load_prompts
-from diffusionrl.rewards import Reward, load_reward, try_reward
+from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture
 from diffusionrl.rollout import make_table
 from diffusionrl.tracking import check_new
 from diffusionrl.trainer import Trainer, TrainResult
@@ -20,7 +20,7 @@ from diffusionrl.trainer import Trainer, TrainResult
 def train(
     config: TrainConfig | None = None,
     policy: Policy | None = None,
-    reward: Reward | None = None,
+    reward: Reward | Mixture | None = None,
     prompts: Sequence[str | Prompt] | None = None,
     algorithm: Algorithm | None = None,
 ) -> TrainResult:
@@ -29,7 +29,7 @@ def train(
     Args:
         config: everything; by default the preset "emoji". The parts below take the place of what it names.
         policy: from ``load_policy``, or your own.
-        reward: any function (images, prompts, metadata) -> scores; see ``diffusionrl.rewards.base.Reward``.
+        reward: any function (images, prompts, metadata) -> scores (see ``diffusionrl.rewards.base.Reward``), or a ``Mixture``.
         prompts: texts, or ``Prompt`` with metadata.
         algorithm: an object like those in ``diffusionrl.algorithms``; by default the one of ``config.algorithm``.
 
@@ -51,16 +51,16 @@ def train(
     if policy is not None:
         config = dataclasses.replace(config, model=policy.source)
     image_size = check_model(config.model) if policy is None else policy.image_size
+    mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
     if reward is not None:
-        config = dataclasses.replace(
-            config, reward=f"{reward.__module__}:{getattr(reward, '__qualname__', type(reward).__name__)}"
-        )
-    reward = reward or load_reward(config.reward)
+        config = dataclasses.replace(config, reward=tuple(f"{name}={weight:g}" for name, weight in mixture.weights.items()))
+    held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
     samples = (chosen * 2)[:2]
-    try_reward(reward, image_size, [p.text for p in samples], [p.metadata for p in samples])
+    for each in [mixture, held_out] if held_out else [mixture]:
+        try_mixture(each, image_size, [p.text for p in samples], [p.metadata for p in samples])
     trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
     make_table(trained, config.sampling)
-    return Trainer(trained, reward, chosen, algorithm or make_algorithm(config), config, run_dir).run()
+    return Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, run_dir, held_out).run()
 
 
 def _as_prompt(prompt: str | Prompt) -> Prompt:

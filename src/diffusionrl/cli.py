@@ -116,6 +116,8 @@ def _as_options(settings: dict[str, Any], prefix: str = "") -> list[str]:
         name = f"{prefix}{key}".replace("_", "-")
         if isinstance(value, dict):
             options += _as_options(value, f"{name}.")
+        elif isinstance(value, bool):
+            options.append(f"--{prefix}{'' if value else 'no-'}{key}".replace("_", "-"))
         else:
             options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return options

@@ -6,7 +6,7 @@ Nothing here imports torch, so that the command line answers at once.
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -152,6 +152,8 @@ class RWRConfig:
     """Optimizer steps on the samples of one step."""
     batch_size: int = 128
     """Samples in one optimizer step, each at a time of its own."""
+    train_guided: bool = True
+    """Train the guided prediction; False trains the one with the prompt alone, and still samples with guidance."""
     micro_batch_size: int = 32
     """Samples in one forward pass of an update: memory and speed, not results."""
 
@@ -170,6 +172,89 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {"ddpo": DDPOConfig, "rwr": RWRCo
 
 
 @dataclass(frozen=True)
+class CLIPScoreConfig:
+    """The reward "clip-score"; see docs/rewards.md."""
+
+    model: str = "emoji"
+    """"emoji" (the embedded CLIP), a folder, or a hub id: CLIP, SigLIP, PickScore ..."""
+    revision: str | None = None
+    """The commit of a hub id; ours for openai/clip-vit-large-patch14, to be given for others."""
+    processor: str | None = None
+    """Where tokenizer and image settings are, if not with the model."""
+    processor_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class AestheticConfig:
+    """The reward "aesthetic"; see docs/rewards.md."""
+
+    model: str = "emoji"
+    """"emoji" (the embedded CLIP), a folder, or a hub id; LAION's head is for openai/clip-vit-large-patch14."""
+    revision: str | None = None
+    """The commit of a hub id; ours for openai/clip-vit-large-patch14, to be given for others."""
+    head: Path | None = None
+    """The head, a safetensors file; that of the embedded CLIP by default."""
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """The rewards "vlm-bertscore" and "vlm-yes": a vision-language model behind a server; see docs/rewards.md."""
+
+    url: str = "http://127.0.0.1:8000/v1"
+    """Where the server's /chat/completions is."""
+    model: str = ""
+    """The model's name on the server."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key, if the server wants one."""
+    describe: str = "Answer concisely: what is going on in this image?"
+    """What "vlm-bertscore" asks."""
+    reference: str = "The image contains {prompt}"
+    """What "vlm-bertscore" compares the answer with."""
+    ask: str = "Does this image show {prompt}? Answer yes or no."
+    """What "vlm-yes" asks."""
+    max_tokens: int = 64
+    """Length of a description."""
+    concurrency: int = 8
+    """Requests in flight at once."""
+    timeout: float = 60.0
+    """Seconds for one answer."""
+    retries: int = 3
+    """Tries after the first one, when the server is busy, broken or not there."""
+    backoff: float = 1.0
+    """Seconds before the first retry; each later one waits twice as long."""
+    cache: Path | None = Path("~/.cache/diffusionrl/vlm.sqlite")
+    """Answers are kept here, by image and question; None keeps none."""
+    bert: str = "microsoft/deberta-xlarge-mnli"
+    """The text model of BERTScore: a folder or a hub id with safetensors."""
+    bert_revision: str | None = None
+    """The commit of a hub id."""
+    bert_layer: int = 40
+    """The hidden layer that is compared: 40 is bert-score's choice for deberta-xlarge-mnli; -1 is the last."""
+
+    def __post_init__(self) -> None:
+        _require(self.concurrency >= 1, f"rewards.vlm.concurrency must be at least 1, not {self.concurrency}")
+        _require(self.timeout > 0, f"rewards.vlm.timeout must be positive, not {self.timeout}")
+        _require(self.retries >= 0, f"rewards.vlm.retries must not be negative, not {self.retries}")
+        _require(self.backoff >= 0, f"rewards.vlm.backoff must not be negative, not {self.backoff}")
+        _require(self.max_tokens >= 1, f"rewards.vlm.max_tokens must be at least 1, not {self.max_tokens}")
+        _require(
+            self.url.startswith(("http://", "https://")),
+            f"rewards.vlm.url must begin with http:// or https://, not {self.url!r}",
+        )
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """How rewards are mixed, and what the built-in ones need."""
+
+    normalise: bool = False
+    """Take each reward relative to its mean and in units of its standard deviation over the evaluation before training."""
+    clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
+    aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
+    vlm: VLMConfig = field(default_factory=VLMConfig)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """The fixed seeds and prompts on which runs are compared."""
 
@@ -177,6 +262,8 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates only before the first and after the last step."""
     num_samples: int = 64
     """Images, over the prompts in turn."""
+    held_out: tuple[str, ...] = ()
+    """Rewards that are measured at every evaluation and never trained on."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 0, f"evaluation.every must not be negative, not {self.every}")
@@ -189,8 +276,9 @@ class TrainConfig:
 
     model: str = "emoji"
     """"emoji" (the embedded model), a folder in diffusers' format, or a hub id."""
-    reward: str = "compressibility"
-    """A built-in reward, or package.module:function of your own, called with (images, prompts, metadata)."""
+    reward: tuple[str, ...] = ("compressibility",)
+    """Built-in rewards, or package.module:function of your own, called with (images, prompts, metadata). NAME=WEIGHT where
+    several are added up."""
     prompts: str = "ddpo-animals"
     """A built-in set, a text file (one prompt a line) or a JSONL file ("prompt" and any metadata)."""
     steps: int = 200
@@ -208,6 +296,7 @@ class TrainConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     algorithm: AlgorithmConfig = field(default_factory=DDPOConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property
@@ -217,6 +306,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         _require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
+        _require(len(self.reward) >= 1, "reward names no reward")
         _require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
         if isinstance(self.algorithm, DDPOConfig):
             self._check_ddpo(self.algorithm)
@@ -239,6 +329,13 @@ class TrainConfig:
 
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as YAML that ``--config`` reads back, but for the run folder, which is where it lies."""
-    plain = dataclasses.asdict(config) | {"name": None, "run_dir": None}
-    plain["optimizer"]["betas"] = list(config.optimizer.betas)
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)) | {"name": None, "run_dir": None}, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and paths as strings, which is what YAML knows."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

@@ -3,50 +3,115 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.images import image_grid, to_pil
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt
-from diffusionrl.rewards.base import Reward
+from diffusionrl.rewards import Mixture, Reward, Scores
 from diffusionrl.rollout import Rollout, collect
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A rollout on the fixed seeds, with the mean of its valid scores and the standard error of that mean."""
+    """A rollout on the fixed seeds, and what rewards that are not trained on say of it.
+
+    Attributes:
+        rollout: with the scores of the reward that is trained on.
+        held_out: by name, (N,), NaN where invalid.
+    """
 
     rollout: Rollout
-    mean: float
-    standard_error: float
+    held_out: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Of the valid scores."""
+        return mean_and_error(self._values)[0]
+
+    @property
+    def standard_error(self) -> float:
+        """Of that mean."""
+        return mean_and_error(self._values)[1]
+
+    @property
+    def _values(self) -> Tensor:
+        return torch.where(self.rollout.scores.valid, self.rollout.scores.values, torch.nan)
+
+    @property
+    def beside(self) -> dict[str, Tensor]:
+        """What is known beside the reward, by name: its parts where it has several, and the held-out rewards."""
+        parts = self.rollout.scores.parts
+        return (parts if len(parts) > 1 else {}) | self.held_out
+
+    def rescored(self, scores: Scores) -> "Evaluation":
+        """The same samples with other scores."""
+        return replace(self, rollout=replace(self.rollout, scores=scores))
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl: the reward, each of its parts where there are several, and the held-out rewards."""
+        scores = self.rollout.scores
+        metrics = {
+            "eval/reward": self.mean,
+            "eval/reward_se": self.standard_error,
+            "eval/invalid": int((~scores.valid).sum()),
+        }
+        for name, values in self.beside.items():
+            metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_error(values)
+        return metrics
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of the finite values, and its standard error; NaN where there are too few."""
+    values = values[values.isfinite()]
+    mean = values.mean().item() if len(values) else math.nan
+    return mean, values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def evaluate(
-    policy: Policy, reward: Reward, prompts: Sequence[Prompt], num_samples: int, sampling: SamplingConfig, seed: int
+    policy: Policy,
+    reward: Reward | Mixture,
+    prompts: Sequence[Prompt],
+    num_samples: int,
+    sampling: SamplingConfig,
+    seed: int,
+    held_out: Mixture | None = None,
 ) -> Evaluation:
     """Score ``num_samples`` images over the prompts in turn."""
     asked = [prompts[i % len(prompts)] for i in range(num_samples)]
-    rollout = collect(policy, reward, asked, sampling, seed, "evaluation", 0)
-    values = rollout.scores.values[rollout.scores.valid]
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Evaluation(rollout, values.mean().item() if len(values) else math.nan, error)
+    rollout = collect(policy, reward, asked, sampling, seed, "evaluation", 0, needs="endpoints")
+    if held_out is None:
+        return Evaluation(rollout)
+    texts, metadata = [prompt.text for prompt in asked], [prompt.metadata for prompt in asked]
+    return Evaluation(rollout, held_out.score(rollout.images, texts, metadata).parts)
 
 
-def write_samples(rollout: Rollout, folder: Path) -> None:
+def write_samples(evaluation: Evaluation, folder: Path) -> None:
     """``grid.png``, every image, and ``samples.jsonl``. File names come from the index, never from a prompt."""
     folder.mkdir(parents=True)
+    rollout = evaluation.rollout
+    scores = rollout.scores
     tiles = [to_pil(image) for image in rollout.images]
     image_grid(tiles, columns=8).save(folder / "grid.png")
     with (folder / "samples.jsonl").open("w") as lines:
         for index, (tile, prompt) in enumerate(zip(tiles, rollout.prompts, strict=True)):
             tile.save(folder / f"{index:05d}.png")
-            valid = bool(rollout.scores.valid[index])
+            valid = bool(scores.valid[index])
             entry = {
                 "index": index,
                 "prompt": prompt.text,
-                "reward": rollout.scores.values[index].item() if valid else None,
+                "reward": scores.values[index].item() if valid else None,
                 "valid": valid,
             }
+            entry |= {name: finite_or_none(values[index].item()) for name, values in evaluation.beside.items()}
             lines.write(json.dumps(entry) + "\n")
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None

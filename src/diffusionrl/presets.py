@@ -44,10 +44,11 @@ def emoji() -> TrainConfig:
 def ddpo_lora() -> TrainConfig:
     """The PyTorch release's recipe for JPEG compressibility: Stable Diffusion 1.4, LoRA, 100 steps of 256 samples.
 
-    Two deviations: bfloat16 for its float16, and the 45 animals for the 398 of ImageNet.
+    One deviation: bfloat16 for its float16.
     """
     return TrainConfig(
         model="CompVis/stable-diffusion-v1-4",
+        prompts="imagenet-animals",
         steps=100,
         policy=PolicyConfig(dtype="bfloat16"),
         algorithm=DDPOConfig(buffer_size=16, micro_batch_size=8),
@@ -55,12 +56,10 @@ def ddpo_lora() -> TrainConfig:
 
 
 def ddpo_paper() -> TrainConfig:
-    """The paper's recipe: Stable Diffusion 1.4, the whole UNet in float32 at 1e-5, 200 steps of 256 samples.
-
-    One deviation: for JPEG compressibility, the 45 animals for the 398 of ImageNet.
-    """
+    """The paper's recipe for JPEG compressibility: Stable Diffusion 1.4, the whole UNet at 1e-5, 200 steps of 256 samples."""
     return TrainConfig(
         model="CompVis/stable-diffusion-v1-4",
+        prompts="imagenet-animals",
         policy=PolicyConfig(training="full"),
         algorithm=DDPOConfig(advantage_clip=10.0, micro_batch_size=4),
         optimizer=OptimizerConfig(learning_rate=1e-5),

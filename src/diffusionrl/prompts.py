@@ -8,6 +8,9 @@ from typing import Any
 from diffusionrl.emoji.vocabulary import prompt_sets
 from diffusionrl.errors import UserError
 
+PROMPT_SETS = Path(__file__).parent / "prompt_sets"
+"""Built-in sets beside those of the embedded world, a file each."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -28,9 +31,10 @@ def load_prompts(source: str) -> list[Prompt]:
     built_in = prompt_sets()
     if source in built_in:
         return [Prompt(text) for text in built_in[source]]
-    path = Path(source)
+    files = {file.stem: file for file in sorted(PROMPT_SETS.glob("*.txt"))}
+    path = files.get(source, Path(source))
     if not path.is_file():
-        raise UserError(f"prompts {source!r}: no such file, and no built-in set ({', '.join(built_in)})")
+        raise UserError(f"prompts {source!r}: no such file, and no built-in set ({', '.join([*built_in, *files])})")
     prompts = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         try:

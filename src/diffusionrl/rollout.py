@@ -14,7 +14,7 @@ from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.prompts import Prompt
-from diffusionrl.rewards.base import Reward, Scores, score
+from diffusionrl.rewards import Mixture, Reward, Scores, as_mixture
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
 
 Needs = Literal["trajectories", "endpoints"]
@@ -95,7 +95,7 @@ def sample_trajectories(
 
 def collect(
     policy: Policy,
-    reward: Reward,
+    reward: Reward | Mixture,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     seed: int,
@@ -115,6 +115,7 @@ def collect(
     """
     table = make_table(policy, sampling)
     shape = (len(table) + 1, *policy.latent_shape)
+    mixture = as_mixture(reward)
     embeddings, latents, log_probs, images, futures = [], [], [], [], []
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
@@ -127,7 +128,7 @@ def collect(
             latents.append(path if whole else path[:, -1:].clone())
             log_probs.append(densities if whole else densities[:, :0])
             images.append(policy.decode(path[:, -1]).cpu())
-            futures.append(pool.submit(_timed_score, reward, images[-1], chunk))
+            futures.append(pool.submit(_timed_score, mixture, images[-1], chunk))
         rollout_seconds = time.perf_counter() - began
         scores, reward_seconds = _gather(futures)
     return Rollout(
@@ -142,9 +143,9 @@ def collect(
     )
 
 
-def _timed_score(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Scores, float]:
+def _timed_score(reward: Mixture, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Scores, float]:
     began = time.perf_counter()
-    scores = score(reward, images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+    scores = reward.score(images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
     return scores, time.perf_counter() - began
 
 

@@ -15,7 +15,7 @@ from diffusionrl.errors import RunStopped
 from diffusionrl.evaluation import Evaluation, evaluate, write_samples
 from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.prompts import Prompt
-from diffusionrl.rewards.base import Reward
+from diffusionrl.rewards import Mixture, Reward, as_mixture
 from diffusionrl.rollout import Rollout, collect
 from diffusionrl.tracking import Tracker, peak_memory_gb
 
@@ -37,13 +37,15 @@ class Trainer:
     def __init__(
         self,
         policy: Policy,
-        reward: Reward,
+        reward: Reward | Mixture,
         prompts: Sequence[Prompt],
         algorithm: Algorithm,
         config: TrainConfig,
         run_dir: Path,
+        held_out: Mixture | None = None,
     ) -> None:
-        self.policy, self.reward, self.prompts, self.algorithm, self.config = policy, reward, prompts, algorithm, config
+        self.policy, self.prompts, self.algorithm, self.config = policy, prompts, algorithm, config
+        self.reward, self.held_out = as_mixture(reward), held_out
         self.parameters = list(policy.trainable().values())
         settings = config.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -63,14 +65,14 @@ class Trainer:
         """
         tracker = Tracker(self.run_dir, self.config, self.policy.device)
         before = after = self._evaluate(0)
-        tracker.log({"step": 0, "queries": 0} | _evaluation_metrics(before))
+        tracker.log({"step": 0, "queries": 0} | before.metrics())
         try:
             for step in range(1, self.config.steps + 1):
                 metrics = self.step(step)
                 every = self.config.evaluation.every
                 if step == self.config.steps or (every and step % every == 0):
                     after = self._evaluate(step)
-                    metrics |= _evaluation_metrics(after)
+                    metrics |= after.metrics()
                 tracker.log(metrics)
         finally:  # whatever ended the run, what it learned is kept
             self.policy.export(self.run_dir / "export")
@@ -101,12 +103,19 @@ class Trainer:
             "reward/mean": scores.mean().item(),
             "reward/std": scores.std(correction=0).item(),
             "reward/invalid": int((~rollout.scores.valid).sum()),
+            **self._part_metrics(rollout),
             **update,
             "time/rollout": rollout.seconds["rollout"],
             "time/reward": rollout.seconds["reward"],
             "time/update": time.perf_counter() - began,
             "peak_memory_gb": peak_memory_gb(self.policy.device),
         }
+
+    def _part_metrics(self, rollout: Rollout) -> dict[str, float]:
+        """Each reward of a mixture on its own, as it came; and whatever rewards count."""
+        parts = rollout.scores.parts
+        means = {f"reward/{name}": part.nanmean().item() for name, part in parts.items()} if len(parts) > 1 else {}
+        return means | {f"reward/{name}": count for name, count in self.reward.counts().items()}
 
     def _prompts_of(self, step: int) -> list[Prompt]:
         """Which prompt a sample gets depends on the seed, the step and its index alone."""
@@ -151,20 +160,22 @@ class Trainer:
         return first | means | {"grad_norm": sum(norms) / max(1, len(norms))}
 
     def _evaluate(self, step: int) -> Evaluation:
-        """Evaluate on the fixed seeds and keep the samples."""
-        settings = self.config.evaluation
-        found = evaluate(self.policy, self.reward, self.prompts, settings.num_samples, self.config.sampling, self.config.seed)
+        """Evaluate on the fixed seeds and keep the samples; the first time, normalise the reward by it if that is asked for."""
+        config = self.config
+        found = evaluate(
+            self.policy,
+            self.reward,
+            self.prompts,
+            config.evaluation.num_samples,
+            config.sampling,
+            config.seed,
+            self.held_out,
+        )
         self._check_scores(found.rollout)
-        write_samples(found.rollout, self.run_dir / "samples" / f"step_{step:06d}")
+        if step == 0 and config.rewards.normalise:
+            found = found.rescored(self.reward.calibrate(found.rollout.scores))
+        write_samples(found, self.run_dir / "samples" / f"step_{step:06d}")
         return found
-
-
-def _evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    return {
-        "eval/reward": evaluation.mean,
-        "eval/reward_se": evaluation.standard_error,
-        "eval/invalid": int((~evaluation.rollout.scores.valid).sum()),
-    }
 
 
 def accumulate_gradient(

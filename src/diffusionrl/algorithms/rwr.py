@@ -8,8 +8,8 @@ computed, so a bound stands in for it, the denoising loss, weighted by what the 
     RWR-sparse    w = 1 where r is at or above the percentile, 0 elsewhere; only the former are trained on
 
 over the samples of one prompt or of the whole step, for t uniform over the times that the model was trained at. With guidance,
-the guided prediction is trained, as in the paper (App. E.1). A step's samples are passed over in shuffled batches until
-``updates_per_step`` optimizer steps are made, with fresh times and noise at every pass.
+the guided prediction is trained, as in the paper (App. E.1; ``train_guided``). A step's samples are passed over in shuffled
+batches until ``updates_per_step`` optimizer steps are made, with fresh times and noise at every pass.
 
 The paper weights per prompt; its code does so for the aesthetic reward only, and elsewhere over the step:
 ``normalisation`` says which. Rewards are in the units of the reward: ``inverse_temperature`` 0.2 is for kilobytes.
@@ -36,7 +36,7 @@ class RWR:
     logprob_reduction: Reduction = "mean"
 
     def __init__(self, config: RWRConfig, guidance: float) -> None:
-        self.config, self.guidance = config, guidance
+        self.config, self.guidance = config, guidance if config.train_guided else 1.0
         self.micro_batch_size = config.micro_batch_size
 
     def advantages(self, rollout: Rollout) -> Tensor:

@@ -6,6 +6,7 @@ what lets a small UNet learn some 270 sprites from a few hundred thousand sample
 """
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,53 +27,58 @@ from diffusionrl.emoji.vocabulary import (
 
 IMAGE_SIZE = 64
 PITCH = 8  # pixels a latent
+HUES = ("red", "yellow", "green", "turquoise", "blue", "pink")
 KIND_SHARES = {"subject": 0.58, "pair": 0.14, "activity": 0.10, "person": 0.18}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image, its caption, and what the caption leaves open."""
+    """An image, its caption, and what the caption leaves open; ``look`` says in words how large, where and on what ground."""
 
     image: Image.Image
     caption: str
+    look: str
     subjects: tuple[str, ...] = ()
     occupation: str | None = None
     gender: str | None = None
     skin_tone: str | None = None
 
 
-def draw_scene(seed: int, index: int, kind: str | None = None) -> Scene:
+def draw_scene(seed: int, index: int, kind: str | None = None, active: Sequence[str] = ACTIVE_ANIMALS) -> Scene:
     """Scene number ``index`` of the endless training set ``seed``.
 
     Args:
         kind: one of ``KIND_SHARES``; None draws it by those shares.
+        active: the animals that are shown with an activity.
     """
     rng = seeds.numpy_generator(seed, "scene", index)
     kind = kind or _choice(rng, KIND_SHARES)
-    canvas = _background(rng)
+    canvas, ground = _background(rng)
     if kind == "person":
         occupation, gender = _choice(rng, OCCUPATIONS), _choice(rng, GENDERS)
         tone = _choice(rng, SKIN_TONE_SHARES)
-        _paste(canvas, person(occupation, gender, tone), rng, sizes=(48, 56))
-        return Scene(canvas, with_article(occupation), (), occupation, gender, tone)
+        look = f"{_paste(canvas, person(occupation, gender, tone), rng, sizes=(48, 56))} {ground}"
+        return Scene(canvas, with_article(occupation), look, (), occupation, gender, tone)
     if kind == "subject":
         name = _choice(rng, SUBJECTS)
-        _paste(canvas, name, rng, sizes=(48, 56))
-        return Scene(canvas, with_article(name), (name,))
+        look = f"{_paste(canvas, name, rng, sizes=(48, 56))} {ground}"
+        return Scene(canvas, with_article(name), look, (name,))
     if kind == "activity":
-        animal, activity = _choice(rng, ACTIVE_ANIMALS), _choice(rng, ACTIVITIES)
+        animal, activity = _choice(rng, active), _choice(rng, ACTIVITIES)
         _paste(canvas, animal, rng, sizes=(32, 40), box=(0, 0, 64, 40))
         _paste(canvas, activity, rng, sizes=(24,), box=(0, 40, 64, 64))
-        return Scene(canvas, f"{with_article(animal)} {activity}", (animal,))
+        return Scene(canvas, f"{with_article(animal)} {activity}", ground, (animal,))
     left, right = _choice(rng, SUBJECTS), _choice(rng, SUBJECTS)
     _paste(canvas, left, rng, sizes=(24, 32), box=(0, 0, 32, 64))
     _paste(canvas, right, rng, sizes=(24, 32), box=(32, 0, 64, 64))
-    return Scene(canvas, f"{with_article(left)} and {with_article(right)}", (left, right))
+    return Scene(canvas, f"{with_article(left)} and {with_article(right)}", ground, (left, right))
 
 
-def draw_images(seed: int, indices: range, kind: str | None = None) -> tuple[np.ndarray, list[Scene]]:
-    """Scenes as one array, uint8 (N, 64, 64, 3), beside the scenes themselves."""
-    scenes = [draw_scene(seed, index, kind) for index in indices]
+def draw_images(
+    seed: int, indices: range, kind: str | None = None, active: Sequence[str] = ACTIVE_ANIMALS
+) -> tuple[np.ndarray, list[Scene]]:
+    """Scenes as one array, uint8 (N, 64, 64, 3), beside the scenes themselves; arguments as in ``draw_scene``."""
+    scenes = [draw_scene(seed, index, kind, active) for index in indices]
     return np.stack([np.asarray(scene.image) for scene in scenes]), scenes
 
 
@@ -83,9 +89,13 @@ def _choice(rng: np.random.Generator, options: object) -> str:
     return names[rng.choice(len(names), p=shares)]
 
 
-def _background(rng: np.random.Generator) -> Image.Image:
-    colour = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.05, 0.25), rng.uniform(0.88, 1.0))
-    return Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), tuple(round(255 * c) for c in colour))
+def _background(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    """A plain ground, and how it looks in words."""
+    hue, saturation, value = rng.uniform(), rng.uniform(0.05, 0.25), rng.uniform(0.88, 1.0)
+    colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+    name = HUES[round(hue * len(HUES)) % len(HUES)]
+    look = f"on {'pale' if saturation < 0.15 else 'strong'} {'bright' if value > 0.94 else 'dim'} {name}"
+    return Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), colour), look
 
 
 def _paste(
@@ -94,8 +104,8 @@ def _paste(
     rng: np.random.Generator,
     sizes: tuple[int, ...],
     box: tuple[int, int, int, int] = (0, 0, IMAGE_SIZE, IMAGE_SIZE),
-) -> None:
-    """Paste a sprite of random size (pixels), flip and place inside the box (left, top, right, bottom)."""
+) -> str:
+    """Paste a sprite of random size (pixels), flip and place inside the box (left, top, right, bottom). Returns its look."""
     side = int(rng.choice(sizes))
     sprite = load_sprites()[name].resize((side, side), Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
@@ -103,3 +113,6 @@ def _paste(
     left = box[0] + PITCH * int(rng.integers((box[2] - box[0] - side) // PITCH, endpoint=True))
     top = box[1] + PITCH * int(rng.integers((box[3] - box[1] - side) // PITCH, endpoint=True))
     canvas.paste(sprite, (left, top), sprite)
+    across = ("left", "middle", "right")[int(np.sign(left + side / 2 - IMAGE_SIZE / 2)) + 1]
+    down = ("top", "middle", "bottom")[int(np.sign(top + side / 2 - IMAGE_SIZE / 2)) + 1]
+    return f"{'large' if side == max(sizes) else 'small'} {down} {across}"

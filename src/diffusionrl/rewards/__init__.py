@@ -1,6 +1,25 @@
 """Rewards: one file each. ``load_reward`` finds them by name."""
 
-from diffusionrl.rewards import jpeg
+from diffusionrl.rewards import aesthetic, clip, emoji, jpeg, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, load_reward, register, score, try_reward
+from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, reward_name, try_mixture
 
-__all__ = ["REGISTRY", "Reward", "Scores", "jpeg", "load_reward", "register", "score", "try_reward"]
+__all__ = [
+    "REGISTRY",
+    "Mixture",
+    "Reward",
+    "Scores",
+    "aesthetic",
+    "as_mixture",
+    "clip",
+    "emoji",
+    "jpeg",
+    "load_mixture",
+    "load_reward",
+    "register",
+    "reward_name",
+    "score",
+    "try_mixture",
+    "try_reward",
+    "vlm",
+]

@@ -1,28 +1,32 @@
 """What a reward is: a function ``(images, prompts, metadata) -> scores``; how it is found, tried and checked."""
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusionrl.config import RewardsConfig
 from diffusionrl.errors import UserError
 
 Reward = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
-"""Called with images in [0, 1] (float32, (B, 3, H, W), on the CPU), B prompts and B metadata mappings; returns B numbers."""
+"""Called with images in [0, 1] (float32, (B, 3, H, W), on the CPU), B prompts and B metadata mappings; returns B numbers, or
+``Scores``. It may have ``range``, (lowest, highest): a score outside is invalid; and ``counts``, a mapping of names to numbers,
+which is logged with the step's metrics."""
 
-REGISTRY: dict[str, Reward] = {}
+REGISTRY: dict[str, Callable[[RewardsConfig], Reward]] = {}
 
 
-def register(name: str) -> Callable[[Reward], Reward]:
-    """Make a reward known by name."""
+def register(name: str) -> Callable[[Callable[[RewardsConfig], Reward]], Callable[[RewardsConfig], Reward]]:
+    """Make a reward known by name: the function that builds it from the configuration."""
 
-    def keep(reward: Reward) -> Reward:
-        REGISTRY[name] = reward
-        return reward
+    def keep(factory: Callable[[RewardsConfig], Reward]) -> Callable[[RewardsConfig], Reward]:
+        REGISTRY[name] = factory
+        return factory
 
     return keep
 
@@ -35,27 +39,30 @@ class Scores:
         values: float32, (B,); meaningless where invalid.
         valid: bool, (B,).
         error: why samples are invalid, for the user.
+        parts: of a mixture, what each of its rewards gave, float32, (B,), NaN where invalid.
     """
 
     values: Tensor
     valid: Tensor
     error: str | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def join(parts: Sequence["Scores"]) -> "Scores":
-        errors = [part.error for part in parts if part.error]
-        values, valid = torch.cat([part.values for part in parts]), torch.cat([part.valid for part in parts])
-        return Scores(values, valid, errors[-1] if errors else None)
+    def join(scores: Sequence["Scores"]) -> "Scores":
+        errors = [each.error for each in scores if each.error]
+        values, valid = torch.cat([each.values for each in scores]), torch.cat([each.valid for each in scores])
+        parts = {name: torch.cat([each.parts[name] for each in scores]) for name in scores[0].parts}
+        return Scores(values, valid, errors[-1] if errors else None, parts)
 
 
-def load_reward(name: str) -> Reward:
+def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
     """A built-in reward by name, or ``package.module:function`` (looked up from the working directory too).
 
     Raises:
-        UserError: no such reward, or it does not import.
+        UserError: no such reward, it does not import, or what it is built from is not there.
     """
     if name in REGISTRY:
-        return REGISTRY[name]
+        return REGISTRY[name](config or RewardsConfig())
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(
@@ -73,7 +80,7 @@ def load_reward(name: str) -> Reward:
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
-    """Call a reward. What it raises, and scores that are missing, NaN or infinite, become invalid samples.
+    """Call a reward. What it raises, and scores that are missing, NaN, infinite or out of its range, become invalid samples.
 
     Raises:
         UserError: it returned something else than one number a sample, which no later sample can mend.
@@ -84,12 +91,20 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequ
     except Exception as error:  # a reward may fail in any way; the run decides how much failure it takes
         nothing = torch.zeros(len(images))
         return Scores(nothing, nothing.bool(), f"{type(error).__name__}: {error}")
-    values = _as_floats(returned, len(images))
-    valid = values.isfinite()
-    if valid.all():
-        return Scores(values, valid)
-    first = int((~valid).nonzero()[0])
-    return Scores(values.nan_to_num(0.0, 0.0, 0.0), valid, f"it returned {values[first].item()} for {prompts[first]!r}")
+    return _as_scores(returned, prompts, getattr(reward, "range", (-math.inf, math.inf)))
+
+
+def _as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]) -> Scores:
+    said = returned if isinstance(returned, Scores) else None
+    values = _as_floats(said.values if said else returned, len(prompts))
+    answered = values.isfinite() & (said.valid if said else True)
+    valid = answered & (values >= limits[0]) & (values <= limits[1])
+    error = said.error if said else None
+    if not valid.all() and error is None:
+        first = int((~valid).nonzero()[0])
+        outside = f", outside its range of {limits[0]:g} to {limits[1]:g}" if answered[first] else ""
+        error = f"it returned {values[first].item():g} for {prompts[first]!r}{outside}"
+    return Scores(values.nan_to_num(0.0, 0.0, 0.0), valid, error)
 
 
 def _as_floats(returned: Any, count: int) -> Tensor:
@@ -115,14 +130,15 @@ def try_reward(reward: Reward, image_size: int, prompts: Sequence[str], metadata
     """Score two grey images before anything slow starts, so that a reward that cannot work is found now.
 
     Raises:
-        UserError: the reward raised, or returned something else than two numbers. Invalid numbers pass: there may be nothing
-            to see on a grey image.
+        UserError: the reward raised, said what stops it, or returned something else than two numbers. Invalid numbers alone
+            pass: there may be nothing to see on a grey image.
     """
     images = torch.full((2, 3, image_size, image_size), 0.5)
+    tried = f"the reward failed on two grey {image_size} x {image_size} images"
     try:
         returned = reward(images, (list(prompts) * 2)[:2], (list(metadata) * 2)[:2])
     except Exception as error:  # whatever it raises is the answer
-        raise UserError(
-            f"the reward failed on two grey {image_size} x {image_size} images: {type(error).__name__}: {error}"
-        ) from error
-    _as_floats(returned, len(images))
+        raise UserError(f"{tried}: {type(error).__name__}: {error}") from error
+    scores = _as_scores(returned, ["", ""], (-math.inf, math.inf))
+    if isinstance(returned, Scores) and not scores.valid.any():
+        raise UserError(f"{tried}: {scores.error}")

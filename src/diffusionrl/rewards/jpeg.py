@@ -31,14 +31,16 @@ def jpeg_kilobytes(image: Tensor) -> float:
     return buffer.tell() / 1000
 
 
-@register("incompressibility")
 def incompressibility(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
     """JPEG size in kB."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(jpeg_kilobytes, images))
 
 
-@register("compressibility")
 def compressibility(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> list[float]:
     """Minus the JPEG size in kB."""
     return [-size for size in incompressibility(images, prompts, metadata)]
+
+
+register("incompressibility")(lambda config: incompressibility)
+register("compressibility")(lambda config: compressibility)

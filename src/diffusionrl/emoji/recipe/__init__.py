@@ -1,9 +1,10 @@
-"""How the embedded world's weights are made: VAE, then text encoder and UNet, and the classifier that judges them.
+"""How the embedded world's weights are made: VAE, then text encoder and UNet, and the models that judge them.
 
 One command a stage, each of which saves, resumes when run again, and writes its log and figures beside its weights::
 
     python -m diffusionrl.emoji.recipe vae
     python -m diffusionrl.emoji.recipe classifier
+    python -m diffusionrl.emoji.recipe clip         # and the aesthetic head on it
     python -m diffusionrl.emoji.recipe diffusion
     python -m diffusionrl.emoji.recipe publish      # float16 weights and figures into the package
 """

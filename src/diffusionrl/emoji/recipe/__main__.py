@@ -6,6 +6,7 @@ from typing import Any
 import tyro
 
 from diffusionrl.emoji.recipe.classifier import ClassifierConfig, train_classifier
+from diffusionrl.emoji.recipe.clip import CLIPTrainingConfig, train_clip
 from diffusionrl.emoji.recipe.diffusion import DiffusionConfig, train_diffusion
 from diffusionrl.emoji.recipe.publish import PublishConfig, publish
 from diffusionrl.emoji.recipe.vae import VAEConfig, train_vae
@@ -13,6 +14,7 @@ from diffusionrl.emoji.recipe.vae import VAEConfig, train_vae
 STAGES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "vae": (VAEConfig, train_vae),
     "classifier": (ClassifierConfig, train_classifier),
+    "clip": (CLIPTrainingConfig, train_clip),
     "diffusion": (DiffusionConfig, train_diffusion),
     "publish": (PublishConfig, publish),
 }

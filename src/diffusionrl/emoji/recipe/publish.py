@@ -1,4 +1,4 @@
-"""Stage 4: measure the whole pipeline, and put float16 weights and figures into the package."""
+"""Last stage: measure the whole pipeline, and put float16 weights and figures into the package."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.emoji.classifier import SceneClassifier, name_subjects
@@ -38,8 +39,13 @@ def publish(config: PublishConfig) -> None:
         shutil.copy(config.runs / "diffusion" / "tokenizer" / file, WEIGHTS / "pipeline" / "tokenizer" / file)
     classifier = load_file(config.runs / "classifier" / "classifier.safetensors")
     save_file({name: weight.half() for name, weight in classifier.items()}, WEIGHTS / "classifier.safetensors")
+    clip = config.runs / "clip"
+    CLIPModel.from_pretrained(clip / "clip").half().save_pretrained(WEIGHTS / "clip")
+    for file in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(clip / "clip" / file, WEIGHTS / "clip" / file)
+    shutil.copy(clip / "aesthetic_head.safetensors", WEIGHTS / "aesthetic_head.safetensors")
     figures: dict[str, float] = {}
-    for stage in ("vae", "classifier", "diffusion"):
+    for stage in ("vae", "classifier", "clip", "diffusion"):
         figures |= json.loads((config.runs / stage / "figures.json").read_text())
         shutil.copy(config.runs / stage / "log.jsonl", WEIGHTS / f"{stage}_log.jsonl")
     figures |= measure(config)

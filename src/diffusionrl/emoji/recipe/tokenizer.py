@@ -1,6 +1,7 @@
 """A CLIP tokenizer with a small vocabulary, trained on the world's captions."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -13,8 +14,12 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 _VOCABULARY_SIZE = 1200
 
 
-def train_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Byte-pair encoding as CLIP does it: lower case, "</w>" ends a word, every byte is a token, so any text encodes."""
+def train_tokenizer(folder: Path, more_captions: Sequence[str] = ()) -> CLIPTokenizer:
+    """Byte-pair encoding as CLIP does it: lower case, "</w>" ends a word, every byte is a token, so any text encodes.
+
+    Args:
+        more_captions: beside the built-in prompts.
+    """
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -31,7 +36,7 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
         special_tokens=endings,
         show_progress=False,
     )
-    captions = [prompt for prompts in prompt_sets().values() for prompt in prompts] + ["and"] * 20
+    captions = [prompt for prompts in prompt_sets().values() for prompt in prompts] + ["and"] * 20 + list(more_captions)
     tokenizer.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = alphabet + endings + ["".join(merge) for merge in merges] + [BEGIN, END]

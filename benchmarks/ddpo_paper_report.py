@@ -1,0 +1,247 @@
+"""What the runs of ``ddpo_paper.py`` say: JSON, plots and tables."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from ddpo_paper_runs import GRID_SEED, LEARNING_RATES, METHODS, POOLS, QUERIES, REWARDS, SEEDS
+
+from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, with_article
+from diffusionrl.tracking import read_metrics
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by the number of seeds
+UNITS = {"compressibility": "minus kB", "incompressibility": "kB", "aesthetic": "rating", "clip-score": "similarity"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One quantity of the fixed-seed evaluations of several seeds: rows are seeds, columns the same queries."""
+
+    queries: list[int]
+    values: list[list[float]]
+
+    def summary(self, column: int = -1) -> dict[str, Any]:
+        """Mean over seeds and half the width of its 95 % interval at one column."""
+        return summarise([row[column] for row in self.values])
+
+
+def summarise(values: Sequence[float]) -> dict[str, Any]:
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {"mean": statistics.mean(values), "half_width_95": half, "seeds": list(values)}
+
+
+def curve(folder: Path, group: str, key: str = "eval/reward", limit: float = math.inf) -> Curve | None:
+    """Of the finished seeds of ``group``; None where there are none."""
+    rows = []
+    for seed in SEEDS:
+        run_dir = folder / group / f"seed_{seed}"
+        if (run_dir / "seconds.json").is_file():
+            lines = [line for line in read_metrics(run_dir) if key in line and line["queries"] <= limit]
+            rows.append([(line["queries"], line[key]) for line in lines])
+    if not rows:
+        return None
+    return Curve([queries for queries, _ in rows[0]], [[value for _, value in row] for row in rows])
+
+
+def text(summary: dict[str, Any], digits: int = 2) -> str:
+    return f"{summary['mean']:.{digits}f} ± {summary['half_width_95']:.{digits}f}"
+
+
+def gain(found: Curve) -> dict[str, Any]:
+    """Last minus first evaluation, seed by seed."""
+    return summarise([row[-1] - row[0] for row in found.values])
+
+
+def draw(panels: Sequence[tuple[str, str, dict[str, Curve]]], file: Path) -> None:
+    """Panels side by side: (title, y label, curves by name), each a mean with its 95 % band."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, layout="constrained")
+    for axis, (title, label, curves) in zip(axes[0], panels, strict=True):
+        for name, found in curves.items():
+            summaries = [found.summary(column) for column in range(len(found.queries))]
+            means = [each["mean"] for each in summaries]
+            halves = [each["half_width_95"] for each in summaries]
+            (line,) = axis.plot(found.queries, means, label=name, marker="o", markersize=3)
+            low, high = ([m + sign * h for m, h in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axis.fill_between(found.queries, low, high, color=line.get_color(), alpha=0.15)
+        axis.set(title=title, xlabel="reward queries", ylabel=label)
+        axis.legend(fontsize=8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+class Report:
+    """Collects tables (Markdown), figures (JSON) and plots (PNG)."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        self.folder, self.out = folder, out
+        self.json: dict[str, Any] = {}
+        self.lines: list[str] = ["# The tables of `benchmarks/ddpo_paper.py`", ""]
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.lines += [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        self.lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+
+    def curves(self, groups: dict[str, str], key: str = "eval/reward", limit: float = math.inf) -> dict[str, Curve]:
+        found = {name: curve(self.folder, group, key, limit) for name, group in groups.items()}
+        return {name: each for name, each in found.items() if each is not None}
+
+    def gains(self, title: str, tag: str, unit: str, curves: dict[str, Curve], digits: int = 2) -> None:
+        """A table of first and last values and the gain, and the same in JSON."""
+        rows = []
+        for name, each in curves.items():
+            first, last, rise = each.summary(0), each.summary(), gain(each)
+            self.json.setdefault(tag, {})[name] = {"queries": each.queries, "values": each.values, "gain": rise}
+            rows.append([name, text(first, digits), text(last, digits), text(rise, digits), str(len(each.values))])
+        if rows:
+            self.table(title, ["", f"before ({unit})", "after", "gain", "seeds"], rows)
+
+    def write(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "ddpo.json").write_text(json.dumps(self.json, indent=1) + "\n")
+        (self.out / "ddpo_tables.md").write_text("\n".join(self.lines))
+        print("\n".join(self.lines))
+
+
+def report(folder: Path, out: Path) -> None:
+    """Everything that the finished runs allow."""
+    made = Report(folder, out)
+    report_grid(made)
+    report_methods(made)
+    report_alignment(made)
+    report_generalisation(made)
+    report_over_optimisation(made)
+    compressibility = "fig4/compressibility"
+    report_variants(
+        made,
+        "Guidance in the update or not (Fig. 10), RWR-sparse on compressibility",
+        "fig10",
+        {"guided prediction trained": f"{compressibility}/rwr-sparse", "conditional prediction trained": "fig10/conditional"},
+    )
+    rounds = {f"{n} rounds": f"fig11/rounds_{n}" if n != 4 else f"{compressibility}/rwr" for n in (1, 2, 4, 16)}
+    report_variants(made, "Interleaving of RWR (Fig. 11) on compressibility", "fig11", rounds)
+    reductions = {"mean, clip 1.6e-3": f"{compressibility}/ddpo-is", "sum, clip 1.6": "reduction/sum"}
+    report_variants(made, "Log-probability averaged or summed, DDPO-IS on compressibility", "reduction", reductions)
+    for size in POOLS:
+        pool = {kind: f"advantages/{kind}/pool_{size}" for kind in ("prompt", "group", "batch")}
+        report_variants(made, f"Advantages with {size} prompts, DDPO-IS on compressibility", f"advantages_{size}", pool)
+    report_time(made)
+    made.write()
+
+
+def report_grid(made: Report) -> None:
+    rows = []
+    for reward in ("compressibility", "aesthetic"):
+        for method in METHODS:
+            cells = []
+            for rate in LEARNING_RATES[method]:
+                run_dir = made.folder / "grid" / reward / method / f"{rate:g}"
+                done = (run_dir / "seconds.json").is_file()
+                lines = [line for line in read_metrics(run_dir) if "eval/reward" in line] if done else []
+                rise = lines[-1]["eval/reward"] - lines[0]["eval/reward"] if lines else math.nan
+                cells.append(f"{rise:+.2f}")
+                made.json.setdefault("grid", {}).setdefault(reward, {}).setdefault(method, {})[f"{rate:g}"] = rise
+            rows.append([reward, method, *cells])
+    rates = [f"{rate:g}" for rate in LEARNING_RATES["ddpo-is"]]
+    made.table(f"Learning rates: gain after {QUERIES} queries, seed {GRID_SEED}", ["reward", "method", *rates], rows)
+
+
+def report_methods(made: Report) -> None:
+    panels = []
+    for reward in REWARDS:
+        curves = made.curves({method: f"fig4/{reward}/{method}" for method in METHODS}, limit=QUERIES)
+        made.gains(f"Figure 4: {reward}", f"fig4_{reward}", UNITS[reward], curves)
+        panels.append((reward, UNITS[reward], curves))
+    draw(panels, made.out / "fig4.png")
+
+
+def report_alignment(made: Report) -> None:
+    shown = tuple(f"{with_article(name)} " for name in ACTIVE_ANIMALS)
+    rows: dict[str, list[list[float]]] = {"shown with activities": [], "never shown with activities": []}
+    queries: list[int] = []
+    for seed in SEEDS:
+        run_dir = made.folder / "fig5" / f"seed_{seed}"
+        if not (run_dir / "seconds.json").is_file():
+            continue
+        folders = sorted((run_dir / "samples").iterdir())
+        queries = [64 * int(folder.name.removeprefix("step_")) for folder in folders]
+        means: dict[str, list[float]] = {name: [] for name in rows}
+        for folder in folders:
+            samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+            for name, wanted in (("shown with activities", True), ("never shown with activities", False)):
+                chosen = [sample["reward"] for sample in samples if sample["prompt"].startswith(shown) == wanted]
+                means[name].append(statistics.mean(chosen))
+        for name, row in means.items():
+            rows[name].append(row)
+    curves = {name: Curve(queries, values) for name, values in rows.items() if values}
+    judged = made.curves({"judge": "fig5"}, "eval/emoji-judge")
+    made.gains("Figure 5: alignment (CLIP score) on animal x activity", "fig5", UNITS["clip-score"], curves)
+    made.gains("Figure 5: the judge names the animal", "fig5_judge", "share", judged)
+    if curves:
+        draw([("alignment", UNITS["clip-score"], curves), ("held-out judge", "share named", judged)], made.out / "fig5.png")
+
+
+def report_generalisation(made: Report) -> None:
+    rows = []
+    for reward in REWARDS:
+        found: dict[str, list[float]] = {}
+        for seed in SEEDS:
+            file = made.folder / "fig4" / reward / "ddpo-is" / f"seed_{seed}" / "elsewhere.json"
+            if file.is_file():
+                for name, values in json.loads(file.read_text()).items():
+                    found.setdefault(name, []).append(values["after"] - values["before"])
+        if found:
+            summaries = {name: summarise(values) for name, values in found.items()}
+            made.json.setdefault("fig12", {})[reward] = summaries
+            rows.append([reward, *(text(each) for each in summaries.values())])
+            names = list(summaries)
+    if rows:
+        made.table("Figure 12: gain of DDPO-IS on prompts it was not trained on", ["reward", *names], rows)
+
+
+def report_over_optimisation(made: Report) -> None:
+    panels = []
+    for reward in ("incompressibility", "aesthetic"):
+        group = {reward: f"fig4/{reward}/ddpo-is"}
+        trained, judged, gold = (made.curves(group, f"eval/{key}") for key in ("reward", "emoji-judge", "emoji-gold"))
+        for what, found in (("reward", trained), ("judge", judged), ("gold rule", gold)):
+            made.json.setdefault("over_optimisation", {}).setdefault(reward, {})[what] = {
+                name: {"queries": each.queries, "values": each.values} for name, each in found.items()
+            }
+        if not trained:
+            continue
+        header = ["queries", "reward", "judge names the subject", "gold rule"]
+        columns = range(0, len(trained[reward].queries), 3)
+        rows = [
+            [
+                str(trained[reward].queries[column]),
+                *(text(found[reward].summary(column)) for found in (trained, judged, gold)),
+            ]
+            for column in columns
+        ]
+        made.table(f"Over-optimisation: DDPO-IS on {reward}", header, rows)
+        panels += [(f"{reward}: reward", UNITS[reward], trained), (f"{reward}: held out", "gold rule", gold)]
+        panels += [(f"{reward}: judge", "share named", judged)]
+    if panels:
+        draw(panels, made.out / "over_optimisation.png")
+
+
+def report_variants(made: Report, title: str, tag: str, groups: dict[str, str]) -> None:
+    curves = made.curves(groups)
+    made.gains(title, tag, "minus kB", curves)
+    if len(curves) > 1:
+        draw([(tag, "minus kB", curves)], made.out / f"{tag}.png")
+
+
+def report_time(made: Report) -> None:
+    seconds = [json.loads(file.read_text()) for file in made.folder.rglob("seconds.json")]
+    made.json["runs"], made.json["thread_hours"] = len(seconds), sum(seconds) / 3600
+    made.lines += [f"{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one thread each.", ""]

@@ -1,0 +1,172 @@
+"""The runs of ``ddpo_paper.py``, as whole configurations. What was scaled, and why, is in docs/reproduction/ddpo.md."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffusionrl.config import (
+    DDPOConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RWRConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from diffusionrl.emoji.vocabulary import SUBJECTS, with_article
+
+SEEDS = (0, 1, 2)
+GRID_SEED = 100
+QUERIES = 1024
+REWARDS = ("compressibility", "incompressibility", "aesthetic")
+METHODS = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")
+
+LEARNING_RATES = dict.fromkeys(METHODS, (0.0025, 0.005, 0.01))
+"""The grid, searched for every method on compressibility and on the aesthetic head."""
+BEST = {
+    ("ddpo-is", "compressibility"): 5e-3,
+    ("ddpo-sf", "compressibility"): 5e-3,
+    ("rwr", "compressibility"): 5e-3,
+    ("rwr-sparse", "compressibility"): 5e-3,
+    ("ddpo-is", "aesthetic"): 5e-3,
+    ("ddpo-sf", "aesthetic"): 5e-3,
+    ("rwr", "aesthetic"): 5e-3,
+    ("rwr-sparse", "aesthetic"): 5e-3,
+}
+"""What the grid chose; incompressibility takes compressibility's."""
+INVERSE_TEMPERATURES = {"compressibility": 0.67, "incompressibility": 0.67, "aesthetic": 3.2}
+"""About 1 / (standard deviation of the reward within a prompt), so that RWR's weights tell samples apart in every unit."""
+
+CLIP_TIMES_DIMENSIONS = 1e-4 * 4 * 64 * 64  # the paper's clip, whatever the model's latents
+DIMENSIONS = 16 * 8 * 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the benchmark: where it lies below the benchmark's folder, and its settings."""
+
+    name: str
+    config: TrainConfig
+
+
+def base(method: str, reward: str, seed: int, learning_rate: float | None = None) -> TrainConfig:
+    """1,024 queries of one method."""
+    rate = learning_rate or BEST[method, "aesthetic" if reward == "aesthetic" else "compressibility"]
+    config = TrainConfig(
+        reward=(reward,),
+        prompts_per_step=16,
+        samples_per_prompt=4,
+        steps=QUERIES // 64,
+        seed=seed,
+        sampling=SamplingConfig(num_steps=8, guidance=3.0, batch_size=32),
+        policy=PolicyConfig(lora_rank=16),
+        algorithm=DDPOConfig(
+            clip_range=CLIP_TIMES_DIMENSIONS / DIMENSIONS,
+            min_count=4,
+            updates_per_step=2,
+            train_fraction=0.5,
+            step_weight_power=2.0,
+            micro_batch_size=64,
+        ),
+        optimizer=OptimizerConfig(learning_rate=rate, warmup=10),
+        evaluation=EvaluationConfig(every=8, num_samples=90, held_out=("emoji-judge", "emoji-gold")),
+    )
+    if method == "ddpo-sf":
+        return replace(config, algorithm=replace(config.algorithm, variant="sf", updates_per_step=1))
+    if method.startswith("rwr"):
+        return interleaved(config, "sparse" if method == "rwr-sparse" else "rwr", 4)
+    return config
+
+
+def interleaved(config: TrainConfig, variant: str, rounds: int) -> TrainConfig:
+    """RWR in ``rounds`` rounds of sampling and training; 16 prompts a round, five passes over the samples, as in the paper."""
+    algorithm = RWRConfig(
+        variant=variant,
+        inverse_temperature=INVERSE_TEMPERATURES[config.reward[0]],
+        updates_per_step=5 * QUERIES // 64 // rounds,
+        batch_size=64,
+        micro_batch_size=64,
+    )
+    evaluation = replace(config.evaluation, every=max(1, rounds // 2))
+    return replace(config, algorithm=algorithm, evaluation=evaluation, steps=rounds, samples_per_prompt=QUERIES // 16 // rounds)
+
+
+def grid() -> Iterator[Run]:
+    for reward in ("compressibility", "aesthetic"):
+        for method in METHODS:
+            for rate in LEARNING_RATES[method]:
+                config = base(method, reward, GRID_SEED, rate)
+                yield Run(f"grid/{reward}/{method}/{rate:g}", config)
+
+
+def fig4() -> Iterator[Run]:
+    """Figure 4, and with the long runs of appendix A and figure 12 evaluated on what comes out."""
+    for reward in REWARDS:
+        for method in METHODS:
+            for seed in SEEDS:
+                config = base(method, reward, seed)
+                if method == "ddpo-is" and reward != "compressibility":  # appendix A: well past the point where they part
+                    config = replace(config, steps=2 * config.steps, evaluation=replace(config.evaluation, every=4))
+                yield Run(f"fig4/{reward}/{method}/seed_{seed}", config)
+
+
+def fig5() -> Iterator[Run]:
+    for seed in SEEDS:
+        config = base("ddpo-is", "compressibility", seed, BEST["ddpo-is", "aesthetic"])
+        evaluation = replace(config.evaluation, every=8, num_samples=135, held_out=("emoji-judge",))
+        yield Run(
+            f"fig5/seed_{seed}",
+            replace(config, reward=("clip-score",), prompts="activities", steps=2 * config.steps, evaluation=evaluation),
+        )
+
+
+def fig10() -> Iterator[Run]:
+    for seed in SEEDS:
+        config = base("rwr-sparse", "compressibility", seed)
+        yield Run(f"fig10/conditional/seed_{seed}", replace(config, algorithm=replace(config.algorithm, train_guided=False)))
+
+
+def fig11() -> Iterator[Run]:
+    for rounds in (1, 2, 16):  # 4 is figure 4's
+        for seed in SEEDS:
+            yield Run(f"fig11/rounds_{rounds}/seed_{seed}", interleaved(base("rwr", "compressibility", seed), "rwr", rounds))
+
+
+def reduction() -> Iterator[Run]:
+    for seed in SEEDS:
+        config = base("ddpo-is", "compressibility", seed)
+        algorithm = replace(config.algorithm, logprob_reduction="sum", clip_range=CLIP_TIMES_DIMENSIONS)
+        yield Run(f"reduction/sum/seed_{seed}", replace(config, algorithm=algorithm))
+
+
+POOLS = (16, 2048)
+
+
+def pool_file(folder: Path, size: int) -> Path:
+    """The first ``size`` of all pairs of subjects, in a fixed shuffled order."""
+    pairs = [f"{with_article(left)} and {with_article(right)}" for left in SUBJECTS for right in SUBJECTS]
+    file = folder / f"pairs_{size}.txt"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(pairs[i * 4001 % len(pairs)] for i in range(size)) + "\n")  # 4001 is prime
+    return file
+
+
+def advantages(folder: Path) -> Iterator[Run]:
+    for size in POOLS:
+        for normalisation in ("prompt", "group", "batch"):
+            for seed in SEEDS:
+                config = base("ddpo-is", "compressibility", seed)
+                if normalisation != "group":
+                    config = replace(config, prompts_per_step=64, samples_per_prompt=1)
+                config = replace(
+                    config,
+                    prompts=str(pool_file(folder, size)),
+                    algorithm=replace(config.algorithm, normalisation=normalisation),
+                )
+                yield Run(f"advantages/{normalisation}/pool_{size}/seed_{seed}", config)
+
+
+def all_runs(folder: Path) -> list[Run]:
+    """Every run, in the order in which they are made."""
+    return [*grid(), *fig4(), *fig5(), *fig10(), *fig11(), *reduction(), *advantages(folder / "prompts")]

@@ -1,0 +1,129 @@
+"""CLIP-type models as rewards: how well an image fits its prompt, by the similarity of their embeddings.
+
+The score is what the checkpoint was trained to put out, exp(logit scale) * cosine: 100 * cosine for OpenAI's CLIP, the
+PickScore for PickScore. Everything is differentiable in the images.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+from transformers import AutoModel, AutoTokenizer
+from transformers.image_processing_utils import BaseImageProcessor
+
+from diffusionrl.config import RewardsConfig
+from diffusionrl.errors import UserError
+from diffusionrl.rewards.base import Reward, register
+
+EMBEDDED_CLIP = Path(__file__).parent.parent / "emoji" / "weights" / "clip"
+PINNED = {
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+}
+
+
+def locate(model: str, revision: str | None) -> tuple[str, str | None]:
+    """A folder, or a hub id with the commit it is pinned to.
+
+    Raises:
+        UserError: no such folder, or a hub id without a commit.
+    """
+    if model == "emoji":
+        return str(EMBEDDED_CLIP), None
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path), None
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(
+            f"model {model!r} was not found: give 'emoji', a folder in transformers' format, or a hub id owner/name"
+        )
+    pinned = revision or PINNED.get(model)
+    if pinned is None:
+        raise UserError(f"give the revision of {model!r}, a commit of the hub: a reward that changes overnight is no measure")
+    return model, pinned
+
+
+class CLIP:
+    """A ``CLIPModel``-type checkpoint: embeddings of images and texts, each of length 1.
+
+    Args:
+        model, revision: see ``locate``.
+        processor: where the tokenizer and the image settings are, if not with the model.
+
+    Raises:
+        UserError: it is not there, is no such model, or has no safetensors.
+    """
+
+    def __init__(
+        self, model: str, revision: str | None = None, processor: str | None = None, processor_revision: str | None = None
+    ) -> None:
+        source, commit = locate(model, revision)
+        parts, parts_commit = locate(processor, processor_revision) if processor else (source, commit)
+        try:
+            self.model = AutoModel.from_pretrained(source, revision=commit, use_safetensors=True, dtype=torch.float32).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(parts, revision=parts_commit)
+            settings, _ = BaseImageProcessor.get_image_processor_dict(parts, revision=parts_commit)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"CLIP model {model!r} could not be loaded: {error}") from error
+        if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "logit_scale"):
+            raise UserError(f"{model!r} is a {type(self.model).__name__}, not a model of images and texts like CLIP")
+        self.model.requires_grad_(False)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._settings = settings
+        self._texts: dict[str, Tensor] = {}
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as the model was trained to see them: resized, cropped, normalised. (B, 3, H, W) -> (B, 3, h, w)."""
+        settings = self._settings
+        size, crop = settings["size"], settings.get("crop_size")
+        size = {"shortest_edge": size} if isinstance(size, int) else size
+        height, width = images.shape[-2:]
+        if "shortest_edge" in size:
+            ratio = size["shortest_edge"] / min(height, width)
+            target = (int(height * ratio), int(width * ratio))
+        else:
+            target = (size["height"], size["width"])
+        if target != (height, width):
+            mode = "bicubic" if settings.get("resample", 3) == 3 else "bilinear"
+            images = interpolate(images, target, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+        if crop and settings.get("do_center_crop", True):
+            high, wide = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
+            top, left = (target[0] - high) // 2, (target[1] - wide) // 2
+            images = images[:, :, top : top + high, left : left + wide]
+        mean, std = (torch.tensor(settings[key]).view(3, 1, 1).to(images.device) for key in ("image_mean", "image_std"))
+        return (images - mean) / std
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D), of length 1, on the CPU; differentiable."""
+        pixels = self.preprocess(images.to(self.model.device))
+        return normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.cpu(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """B texts -> (B, D), of length 1, on the CPU; each computed once."""
+        for text in dict.fromkeys(texts):
+            if text not in self._texts:
+                tokens = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").to(self.model.device)
+                self._texts[text] = normalize(self.model.get_text_features(**tokens).pooler_output.cpu(), dim=-1)
+        return torch.cat([self._texts[text] for text in texts])
+
+    def similarity(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """exp(logit scale) * cosine of each image with its text, (B,); differentiable in the images."""
+        scale = self.model.logit_scale.exp().item()
+        return scale * (self.embed_images(images) * self.embed_texts(texts)).sum(-1)
+
+
+@register("clip-score")
+def clip_score(config: RewardsConfig) -> Reward:
+    """The similarity of image and prompt, in the units of the checkpoint."""
+    settings = config.clip_score
+    clip = CLIP(settings.model, settings.revision, settings.processor, settings.processor_revision)
+
+    def clip_score(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+        return clip.similarity(images, prompts)
+
+    return clip_score

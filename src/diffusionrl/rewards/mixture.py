@@ -1,0 +1,110 @@
+"""Several rewards as one: the sum of weight * score, each score as it is or normalised.
+
+A normalised score is (score - mean) / std with the statistics of the evaluation before training, so that it means the same from
+the first step to the last and in every evaluation.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusionrl.config import RewardsConfig
+from diffusionrl.errors import UserError
+from diffusionrl.rewards.base import Reward, Scores, load_reward, score, try_reward
+
+
+class Mixture:
+    """A weighted sum of rewards; a sample without a valid score from each of them is invalid.
+
+    Args:
+        rewards: by the name under which each is logged.
+        weights: by the same names; 1 where left out.
+
+    Raises:
+        UserError: no reward, or a weight that is not a number.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float] | None = None) -> None:
+        if not rewards:
+            raise UserError("there is no reward: name at least one")
+        self.rewards = dict(rewards)
+        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
+        self.statistics = dict.fromkeys(rewards, (0.0, 1.0))
+
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        """Call every reward; raises UserError where one breaks its contract (see ``score``)."""
+        found = {name: score(reward, images, prompts, metadata) for name, reward in self.rewards.items()}
+        parts = {name: torch.where(scores.valid, scores.values, torch.nan) for name, scores in found.items()}
+        errors = [f"{name}: {scores.error}" for name, scores in found.items() if scores.error]
+        return self._combine(parts, errors[-1] if errors else None)
+
+    def _combine(self, parts: dict[str, Tensor], error: str | None) -> Scores:
+        values = torch.zeros_like(next(iter(parts.values())))
+        for name, part in parts.items():
+            mean, std = self.statistics[name]
+            values = values + self.weights[name] * (part - mean) / std
+        valid = values.isfinite()
+        return Scores(values.nan_to_num(0.0, 0.0, 0.0), valid, error, parts)
+
+    def calibrate(self, scores: Scores) -> Scores:
+        """Normalise by these scores from now on; returns them normalised.
+
+        Raises:
+            UserError: a reward scored them all alike.
+        """
+        for name, part in scores.parts.items():
+            values = part[part.isfinite()].double()
+            std = values.std(correction=0).item() if len(values) > 1 else 0.0
+            if not std > 0:
+                raise UserError(f"the reward {name} gave all {len(values)} samples the same score: it cannot be normalised")
+            self.statistics[name] = (values.mean().item(), std)
+        return self._combine(scores.parts, scores.error)
+
+    def counts(self) -> dict[str, float]:
+        """What the rewards count, "NAME/WHAT" -> number."""
+        return {
+            f"{name}/{what}": count
+            for name, reward in self.rewards.items()
+            for what, count in getattr(reward, "counts", {}).items()
+        }
+
+
+def as_mixture(reward: Reward | Mixture) -> Mixture:
+    """A reward alone, as a mixture of one."""
+    return reward if isinstance(reward, Mixture) else Mixture({reward_name(reward): reward})
+
+
+def reward_name(reward: Reward) -> str:
+    """``package.module:function`` of a function or object."""
+    return f"{reward.__module__}:{getattr(reward, '__qualname__', type(reward).__name__)}"
+
+
+def load_mixture(names: Sequence[str], config: RewardsConfig | None = None) -> Mixture:
+    """The rewards of ``NAME`` or ``NAME=WEIGHT`` each.
+
+    Raises:
+        UserError: see ``load_reward``; or a weight that is no number, or a name twice.
+    """
+    rewards: dict[str, Reward] = {}
+    weights = {}
+    for entry in names:
+        name, equals, weight = entry.partition("=")
+        if name in rewards:
+            raise UserError(f"reward {name!r} is named twice")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError as error:
+            raise UserError(f"reward {entry!r}: the weight {weight!r} is not a number") from error
+        rewards[name] = load_reward(name, config)
+    return Mixture(rewards, weights)
+
+
+def try_mixture(mixture: Mixture, image_size: int, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+    """``try_reward`` for each; the error names the reward where there are several."""
+    for name, reward in mixture.rewards.items():
+        try:
+            try_reward(reward, image_size, prompts, metadata)
+        except UserError as error:
+            raise UserError(f"{name}: {error}" if len(mixture.rewards) > 1 else str(error)) from error
