@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check format bench weights
+.PHONY: demo test test-faults check format bench weights
 
 demo: $(READY)  ## train the embedded model with DDPO on JPEG compressibility
 	$(BIN)/diffusionrl train --name demo-$$(date +%Y%m%d-%H%M%S)
@@ -16,6 +16,9 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-faults: $(READY)  ## the whole campaign of faults; hours, may be stopped and taken up again
+	$(BIN)/python benchmarks/faults.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -5,12 +5,11 @@
     python benchmarks/ddpo_paper.py --jobs 0         # the report alone
 
 Each run is an ordinary ``diffusionrl train`` in ``runs/benchmarks/ddpo_paper/``, on one thread; ``--jobs`` of them at a time. A
-finished run is not made again, an unfinished one begins anew, so the command may be stopped and given again at any time.
+finished run is not made again and an unfinished one goes on, so the command may be stopped and given again at any time.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -52,7 +51,6 @@ def make(run: Run, folder: Path) -> None:
     run_dir = folder / run.name
     if finished(run_dir):
         return
-    shutil.rmtree(run_dir, ignore_errors=True)
     settings = folder / "configs" / f"{run.name.replace('/', '_')}.yaml"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(to_yaml(run.config))

@@ -124,7 +124,11 @@ def report(folder: Path, out: Path) -> None:
         made,
         "Guidance in the update or not (Fig. 10), RWR-sparse on compressibility",
         "fig10",
-        {"guided prediction trained": f"{compressibility}/rwr-sparse", "conditional prediction trained": "fig10/conditional"},
+        {
+            "guided prediction trained": f"{compressibility}/rwr-sparse",
+            "conditional prediction trained": "fig10/conditional",
+            "guided, all samples kept, no reward": "fig10/control",
+        },
     )
     rounds = {f"{n} rounds": f"fig11/rounds_{n}" if n != 4 else f"{compressibility}/rwr" for n in (1, 2, 4, 16)}
     report_variants(made, "Interleaving of RWR (Fig. 11) on compressibility", "fig11", rounds)

@@ -26,8 +26,8 @@ LEARNING_RATES = dict.fromkeys(METHODS, (0.0025, 0.005, 0.01))
 BEST = {
     ("ddpo-is", "compressibility"): 5e-3,
     ("ddpo-sf", "compressibility"): 5e-3,
-    ("rwr", "compressibility"): 5e-3,
-    ("rwr-sparse", "compressibility"): 5e-3,
+    ("rwr", "compressibility"): 1e-2,
+    ("rwr-sparse", "compressibility"): 2.5e-3,
     ("ddpo-is", "aesthetic"): 5e-3,
     ("ddpo-sf", "aesthetic"): 5e-3,
     ("rwr", "aesthetic"): 5e-3,
@@ -121,9 +121,11 @@ def fig5() -> Iterator[Run]:
 
 
 def fig10() -> Iterator[Run]:
+    """Figure 10, and a control that looks at no reward: every sample kept, so that only the denoising loss is left."""
     for seed in SEEDS:
         config = base("rwr-sparse", "compressibility", seed)
-        yield Run(f"fig10/conditional/seed_{seed}", replace(config, algorithm=replace(config.algorithm, train_guided=False)))
+        for name, change in (("conditional", {"train_guided": False}), ("control", {"percentile": 0.0})):
+            yield Run(f"fig10/{name}/seed_{seed}", replace(config, algorithm=replace(config.algorithm, **change)))
 
 
 def fig11() -> Iterator[Run]:

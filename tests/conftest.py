@@ -12,7 +12,7 @@ from diffusionrl.emoji.recipe.tokenizer import train_tokenizer
 from diffusionrl.policies import StableDiffusionPolicy
 
 
-def _tiny_pipeline(folder: Path) -> StableDiffusionPipeline:
+def build_tiny_pipeline(folder: Path) -> StableDiffusionPipeline:
     tokenizer = train_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -73,7 +73,7 @@ def _tiny_pipeline(folder: Path) -> StableDiffusionPipeline:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline in diffusers' folder format."""
     folder = tmp_path_factory.mktemp("tiny")
-    _tiny_pipeline(folder / "parts").save_pretrained(folder / "pipeline")
+    build_tiny_pipeline(folder / "parts").save_pretrained(folder / "pipeline")
     return folder / "pipeline"
 
 

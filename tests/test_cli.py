@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,10 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, train
+from diffusionrl.checkpoint import complete_steps
 from diffusionrl.cli import main, parse_train
-from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig
+from diffusionrl.config import DDPOConfig, EvaluationConfig, RewardsConfig, SamplingConfig
 from diffusionrl.evaluation import evaluate
 from diffusionrl.images import to_pil
+from diffusionrl.interruption import Interrupted
 from diffusionrl.policies import StableDiffusionPolicy, load_pipeline
 from diffusionrl.prompts import load_prompts
 
@@ -137,7 +141,7 @@ def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
         (["--steps", "0"], "steps must be at least 1"),
         (["--algorithm.train-fraction", "2"], r"must lie in (0, 1]"),
         (["--sampling.eta", "0"], "needs fresh noise"),
-        (["--algorithm.name", "ppo"], "unknown algorithm 'ppo': there are ddpo, rwr"),
+        (["--algorithm.name", "ppo"], "unknown algorithm 'ppo'. There are ddpo, rwr"),
         (["--algorithm.name", "rwr", "--algorithm.percentile", "90"], "must lie in [0, 1]"),
         (["--algorithm.name", "rwr", "--algorithm.clip-range", "1"], "--algorithm.clip-range"),
         (["--sampling.eta", "3"], "lower eta"),
@@ -145,7 +149,7 @@ def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
         (["--sampling.sampler", "flow_grpo"], "linear flow"),
         (["--policy.training", "full", "--policy.dtype", "bfloat16"], "needs policy.dtype float32"),
         (["--optimizer.betas", "1", "1"], "must lie in [0, 1)"),
-        (["--preset", "emojis"], "there are emoji, ddpo-lora, ddpo-paper"),
+        (["--preset", "emojis"], "did you mean 'emoji'? There are ddpo-lora, ddpo-paper, emoji"),
         (["--config", "nowhere.yaml"], "cannot be read"),
         (["--config", "bad.yaml"], "--algorithm.clip-range"),
         (["--config", "list.yaml"], "must hold settings"),
@@ -153,7 +157,8 @@ def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
         (["--prompts", "empty.txt"], "holds no prompt"),
         (["--model", "empty"], "no model_index.json"),
         (["--model", "./nowhere"], "was not found"),
-        (["--reward", "compresibility"], "unknown reward"),
+        (["--reward", "compresibility"], "unknown reward 'compresibility'; did you mean 'compressibility'?"),
+        (["--algorithm.name", "rvr"], "did you mean 'rwr'?"),
         (["--reward", "aesthetic=2", "aesthetic"], "named twice"),
         (["--reward", "aesthetic=lots"], "the weight 'lots' is not a number"),
         (["--evaluation.held-out", "emoji-jugde"], "unknown reward 'emoji-jugde'"),
@@ -162,12 +167,14 @@ def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
         (["--reward", "clip-score", "--rewards.clip-score.model", "."], "could not be loaded"),
         (["--reward", "no_such_module:f"], "does not import"),
         (["--reward", "broken_reward:short"], "it returned a list of length 1"),
-        (["--run-dir", "empty"], "never overwritten"),
+        (["--run-dir", "full"], "exists and is no run"),
     ],
 )
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, options: list[str], said: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
     (tmp_path / "empty.txt").touch()
     (tmp_path / "bad.yaml").write_text("algorithm:\n  clip_rnage: 1\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
@@ -295,8 +302,6 @@ def test_train_from_python(make_policy: Any, tmp_path: Path) -> None:
     assert {(prompt, metadata.get("colour")) for prompt, metadata in seen} == {("a cat", None), ("a dog", "red")}
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"] == policy.source
     assert any(not torch.equal(before[name], weight) for name, weight in policy.trainable().items())
-    with pytest.raises(UserError, match="never overwritten"):
-        train(small(tmp_path / "run"), policy=policy, reward=red, prompts=["a cat"])
     with pytest.raises(UserError, match="no prompt"):
         train(small(tmp_path / "other"), policy=policy, reward=red, prompts=[])
 
@@ -325,8 +330,10 @@ def test_some_failed_rewards_are_counted_and_many_stop_the_run(make_policy: Any,
 
     train(small(tmp_path / "some"), policy=make_policy(), reward=sometimes, prompts=["a cat"])
     assert lines(tmp_path / "some")[1]["reward/invalid"] == 1
-    with pytest.raises(RunStopped, match=r"4 of 4 samples .* TimeoutError: the scorer is gone"):
-        train(small(tmp_path / "many"), policy=make_policy(), reward=fails_later, prompts=["a cat"])
+    config = dataclasses.replace(small(tmp_path / "many"), steps=3, rewards=RewardsConfig(invalid_window=2))
+    with pytest.raises(RunStopped, match=r"8 of 8 samples of the last 2 steps .* TimeoutError: the scorer is gone"):
+        train(config, policy=make_policy(), reward=fails_later, prompts=["a cat"])
+    assert len(lines(tmp_path / "many")) == 2, "the first step without a score goes on, and changes nothing"
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(
@@ -354,12 +361,13 @@ def test_an_interrupted_run_keeps_what_it_learned(make_policy: Any, tmp_path: Pa
     def interrupted(images: torch.Tensor, prompts: list[str], metadata: Any) -> list[int]:
         calls.append(1)
         if len(calls) == 4:  # the trial, the first evaluation, the first step, and now the second
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         return list(range(len(images)))
 
     config = dataclasses.replace(small(tmp_path / "run"), steps=5)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="SIGTERM"):
         train(config, policy=make_policy(), reward=interrupted, prompts=["a cat"])
+    assert complete_steps(tmp_path / "run") == [1]
     assert len(lines(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "export" / "pytorch_lora_weights.safetensors").is_file()
 

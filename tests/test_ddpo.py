@@ -13,12 +13,13 @@ from diffusionrl import seeds
 from diffusionrl.algorithms import DDPO
 from diffusionrl.algorithms.ddpo import clipped_loss
 from diffusionrl.config import DDPOConfig, OptimizerConfig, SamplingConfig, TrainConfig
+from diffusionrl.optimization import accumulate_gradient
 from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.policies.base import chunks
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Scores
 from diffusionrl.rollout import Rollout, collect, sample_trajectories
-from diffusionrl.trainer import Trainer, accumulate_gradient
+from diffusionrl.trainer import Trainer
 from diffusionrl.transitions import Grid, SamplerTable, log_density
 
 SAMPLING = SamplingConfig(num_steps=4, guidance=3.0, batch_size=6)
@@ -219,9 +220,9 @@ def test_optimizer_steps_of_a_training_step(make_policy, tmp_path: Path, variant
     """The paper's arithmetic at a smaller size: 4 updates on a quarter each (IS), 1 on everything (SF)."""
     algorithm = DDPOConfig(variant=variant, updates_per_step=updates)
     config = TrainConfig(prompts_per_step=8, sampling=SAMPLING, algorithm=algorithm)
-    trainer = Trainer(make_policy(), brightness, [Prompt("a cat")], DDPO(algorithm, 3.0), config, tmp_path / "run")
+    trainer = Trainer(make_policy(), brightness, [Prompt("a cat")], DDPO(algorithm, 3.0), config)
     counted: list[int] = []
-    trainer.optimizer.register_step_post_hook(lambda *_: counted.append(1))
+    trainer.state.optimization.adamw.register_step_post_hook(lambda *_: counted.append(1))
     metrics = trainer.step(1)
     assert len(counted) == updates
     assert metrics["ratio/max_gap"] < 1e-5
@@ -232,9 +233,9 @@ def test_warmup_scales_the_first_updates(make_policy, tmp_path: Path) -> None:  
     algorithm = DDPOConfig()
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup=4, weight_decay=0.0)
     config = TrainConfig(prompts_per_step=8, sampling=SAMPLING, algorithm=algorithm, optimizer=optimizer)
-    trainer = Trainer(make_policy(), brightness, [Prompt("a cat")], DDPO(algorithm, 3.0), config, tmp_path / "run")
+    trainer = Trainer(make_policy(), brightness, [Prompt("a cat")], DDPO(algorithm, 3.0), config)
     rates: list[float] = []
-    trainer.optimizer.register_step_pre_hook(lambda found, *_: rates.append(found.param_groups[0]["lr"]))
+    trainer.state.optimization.adamw.register_step_pre_hook(lambda found, *_: rates.append(found.param_groups[0]["lr"]))
     trainer.step(1)
     trainer.step(2)
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3] + [1e-3] * 5)

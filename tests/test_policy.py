@@ -152,11 +152,11 @@ def test_folders_of_other_families_are_named(tiny_folder: Path, tmp_path: Path) 
 def test_models_of_the_hub_are_checked_by_their_settings_alone(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def download(repository: str, name: str) -> str:
-        asked.append(name)
-        if repository == "owner/gone":
+    def download(repository: str, revision: None, filename: str, local_files_only: bool = False) -> str:
+        if local_files_only or repository == "owner/gone":
             raise OSError("offline")
-        return str(tiny_folder / name)
+        asked.append(filename)
+        return str(tiny_folder / filename)
 
     monkeypatch.setattr("diffusionrl.policies.hf_hub_download", download)
     assert check_model("owner/tiny") == 32

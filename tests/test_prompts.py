@@ -64,6 +64,9 @@ def test_text_and_jsonl(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": 3}\n', r"p\.jsonl:1: no \"prompt\""),
         ("p.jsonl", b'["a cat"]\n', r"p\.jsonl:1: .*is a list"),
         ("p.jsonl", b"a cat\n", r"p\.jsonl:1: not JSON"),
+        ("p.txt", b"a cat\na \0 dog\n", r"p\.txt:2: a NUL character at column 3"),
+        ("p.txt", b"a cat\n" + 10_000_000 * b"x", r"p\.txt:2: 10,000,000 characters in one prompt"),
+        ("p.jsonl", b'{"prompt": "' + 20_000 * b"x" + b'"}', r"p\.jsonl:1: 20,000 characters"),
     ],
 )
 def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, content: bytes, said: str) -> None:

@@ -1,6 +1,7 @@
 """Rewards: the paper's JPEG conventions, and what a user's function may do."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusionrl.config import BUILT_IN_REWARDS
 from diffusionrl.errors import UserError
 from diffusionrl.images import to_pil
-from diffusionrl.rewards import Scores, load_reward, score, try_reward
+from diffusionrl.rewards import REGISTRY, Scores, load_reward, score, try_reward
 from diffusionrl.rewards.jpeg import jpeg_kilobytes
 
 FLAT = torch.full((3, 64, 64), 0.5)
@@ -83,9 +85,13 @@ def test_an_exception_makes_its_samples_invalid_and_is_kept() -> None:
         (None, "NoneType"),
     ],
 )
-def test_a_wrong_length_or_type_is_an_error(value: Any, said: str) -> None:
-    with pytest.raises(UserError, match=f"one number a sample, here 2; it returned a {said}"):
-        score(returning(value), torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+def test_a_wrong_length_or_type_is_an_error_at_first_and_invalid_later(value: Any, said: str) -> None:
+    contract = f"one number a sample, here 2; it returned a {said}"
+    with pytest.raises(UserError, match=contract):
+        try_reward(returning(value), 8, ["a"], [{}])
+    found = score(returning(value), torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
+    assert not found.valid.any()
+    assert re.search(contract, found.error or "")
 
 
 def test_rewards_are_tried_before_anything_slow() -> None:
@@ -132,6 +138,10 @@ def test_a_score_outside_the_rewards_range_is_invalid() -> None:
     assert found.error == "it returned 7.2 for 'b', outside its range of 0 to 1"
 
 
+def test_the_built_in_names_are_known_without_torch() -> None:
+    assert sorted(REGISTRY) == sorted(BUILT_IN_REWARDS)
+
+
 def test_own_rewards_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_found.py").write_text(
         "def red(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\nsize = 3\n"
@@ -141,7 +151,7 @@ def test_own_rewards_are_found_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_reward("mine_found:red")(torch.ones(1, 3, 2, 2), ["a"], [{}]).tolist() == [1.0]
     for name, said in [
-        ("compresibility", "built in are aesthetic, clip-score, compressibility"),
+        ("compresibility", "did you mean 'compressibility'"),
         ("mine_found:blue", "AttributeError"),
         ("mine_found:size", "is a int, not a function"),
         ("mine_broken:red", "ModuleNotFoundError"),

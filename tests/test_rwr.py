@@ -13,11 +13,12 @@ from torch import Tensor
 
 from diffusionrl.algorithms import RWR
 from diffusionrl.config import RWRConfig, SamplingConfig, TrainConfig
+from diffusionrl.optimization import accumulate_gradient
 from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Scores
 from diffusionrl.rollout import Rollout, collect
-from diffusionrl.trainer import Trainer, accumulate_gradient
+from diffusionrl.trainer import Trainer
 
 SAMPLING = SamplingConfig(num_steps=3, guidance=3.0, batch_size=8)
 
@@ -150,7 +151,7 @@ def test_training_raises_the_likelihood_of_what_scored_well(make_policy, tmp_pat
     config = replace(config, optimizer=replace(config.optimizer, learning_rate=5e-3))
     algorithm = RWR(settings, 3.0)
     policy = make_policy()
-    trainer = Trainer(policy, brightness, [Prompt("a cat"), Prompt("a dog")], algorithm, config, tmp_path / "run")
+    trainer = Trainer(policy, brightness, [Prompt("a cat"), Prompt("a dog")], algorithm, config)
     rollout = collect(policy, brightness, trainer._prompts_of(1), SAMPLING, 0, "rollout", 1, needs="endpoints")
     weights = algorithm.advantages(rollout)
     rows = torch.cat(list(algorithm.updates(rollout, weights, 0, 99)))

@@ -1,5 +1,6 @@
 """Reinforcement learning for diffusion and flow models: tune a model towards anything you can measure."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from diffusionrl.errors import UserError as UserError
     from diffusionrl.policies import load_policy as load_policy
     from diffusionrl.prompts import Prompt as Prompt
+
+# huggingface_hub reports home even when it is asked for cached files only; it reads this when it is imported.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
     "Prompt": "diffusionrl.prompts",

@@ -1,7 +1,5 @@
 """``python -m diffusionrl``."""
 
-import sys
+from diffusionrl.cli import entry
 
-from diffusionrl.cli import main
-
-sys.exit(main())
+entry()

@@ -4,7 +4,9 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from diffusionrl import interruption
 from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import TrainConfig
 from diffusionrl.errors import UserError
@@ -13,8 +15,8 @@ from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt, load_prompts
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture
 from diffusionrl.rollout import make_table
-from diffusionrl.tracking import check_new
-from diffusionrl.trainer import Trainer, TrainResult
+from diffusionrl.tracking import RunFolder, TrainResult, read_result
+from diffusionrl.trainer import Trainer
 
 
 def train(
@@ -24,7 +26,7 @@ def train(
     prompts: Sequence[str | Prompt] | None = None,
     algorithm: Algorithm | None = None,
 ) -> TrainResult:
-    """Train a policy towards a reward.
+    """Train a policy towards a reward; a run that was begun in the same folder goes on from its newest checkpoint.
 
     Args:
         config: everything; by default the preset "emoji". The parts below take the place of what it names.
@@ -36,31 +38,49 @@ def train(
     Raises:
         UserError: something that the user can mend; raised before anything slow, with nothing written.
         RunStopped: the run had to end early.
+        Interrupted: a signal asked it to save and stop.
     """
     if config is None:
         from diffusionrl.presets import emoji
 
         config = emoji()
     run_dir = config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S"))
-    check_new(run_dir)
-    chosen = load_prompts(config.prompts) if prompts is None else [_as_prompt(prompt) for prompt in prompts]
-    if not chosen:
-        raise UserError("there is no prompt to train on: prompts is empty")
-    if prompts is not None:
-        config = dataclasses.replace(config, prompts=f"<{len(chosen)} prompts handed over in Python>")
+    config = dataclasses.replace(config, **_described(policy, reward, prompts))
+    with interruption.noted(), RunFolder(run_dir, config) as folder:
+        if folder.finished:
+            print(f"{run_dir} is finished: all {config.steps} steps are done")
+            return read_result(run_dir)
+        chosen = load_prompts(config.prompts) if prompts is None else [_as_prompt(prompt) for prompt in prompts]
+        if not chosen:
+            raise UserError("there is no prompt to train on: prompts is empty")
+        image_size = check_model(config.model) if policy is None else policy.image_size
+        mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
+        held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
+        samples = (chosen * 2)[:2]
+        for each in [mixture, held_out] if held_out else [mixture]:
+            try_mixture(each, image_size, [p.text for p in samples], [p.metadata for p in samples])
+        trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
+        make_table(trained, config.sampling)
+        trainer = Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out)
+        try:
+            return trainer.run(folder)
+        except interruption.Interrupted as error:
+            error.saved_in = run_dir if trainer.at_start is not None else None
+            raise
+
+
+def _described(
+    policy: Policy | None, reward: Reward | Mixture | None, prompts: Sequence[str | Prompt] | None
+) -> dict[str, Any]:
+    """What the configuration says of parts that were handed over in Python."""
+    described: dict[str, Any] = {}
     if policy is not None:
-        config = dataclasses.replace(config, model=policy.source)
-    image_size = check_model(config.model) if policy is None else policy.image_size
-    mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
+        described["model"] = policy.source
     if reward is not None:
-        config = dataclasses.replace(config, reward=tuple(f"{name}={weight:g}" for name, weight in mixture.weights.items()))
-    held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
-    samples = (chosen * 2)[:2]
-    for each in [mixture, held_out] if held_out else [mixture]:
-        try_mixture(each, image_size, [p.text for p in samples], [p.metadata for p in samples])
-    trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
-    make_table(trained, config.sampling)
-    return Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, run_dir, held_out).run()
+        described["reward"] = tuple(f"{name}={weight:g}" for name, weight in as_mixture(reward).weights.items())
+    if prompts is not None:
+        described["prompts"] = f"<{len(prompts)} prompts handed over in Python>"
+    return described
 
 
 def _as_prompt(prompt: str | Prompt) -> Prompt:

@@ -4,17 +4,20 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 import yaml
 
-from diffusionrl.config import ALGORITHMS, SamplingConfig, TrainConfig
-from diffusionrl.errors import RunStopped, UserError
+from diffusionrl.config import ALGORITHMS, BUILT_IN_REWARDS, SamplingConfig, TrainConfig
+from diffusionrl.errors import RunStopped, UserError, one_of
+from diffusionrl.interruption import Interrupted, noted
 from diffusionrl.presets import PRESETS
 
+START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
 USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
   train   tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
@@ -42,7 +45,8 @@ class SampleConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a run that had to stop, 2 for what the user can mend."""
+    """Run a command; returns the exit code: 0, 1 for a run that had to stop, 2 for what the user can mend, 75 for a run that a
+    signal stopped and that the same command takes up again."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = {"train": _train, "sample": _sample}
     if not arguments or arguments[0] not in commands:
@@ -50,17 +54,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE, file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
     try:
-        commands[arguments[0]](arguments[1:])
+        with noted() if arguments[0] == "train" else nullcontext():
+            commands[arguments[0]](arguments[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunStopped as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        if error.saved_in is None:
+            print(f"stopped by {error} before there was anything to save", file=sys.stderr)
+        else:
+            print(f"saved and stopped by {error}; go on with the same command and --run-dir {error.saved_in}", file=sys.stderr)
+        return START_AGAIN
     except KeyboardInterrupt:
-        print("interrupted; what was learned so far is in the run's export folder", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def entry() -> NoReturn:
+    """The command line as a process. Python would wait for every thread at its end, and a reward's or tracker's may hang."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def parse_train(arguments: Sequence[str]) -> TrainConfig:
@@ -73,16 +96,17 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
     preset, rest = _take(list(arguments), "--preset")
     file, rest = _take(rest, "--config")
     if preset is not None and preset not in PRESETS:
-        raise UserError(f"unknown preset {preset!r}: there are {', '.join(PRESETS)}")
+        raise one_of("preset", preset, PRESETS)
     config = PRESETS[preset or "emoji"]()
     if file is not None:
         rest = _as_options(_read_yaml(Path(file))) + rest
-    while (taken := _take(rest, "--algorithm.name"))[0] is not None:  # the last one wins
-        name, rest = taken
+    name, rest = _take(rest, "--algorithm.name")
+    while name is not None:  # the last one wins
         if name not in ALGORITHMS:
-            raise UserError(f"unknown algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
+            raise one_of("algorithm", name, ALGORITHMS)
         if name != config.algorithm.name:
             config = dataclasses.replace(config, algorithm=ALGORITHMS[name]())
+        name, rest = _take(rest, "--algorithm.name")
     kind = tyro.conf.AvoidSubcommands[TrainConfig]
     return tyro.cli(kind, default=config, args=rest, prog=f"diffusionrl train --config {file or 'FILE'}")
 
@@ -138,7 +162,12 @@ def _train(arguments: Sequence[str]) -> None:
     config = parse_train(arguments)
     from diffusionrl.prompts import load_prompts
 
-    load_prompts(config.prompts)  # before torch is imported, so that a broken file is named at once
+    # Before torch is imported, so that a broken file or a misspelt name is found at once.
+    load_prompts(config.prompts)
+    for entry in (*config.reward, *config.evaluation.held_out):
+        name = entry.partition("=")[0]
+        if ":" not in name and name not in BUILT_IN_REWARDS:
+            raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function")
     _quiet_libraries()
     from diffusionrl.api import train
     from diffusionrl.report.picture import draw_before_after
@@ -146,7 +175,7 @@ def _train(arguments: Sequence[str]) -> None:
     result = train(config)
     picture = draw_before_after(result.run_dir)
     before, after = result.before, result.after
-    print(f"\nreward on the same {len(before.rollout.prompts)} fixed seeds and prompts, mean ± standard error")
+    print(f"\nreward on the same {config.evaluation.num_samples} fixed seeds and prompts, mean ± standard error")
     print(f"  before  {before.mean:9.3f} ± {before.standard_error:.3f}")
     print(f"  after   {after.mean:9.3f} ± {after.standard_error:.3f}")
     print(f"before/after picture: {picture}")

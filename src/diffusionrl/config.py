@@ -167,6 +167,12 @@ class RWRConfig:
         _require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
 
 
+BUILT_IN_REWARDS = (
+    *("aesthetic", "clip-score", "compressibility", "emoji-gold", "emoji-judge", "incompressibility"),
+    *("vlm-bertscore", "vlm-yes"),
+)
+"""Known here too, so that a misspelt one is found without importing torch."""
+
 AlgorithmConfig = DDPOConfig | RWRConfig
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {"ddpo": DDPOConfig, "rwr": RWRConfig}
 
@@ -247,11 +253,39 @@ class VLMConfig:
 class RewardsConfig:
     """How rewards are mixed, and what the built-in ones need."""
 
+    timeout: float = 600.0
+    """Seconds for one call of the rewards; what takes longer is given up, and its samples are invalid."""
+    max_invalid: float = 0.5
+    """A run saves and stops when more than this share of the samples of ``invalid_window`` steps has no valid score."""
+    invalid_window: int = 3
     normalise: bool = False
     """Take each reward relative to its mean and in units of its standard deviation over the evaluation before training."""
     clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
     aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
     vlm: VLMConfig = field(default_factory=VLMConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.timeout > 0, f"rewards.timeout must be positive, not {self.timeout}")
+        _require(0 <= self.max_invalid <= 1, f"rewards.max_invalid must lie in [0, 1], not {self.max_invalid}")
+        _require(self.invalid_window >= 1, f"rewards.invalid_window must be at least 1, not {self.invalid_window}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run can be taken up from again; see docs/reliability.md."""
+
+    every: int = 10
+    """Steps between checkpoints; there is one after the last step, and one whenever a run is asked to stop."""
+    keep: int = 2
+    """How many of the newest are kept, beside the one with the best evaluation."""
+    exact: bool = False
+    """Refuse to go on from an older checkpoint where the newest one is corrupted."""
+    allow_changes: bool = False
+    """Go on although settings have changed that change the result."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"checkpoint.every must be at least 1, not {self.every}")
+        _require(self.keep >= 2, f"checkpoint.keep must be at least 2, not {self.keep}: one may turn out corrupted")
 
 
 @dataclass(frozen=True)
@@ -292,12 +326,15 @@ class TrainConfig:
     """The run folder is runs/NAME; by default, NAME is the date and time."""
     run_dir: Path | None = None
     """The run folder, in place of runs/NAME."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that mirror metrics.jsonl."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     algorithm: AlgorithmConfig = field(default_factory=DDPOConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def samples_per_step(self) -> int:

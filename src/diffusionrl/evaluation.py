@@ -13,7 +13,7 @@ from diffusionrl.config import SamplingConfig
 from diffusionrl.images import image_grid, to_pil
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt
-from diffusionrl.rewards import Mixture, Reward, Scores
+from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores
 from diffusionrl.rollout import Rollout, collect
 
 
@@ -81,14 +81,16 @@ def evaluate(
     sampling: SamplingConfig,
     seed: int,
     held_out: Mixture | None = None,
+    timeout: float = 600.0,
 ) -> Evaluation:
-    """Score ``num_samples`` images over the prompts in turn."""
+    """Score ``num_samples`` images over the prompts in turn; ``timeout`` is for one call of the rewards, in seconds."""
     asked = [prompts[i % len(prompts)] for i in range(num_samples)]
-    rollout = collect(policy, reward, asked, sampling, seed, "evaluation", 0, needs="endpoints")
+    rollout = collect(policy, reward, asked, sampling, seed, "evaluation", 0, needs="endpoints", timeout=timeout)
     if held_out is None:
         return Evaluation(rollout)
-    texts, metadata = [prompt.text for prompt in asked], [prompt.metadata for prompt in asked]
-    return Evaluation(rollout, held_out.score(rollout.images, texts, metadata).parts)
+    call = RewardCall(held_out, rollout.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+    call.start()
+    return Evaluation(rollout, call.result(timeout).parts)
 
 
 def write_samples(evaluation: Evaluation, folder: Path) -> None:

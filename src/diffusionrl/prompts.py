@@ -10,6 +10,7 @@ from diffusionrl.errors import UserError
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 """Built-in sets beside those of the embedded world, a file each."""
+MAX_LENGTH = 10_000  # characters
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,20 @@ def load_prompts(source: str) -> list[Prompt]:
                 f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
             ) from error
         if text:
-            prompts.append(_from_json(text, path, number) if path.suffix == ".jsonl" else Prompt(text))
+            prompt = _from_json(text, path, number) if path.suffix == ".jsonl" else Prompt(text)
+            _check(prompt.text, path, number)
+            prompts.append(prompt)
     if not prompts:
         raise UserError(f"{path} holds no prompt: write one a line")
     return prompts
+
+
+def _check(text: str, path: Path, number: int) -> None:
+    """Raises UserError where a text cannot be meant as a prompt."""
+    if len(text) > MAX_LENGTH:
+        raise UserError(f"{path}:{number}: {len(text):,} characters in one prompt, at most {MAX_LENGTH:,}: one prompt a line")
+    if "\0" in text:
+        raise UserError(f"{path}:{number}: a NUL character at column {text.index(chr(0)) + 1}: is this a text file?")
 
 
 def _from_json(text: str, path: Path, number: int) -> Prompt:

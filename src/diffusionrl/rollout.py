@@ -2,19 +2,18 @@
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffusionrl import seeds
+from diffusionrl import interruption, seeds
 from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.prompts import Prompt
-from diffusionrl.rewards import Mixture, Reward, Scores, as_mixture
+from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores, as_mixture
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
 
 Needs = Literal["trajectories", "endpoints"]
@@ -85,6 +84,7 @@ def sample_trajectories(
     chain, row i + 1 is the fresh noise of step i."""
     latents, log_probs = [noise[:, 0]], []
     for i in range(len(table)):
+        interruption.check()
         steps = torch.full((len(noise),), i, device=noise.device)
         mean, std = denoise_step(policy, table, latents[-1], steps, embeddings, guidance)
         latents.append(mean + std * noise[:, i + 1])
@@ -103,34 +103,38 @@ def collect(
     step: int,
     reduction: Reduction = "mean",
     needs: Needs = "trajectories",
+    timeout: float = 600.0,
 ) -> Rollout:
     """Sample one image a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone.
 
     Args:
         reduction: of the log-probabilities over the latent dimensions.
         needs: what is kept of a sample, its trajectory or its endpoint.
+        timeout: seconds for one call of the reward.
 
     Raises:
-        UserError: the reward broke its contract (see ``score``).
+        Interrupted: the run was asked to stop.
     """
     table = make_table(policy, sampling)
     shape = (len(table) + 1, *policy.latent_shape)
     mixture = as_mixture(reward)
-    embeddings, latents, log_probs, images, futures = [], [], [], [], []
+    embeddings, latents, log_probs, images = [], [], [], []
+    calls: list[RewardCall] = []
     began = time.perf_counter()
-    with ThreadPoolExecutor(1) as pool:
-        for part in chunks(len(prompts), sampling.batch_size):
-            chunk = prompts[part]
-            noise = seeds.normal(seed, purpose, step, list(range(part.start, part.stop)), shape).to(policy.device)
-            embeddings.append(policy.embed([prompt.text for prompt in chunk]))
-            path, densities = sample_trajectories(policy, table, embeddings[-1], noise, sampling.guidance, reduction)
-            whole = needs == "trajectories"
-            latents.append(path if whole else path[:, -1:].clone())
-            log_probs.append(densities if whole else densities[:, :0])
-            images.append(policy.decode(path[:, -1]).cpu())
-            futures.append(pool.submit(_timed_score, mixture, images[-1], chunk))
-        rollout_seconds = time.perf_counter() - began
-        scores, reward_seconds = _gather(futures)
+    for part in chunks(len(prompts), sampling.batch_size):
+        chunk = prompts[part]
+        noise = seeds.normal(seed, purpose, step, list(range(part.start, part.stop)), shape).to(policy.device)
+        texts, metadata = [prompt.text for prompt in chunk], [prompt.metadata for prompt in chunk]
+        embeddings.append(policy.embed(texts))
+        path, densities = sample_trajectories(policy, table, embeddings[-1], noise, sampling.guidance, reduction)
+        whole = needs == "trajectories"
+        latents.append(path if whole else path[:, -1:].clone())
+        log_probs.append(densities if whole else densities[:, :0])
+        images.append(policy.decode(path[:, -1]).cpu())
+        calls.append(RewardCall(mixture, images[-1], texts, metadata, calls[-1] if calls else None))
+        calls[-1].start()
+    rollout_seconds = time.perf_counter() - began
+    scores = Scores.join([call.result(timeout) for call in calls])
     return Rollout(
         table,
         list(prompts),
@@ -139,16 +143,5 @@ def collect(
         torch.cat(log_probs),
         torch.cat(images),
         scores,
-        {"rollout": rollout_seconds, "reward": reward_seconds},
+        {"rollout": rollout_seconds, "reward": sum(call.seconds for call in calls)},
     )
-
-
-def _timed_score(reward: Mixture, images: Tensor, prompts: Sequence[Prompt]) -> tuple[Scores, float]:
-    began = time.perf_counter()
-    scores = reward.score(images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
-    return scores, time.perf_counter() - began
-
-
-def _gather(futures: list[Future[tuple[Scores, float]]]) -> tuple[Scores, float]:
-    results = [future.result() for future in futures]
-    return Scores.join([scores for scores, _ in results]), sum(seconds for _, seconds in results)

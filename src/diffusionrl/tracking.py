@@ -1,20 +1,33 @@
 """The run folder's record: metrics.jsonl is the truth, the progress lines are a mirror of it."""
 
 import json
+import os
 import platform
 import resource
+import shutil
 import sys
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from filelock import FileLock, Timeout
 
+from diffusionrl import checkpoint
+from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig, to_yaml
 from diffusionrl.errors import UserError
+from diffusionrl.trackers import Mirror, check_trackers, close_all, make_tracker
 
 _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
+PARTIAL = ".partial"  # what a killed process may leave behind
+SAFE_CHANGES = ("steps", "track", "evaluation.every", "checkpoint.")
+"""Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -25,56 +38,215 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def check_new(run_dir: Path) -> None:
-    """Raises UserError where the run folder exists: a run is never overwritten."""
-    if run_dir.exists():
-        raise UserError(f"{run_dir} exists, and a run is never overwritten: choose another --name or --run-dir")
+@dataclass(frozen=True)
+class Score:
+    """Mean of the valid scores of an evaluation, and the standard error of that mean."""
+
+    mean: float
+    standard_error: float
 
 
-class Tracker:
-    """Creates the run folder and writes its record.
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made: its folder, and the evaluations before the first and after the last step."""
+
+    run_dir: Path
+    before: Score
+    after: Score
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a killed process left half-written is not one."""
+    return [
+        json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
+    ]
+
+
+def read_result(run_dir: Path) -> TrainResult:
+    """Of a finished run."""
+    lines = [line for line in read_metrics(run_dir) if "eval/reward" in line]
+    before, after = (
+        Score(*(float("nan") if line[key] is None else line[key] for key in ("eval/reward", "eval/reward_se")))
+        for line in (lines[0], lines[-1])
+    )
+    return TrainResult(run_dir, before, after)
+
+
+class RunFolder:
+    """A run's folder, held by one process: a new one, or one to go on with.
+
+    ``with RunFolder(...)`` holds it; nothing is written before ``begin``.
+
+    Attributes:
+        new: there is no run in it yet.
+        finished: all steps are done and exported.
 
     Raises:
-        UserError: the folder exists; a run is never overwritten.
+        UserError: another process is at work there; it is no run; its settings differ in what changes the result; or it has
+            more steps behind it than are asked for.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig, device: torch.device) -> None:
-        check_new(run_dir)
-        run_dir.mkdir(parents=True)
-        self.run_dir, self._total, self._began = run_dir, config.steps, time.perf_counter()
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-        environment = {
+    def __init__(self, run_dir: Path, config: TrainConfig) -> None:
+        self.run_dir, self.config = run_dir, config
+        self._lock = FileLock(run_dir / "lock")
+        self._began, self._first_step = time.perf_counter(), 0
+        self.new, self.finished, self._begun = True, False, False
+        self._made: list[Path] = []
+        self._mirrors: list[Mirror] = []
+
+    def __enter__(self) -> "RunFolder":
+        try:
+            self._look()
+        except BaseException:
+            self._let_go()
+            raise
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        close_all(self._mirrors)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Release the folder; one that nothing was written to is as if it had not been."""
+        self._lock.release(force=True)
+        if self.new and not self._begun:
+            with suppress(OSError):
+                (self.run_dir / "lock").unlink(missing_ok=True)
+                for folder in self._made:
+                    folder.rmdir()
+
+    def _look(self) -> None:
+        check_trackers(self.config.track)
+        self._made = [folder for folder in (self.run_dir, *self.run_dir.parents) if not folder.exists()]
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._hold()
+        self.new = not (self.run_dir / "config.yaml").is_file()
+        if not self.new:
+            self._compare_settings()
+            marker = self.run_dir / "finished.json"
+            done = json.loads(marker.read_text())["steps"] if marker.is_file() else 0
+            if done > self.config.steps:
+                raise UserError(f"{self.run_dir} is finished with {done} steps; {self.config.steps} were asked for")
+            self.finished = done == self.config.steps
+        elif any(p.name != "lock" and p.suffix != PARTIAL for p in self.run_dir.iterdir()):
+            raise UserError(f"{self.run_dir} exists and is no run: choose another --name or --run-dir")
+
+    def _hold(self) -> None:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:  # which is an OSError too
+            raise UserError(f"another process is at work in {self.run_dir}: choose another --name, or wait for it") from error
+        except OSError as error:
+            raise UserError(f"{self.run_dir} cannot be written to: {error}") from error
+
+    def _compare_settings(self) -> None:
+        then = yaml.safe_load((self.run_dir / "config.yaml").read_text())
+        before, now = (_flat(each) for each in (then, yaml.safe_load(to_yaml(self.config))))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if not changed:
+            return
+        listed = "\n".join(f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed)
+        print(f"settings changed since {self.run_dir} began:\n{listed}", file=sys.stderr)
+        unsafe = [key for key in changed if not key.startswith(SAFE_CHANGES)]
+        if unsafe and not self.config.checkpoint.allow_changes:
+            raise UserError(
+                f"{self.run_dir} was begun with other settings, and these change its result: {', '.join(unsafe)}. "
+                "Choose another --name, or go on all the same with --checkpoint.allow-changes"
+            )
+
+    def find_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint of a run that is to go on."""
+        if self.new:
+            return None
+        checkpoint.clean(self.run_dir)
+        found = checkpoint.load_newest(self.run_dir, self.config.checkpoint.exact)
+        if found is not None and found.step > self.config.steps:
+            raise UserError(f"{self.run_dir} has {found.step} steps behind it; {self.config.steps} were asked for")
+        return found
+
+    def begin(self, step: int | None, device: torch.device) -> None:
+        """Write settings and environment; forget what was recorded after ``step``, which is made again. None: all of it."""
+        self._begun = True
+        for half_written in self.run_dir.glob(f"*{PARTIAL}"):
+            half_written.unlink()
+        self._first_step = step or 0
+        for samples in (self.run_dir / "samples").glob("step_*"):
+            if step is None or int(samples.name.removeprefix("step_")) > step:
+                shutil.rmtree(samples)
+        (self.run_dir / "finished.json").unlink(missing_ok=True)
+        if (self.run_dir / "metrics.jsonl").is_file():
+            kept = [line for line in read_metrics(self.run_dir) if step is not None and line["step"] <= step]
+            replace_file(self.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        replace_file(self.run_dir / "config.yaml", to_yaml(self.config))
+        environment: dict[str, Any] = {
             "command": sys.argv,
-            "seed": config.seed,
+            "seed": self.config.seed,
+            "resumed_from_step": step,
             "python": platform.python_version(),
             "versions": {package: version(package) for package in _RECORDED},
             "platform": platform.platform(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),
         }
-        (run_dir / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
+        self._compare_environment(environment)
+        replace_file(self.run_dir / "env.json", json.dumps(environment, indent=2) + "\n")
+        settings = _flat(yaml.safe_load(to_yaml(self.config)))
+        self._mirrors = [Mirror(name, partial(make_tracker, name, self.run_dir, settings)) for name in self.config.track]
+
+    def _compare_environment(self, now: dict[str, Any]) -> None:
+        """Say what differs from when the run began: the rest may differ in rounding."""
+        file = self.run_dir / "env.json"
+        if now["resumed_from_step"] is None or not file.is_file():
+            return
+        then = json.loads(file.read_text())
+        for key in ("python", "versions", "platform", "device", "threads"):
+            if then.get(key) != now[key]:
+                print(
+                    f"warning: {key} differs, so the rest may differ in rounding: {then.get(key)} -> {now[key]}",
+                    file=sys.stderr,
+                )
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and print progress. Non-finite numbers are written as null."""
         finite = {k: v if v == v and abs(v) != float("inf") else None for k, v in metrics.items()}
         with (self.run_dir / "metrics.jsonl").open("a") as lines:
             lines.write(json.dumps(finite) + "\n")
-        print(self._progress(metrics), flush=True)
+            lines.flush()
+            os.fsync(lines.fileno())
+        for mirror in self._mirrors:
+            mirror.log(finite)
+        with suppress(OSError):  # the terminal may be gone; the run is not
+            print(self._progress(metrics), flush=True)
+
+    def finish(self) -> None:
+        """All steps are done and exported."""
+        replace_file(self.run_dir / "finished.json", json.dumps({"steps": self.config.steps}) + "\n")
 
     def _progress(self, metrics: dict[str, Any]) -> str:
-        step = metrics["step"]
-        parts = [f"step {step:>4}/{self._total}"]
+        step, total = metrics["step"], self.config.steps
+        parts = [f"step {step:>4}/{total}"]
         if "reward/mean" in metrics:
             parts.append(f"reward {metrics['reward/mean']:8.3f} ± {metrics['reward/std']:.3f}")
         parts.append(f"queries {metrics['queries']:>6}")
-        if step:
-            remaining = (time.perf_counter() - self._began) / step * (self._total - step)
+        if step > self._first_step:
+            remaining = (time.perf_counter() - self._began) / (step - self._first_step) * (total - step)
             parts.append(f"{int(remaining // 60)}:{int(remaining % 60):02d} left")
         if "eval/reward" in metrics:
             parts.append(f"evaluation {metrics['eval/reward']:.3f} ± {metrics['eval/reward_se']:.3f}")
         return "  ".join(parts)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + PARTIAL)
+    temporary.write_text(text)
+    checkpoint.flush(temporary)
+    temporary.rename(path)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

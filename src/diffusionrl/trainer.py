@@ -1,38 +1,32 @@
 """The loop. It knows no algorithm, no reward and no model by name."""
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import suppress
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusionrl import seeds
+from diffusionrl import checkpoint, interruption, seeds
+from diffusionrl.advantages import members_of
 from diffusionrl.algorithms.base import Algorithm
+from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig
-from diffusionrl.errors import RunStopped
+from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.evaluation import Evaluation, evaluate, write_samples
-from diffusionrl.policies.base import Policy, chunks
+from diffusionrl.optimization import NonFiniteError
+from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Mixture, Reward, as_mixture
 from diffusionrl.rollout import Rollout, collect
-from diffusionrl.tracking import Tracker, peak_memory_gb
-
-MAX_INVALID_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run made: its folder, and the evaluations before the first and after the last step."""
-
-    run_dir: Path
-    before: Evaluation
-    after: Evaluation
+from diffusionrl.state import TrainingState
+from diffusionrl.tracking import RunFolder, TrainResult, peak_memory_gb, read_result
 
 
 class Trainer:
-    """One run: ``Trainer(...).run()``."""
+    """One run: ``Trainer(...).run(folder)``."""
 
     def __init__(
         self,
@@ -41,45 +35,116 @@ class Trainer:
         prompts: Sequence[Prompt],
         algorithm: Algorithm,
         config: TrainConfig,
-        run_dir: Path,
         held_out: Mixture | None = None,
     ) -> None:
         self.policy, self.prompts, self.algorithm, self.config = policy, prompts, algorithm, config
         self.reward, self.held_out = as_mixture(reward), held_out
-        self.parameters = list(policy.trainable().values())
-        settings = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, settings.learning_rate, settings.betas, settings.epsilon, settings.weight_decay
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda update: min(1.0, (update + 1) / max(1, settings.warmup))
-        )
-        self.run_dir = run_dir
+        self.state = TrainingState(policy, algorithm, self.reward, prompts, config)
+        self.at_start: Checkpoint | None = None  # what the step in progress began from; None before the first evaluation
 
-    def run(self) -> TrainResult:
-        """Train to the end. The weights are exported however it ends.
+    def run(self, folder: RunFolder) -> TrainResult:
+        """Train to the end, from the folder's newest checkpoint if it has one. The weights are exported however it ends.
 
         Raises:
-            UserError: the run folder exists.
-            RunStopped: too many samples without a valid score, or a loss or gradient that is not finite.
+            UserError: the disk is too small.
+            RunStopped: too many samples without a valid score, a loss or gradient that is not finite, or a disk that cannot be
+                written to. What was done before the step that failed is saved.
+            Interrupted: a signal asked for it; the steps that were done are saved.
         """
-        tracker = Tracker(self.run_dir, self.config, self.policy.device)
-        before = after = self._evaluate(0)
-        tracker.log({"step": 0, "queries": 0} | before.metrics())
+        found = folder.find_checkpoint()
+        self._check_disk(folder)
+        if found is not None:
+            self.state.restore(found)
+            print(f"going on after step {found.step}", flush=True)
+        self.at_start = found
         try:
-            for step in range(1, self.config.steps + 1):
+            folder.begin(found.step if found else None, self.policy.device)
+            interruption.begin_polling()
+            self._steps(folder)
+            self._export(folder)
+            folder.finish()
+        except OSError as error:
+            with suppress(OSError, RunStopped):
+                self._rescue(folder)
+            free = checkpoint.free_bytes(folder.run_dir) / 1e6
+            raise RunStopped(
+                f"{folder.run_dir} cannot be written to: {error}; {free:.1f} MB are free. "
+                "Make room and give the same command again"
+            ) from error
+        except BaseException:
+            self._rescue(folder)
+            raise
+        return read_result(folder.run_dir)
+
+    def _rescue(self, folder: RunFolder) -> None:
+        """Whatever ended the run, the steps that were done are kept.
+
+        Raises:
+            RunStopped: they cannot be written.
+        """
+        if self.at_start is None:
+            return
+        self.state.restore(self.at_start)
+        checkpoint.save(folder.run_dir, self.at_start)
+        try:
+            self._export(folder)
+        except OSError as error:
+            raise RunStopped(f"the checkpoint is saved, but the weights cannot be exported: {error}") from error
+
+    def _steps(self, folder: RunFolder) -> None:
+        if self.at_start is None:
+            folder.log({"step": 0, "queries": 0} | self._evaluate(0, folder).metrics())
+            self.at_start = self.state.capture(0)  # with the reward's normalisation
+        steps, first = self.config.steps, self.at_start.step + 1
+        if first > steps and steps and self.at_start.state["score"] is None:  # stopped here, where it was not to be evaluated
+            queries = steps * self.config.samples_per_step
+            folder.log({"step": steps, "queries": queries} | self._evaluate(steps, folder).metrics())
+        for step in range(first, steps + 1):
+            try:
                 metrics = self.step(step)
-                every = self.config.evaluation.every
-                if step == self.config.steps or (every and step % every == 0):
-                    after = self._evaluate(step)
-                    metrics |= after.metrics()
-                tracker.log(metrics)
-        finally:  # whatever ended the run, what it learned is kept
-            self.policy.export(self.run_dir / "export")
-        return TrainResult(self.run_dir, before, after)
+            except NonFiniteError as error:
+                raise RunStopped(
+                    f"{error} not finite in step {step}; the weights are as before it, and the batch is in "
+                    f"{error.save(folder.run_dir / 'debug' / f'step_{step:06d}')}. "
+                    "Try a lower optimizer.learning_rate or policy.dtype float32, with --checkpoint.allow-changes"
+                ) from error
+            every, last = self.config.evaluation.every, step == steps
+            if last or (every and step % every == 0):
+                metrics |= self._evaluate(step, folder).metrics()
+            folder.log(metrics)
+            self.at_start = self.state.capture(step, metrics.get("eval/reward"))
+            if last or step % self.config.checkpoint.every == 0:
+                checkpoint.save(folder.run_dir, self.at_start)
+                checkpoint.prune(folder.run_dir, self.config.checkpoint.keep)
+
+    def _export(self, folder: RunFolder) -> None:
+        try:
+            self.policy.export(folder.run_dir / "export")
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    def _check_disk(self, folder: RunFolder) -> None:
+        """Raises UserError where the disk cannot hold what the run will write."""
+        config = self.config
+        weights = sum(parameter.nbytes for parameter in self.state.optimization.parameters.values())
+        evaluations = 2 + (config.steps // config.evaluation.every if config.evaluation.every else 0)
+        images = evaluations * config.evaluation.num_samples * 3 * self.policy.image_size**2
+        there = sum(file.stat().st_size for file in folder.run_dir.rglob("*") if file.is_file())
+        need = 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
+        free = checkpoint.free_bytes(folder.run_dir)
+        if need > free:
+            raise UserError(
+                f"this run may need {need / 1e6:.0f} MB in {folder.run_dir}, for {config.checkpoint.keep + 2} checkpoints and "
+                f"the samples of {evaluations} evaluations, and {free / 1e6:.0f} MB are free: choose another --run-dir"
+            )
 
     def step(self, step: int) -> dict[str, float]:
-        """Sample, score, weigh, update: one pass through the picture. Returns the step's metrics."""
+        """Sample, score, weigh, update: one pass through the picture. Returns the step's metrics.
+
+        Raises:
+            RunStopped: too many samples without a valid score.
+            NonFiniteError: a loss or a gradient is not finite.
+        """
         config = self.config
         rollout = collect(
             self.policy,
@@ -91,19 +156,22 @@ class Trainer:
             step,
             self.algorithm.logprob_reduction,
             self.algorithm.needs,
+            config.rewards.timeout,
         )
         self._check_scores(rollout)
         advantages = self.algorithm.advantages(rollout)
         began = time.perf_counter()
         update = self._update(rollout, advantages, step)
         scores = rollout.scores.values[rollout.scores.valid]
+        groups = members_of([prompt.text for prompt in rollout.prompts]).values()
         return {
             "step": step,
             "queries": step * config.samples_per_step,
             "reward/mean": scores.mean().item(),
-            "reward/std": scores.std(correction=0).item(),
+            "reward/std": scores.std(correction=0).item() if len(scores) else math.nan,
             "reward/invalid": int((~rollout.scores.valid).sum()),
             **self._part_metrics(rollout),
+            "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),
             **update,
             "time/rollout": rollout.seconds["rollout"],
             "time/reward": rollout.seconds["reward"],
@@ -126,10 +194,13 @@ class Trainer:
         return [prompt for prompt in drawn for _ in range(self.config.samples_per_prompt)]
 
     def _check_scores(self, rollout: Rollout) -> None:
-        invalid = int((~rollout.scores.valid).sum())
-        if invalid > MAX_INVALID_SHARE * len(rollout.prompts):
+        """Raises RunStopped when too many samples of the last steps have no valid score."""
+        self.state.invalid.append((int((~rollout.scores.valid).sum()), len(rollout.prompts)))
+        invalid, total = (sum(column) for column in zip(*self.state.invalid, strict=True))
+        limit = self.config.rewards
+        if len(self.state.invalid) == limit.invalid_window and invalid > limit.max_invalid * total:
             raise RunStopped(
-                f"{invalid} of {len(rollout.prompts)} samples have no valid score; "
+                f"{invalid} of {total} samples of the last {limit.invalid_window} steps have no valid score; "
                 f"the reward's last error: {rollout.scores.error}"
             )
 
@@ -140,26 +211,17 @@ class Trainer:
         for rows in self.algorithm.updates(rollout, advantages, self.config.seed, step):
             if len(rows) == 0:
                 continue
-            figures = accumulate_gradient(self.algorithm, self.policy, rollout, rows, advantages)
+            figures, norm = self.state.optimization.update(self.algorithm, self.policy, rollout, rows, advantages)
             gap = figures.pop("ratio_gap", None)
             if gap is not None:
                 first.setdefault("ratio/max_gap", gap.max().item())
             for key, values in figures.items():
                 logged.setdefault(key, []).append(values)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
-            if not norm.isfinite():
-                raise RunStopped(
-                    f"the gradient of step {step} is not finite; the weights are as before this update. "
-                    "Try a lower optimizer.learning_rate or policy.dtype float32"
-                )
-            self.optimizer.step()
-            self.schedule.step()
-            self.optimizer.zero_grad()
-            norms.append(norm.item())
+            norms.append(norm)
         means = {key: torch.cat(values).mean().item() for key, values in logged.items()}
         return first | means | {"grad_norm": sum(norms) / max(1, len(norms))}
 
-    def _evaluate(self, step: int) -> Evaluation:
+    def _evaluate(self, step: int, folder: RunFolder) -> Evaluation:
         """Evaluate on the fixed seeds and keep the samples; the first time, normalise the reward by it if that is asked for."""
         config = self.config
         found = evaluate(
@@ -170,25 +232,9 @@ class Trainer:
             config.sampling,
             config.seed,
             self.held_out,
+            config.rewards.timeout,
         )
-        self._check_scores(found.rollout)
         if step == 0 and config.rewards.normalise:
             found = found.rescored(self.reward.calibrate(found.rollout.scores))
-        write_samples(found, self.run_dir / "samples" / f"step_{step:06d}")
+        write_samples(found, folder.run_dir / "samples" / f"step_{step:06d}")
         return found
-
-
-def accumulate_gradient(
-    algorithm: Algorithm, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
-) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over all rows, in micro-batches; how they are cut changes only rounding.
-
-    Returns:
-        The algorithm's figures, one number a row.
-    """
-    parts: list[dict[str, Tensor]] = []
-    for micro in chunks(len(rows), algorithm.micro_batch_size):
-        losses, figures = algorithm.losses(policy, rollout, rows[micro], advantages)
-        (losses.sum() / len(rows)).backward()  # type: ignore[no-untyped-call]
-        parts.append(figures)
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

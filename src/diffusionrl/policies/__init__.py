@@ -7,6 +7,7 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import hf_hub_download
 
 from diffusionrl.errors import UserError
+from diffusionrl.hub import cached_first, local_folder
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder
 
@@ -17,14 +18,7 @@ EMBEDDED_MODEL = Path(__file__).parent.parent / "emoji" / "weights" / "pipeline"
 
 def _folder(model: str) -> Path | None:
     """The local folder of a model, or None for a hub id."""
-    if model == "emoji":
-        return EMBEDDED_MODEL
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"model {model!r} was not found: give 'emoji', a folder in diffusers' format, or a hub id owner/name")
-    return None
+    return EMBEDDED_MODEL if model == "emoji" else local_folder(model)
 
 
 def check_model(model: str) -> int:
@@ -36,7 +30,8 @@ def check_model(model: str) -> int:
     folder = _folder(model)
     if folder is None:
         try:
-            files = [hf_hub_download(model, name) for name in ("unet/config.json", "vae/config.json", "model_index.json")]
+            names = ("unet/config.json", "vae/config.json", "model_index.json")
+            files = [cached_first(hf_hub_download, model, filename=name) for name in names]
         except (OSError, ValueError) as error:
             raise UserError(f"model {model!r} is no folder here, and the hub did not give it: {error}") from error
         folder = Path(files[-1]).parent
@@ -51,8 +46,9 @@ def load_pipeline(model: str) -> StableDiffusionPipeline:
     """
     check_model(model)
     try:
-        return StableDiffusionPipeline.from_pretrained(
-            _folder(model) or model,
+        return cached_first(
+            StableDiffusionPipeline.from_pretrained,
+            str(_folder(model) or model),
             dtype=torch.float32,
             use_safetensors=True,
             safety_checker=None,

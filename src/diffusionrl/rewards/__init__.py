@@ -2,12 +2,14 @@
 
 from diffusionrl.rewards import aesthetic, clip, emoji, jpeg, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, load_reward, register, score, try_reward
-from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, reward_name, try_mixture
+from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture
+from diffusionrl.rewards.worker import RewardCall
 
 __all__ = [
     "REGISTRY",
     "Mixture",
     "Reward",
+    "RewardCall",
     "Scores",
     "aesthetic",
     "as_mixture",
@@ -17,7 +19,6 @@ __all__ = [
     "load_mixture",
     "load_reward",
     "register",
-    "reward_name",
     "score",
     "try_mixture",
     "try_reward",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusionrl.config import RewardsConfig
-from diffusionrl.errors import UserError
+from diffusionrl.errors import UserError, one_of
 
 Reward = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
 """Called with images in [0, 1] (float32, (B, 3, H, W), on the CPU), B prompts and B metadata mappings; returns B numbers, or
@@ -65,9 +65,7 @@ def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
         return REGISTRY[name](config or RewardsConfig())
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        raise UserError(
-            f"unknown reward {name!r}: built in are {', '.join(sorted(REGISTRY))}; your own is package.module:function"
-        )
+        raise one_of("reward", name, REGISTRY, "; your own is package.module:function")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
@@ -80,18 +78,16 @@ def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
-    """Call a reward. What it raises, and scores that are missing, NaN, infinite or out of its range, become invalid samples.
-
-    Raises:
-        UserError: it returned something else than one number a sample, which no later sample can mend.
-    """
+    """Call a reward. Whatever is wrong with it or with a score makes samples invalid: what it raises, another number of scores
+    than of samples, something that is no number, NaN, infinity, a score out of its range."""
     try:
         with torch.no_grad():
             returned = reward(images, prompts, metadata)
+        return _as_scores(returned, prompts, getattr(reward, "range", (-math.inf, math.inf)))
     except Exception as error:  # a reward may fail in any way; the run decides how much failure it takes
         nothing = torch.zeros(len(images))
-        return Scores(nothing, nothing.bool(), f"{type(error).__name__}: {error}")
-    return _as_scores(returned, prompts, getattr(reward, "range", (-math.inf, math.inf)))
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return Scores(nothing, nothing.bool(), said)
 
 
 def _as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]) -> Scores:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 from diffusionrl.errors import UserError
-from diffusionrl.rewards.clip import locate
+from diffusionrl.hub import cached_first, locate
 
 
 class BERTScore:
@@ -29,10 +29,10 @@ class BERTScore:
     """
 
     def __init__(self, model: str, revision: str | None = None, layer: int = -1) -> None:
-        source, commit = locate(model, revision)
+        source = locate(model, revision)
         try:
-            self.model = AutoModel.from_pretrained(source, revision=commit, use_safetensors=True, dtype=torch.float32).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(source, revision=commit)
+            self.model = cached_first(AutoModel.from_pretrained, *source, use_safetensors=True, dtype=torch.float32).eval()
+            self.tokenizer = cached_first(AutoTokenizer.from_pretrained, *source)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"BERTScore's model {model!r} could not be loaded: {error}") from error
         count = self.model.config.num_hidden_layers

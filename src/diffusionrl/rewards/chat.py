@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,11 @@ class AnswerCache:
         self._lock = threading.Lock()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        with self._lock:
+        with self._lock, suppress(sqlite3.Error):  # a cache that fails costs a question, not an answer
             row = self._database.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-        return json.loads(row[0]) if row else None
+            return json.loads(row[0]) if row else None
+        return None
 
     def put(self, key: str, answer: dict[str, Any]) -> None:
-        with self._lock, self._database:
+        with self._lock, suppress(sqlite3.Error), self._database:
             self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))

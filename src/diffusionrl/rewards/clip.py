@@ -16,35 +16,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from diffusionrl.config import RewardsConfig
 from diffusionrl.errors import UserError
+from diffusionrl.hub import cached_first, locate
 from diffusionrl.rewards.base import Reward, register
 
 EMBEDDED_CLIP = Path(__file__).parent.parent / "emoji" / "weights" / "clip"
-PINNED = {
-    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
-    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
-}
-
-
-def locate(model: str, revision: str | None) -> tuple[str, str | None]:
-    """A folder, or a hub id with the commit it is pinned to.
-
-    Raises:
-        UserError: no such folder, or a hub id without a commit.
-    """
-    if model == "emoji":
-        return str(EMBEDDED_CLIP), None
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return str(path), None
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(
-            f"model {model!r} was not found: give 'emoji', a folder in transformers' format, or a hub id owner/name"
-        )
-    pinned = revision or PINNED.get(model)
-    if pinned is None:
-        raise UserError(f"give the revision of {model!r}, a commit of the hub: a reward that changes overnight is no measure")
-    return model, pinned
 
 
 class CLIP:
@@ -61,12 +36,13 @@ class CLIP:
     def __init__(
         self, model: str, revision: str | None = None, processor: str | None = None, processor_revision: str | None = None
     ) -> None:
-        source, commit = locate(model, revision)
-        parts, parts_commit = locate(processor, processor_revision) if processor else (source, commit)
+        model = str(EMBEDDED_CLIP) if model == "emoji" else model
+        weights = locate(model, revision)
+        parts = locate(processor, processor_revision) if processor else weights
         try:
-            self.model = AutoModel.from_pretrained(source, revision=commit, use_safetensors=True, dtype=torch.float32).eval()
-            self.tokenizer = AutoTokenizer.from_pretrained(parts, revision=parts_commit)
-            settings, _ = BaseImageProcessor.get_image_processor_dict(parts, revision=parts_commit)
+            self.model = cached_first(AutoModel.from_pretrained, *weights, use_safetensors=True, dtype=torch.float32).eval()
+            self.tokenizer = cached_first(AutoTokenizer.from_pretrained, *parts)
+            settings, _ = cached_first(BaseImageProcessor.get_image_processor_dict, *parts)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"CLIP model {model!r} could not be loaded: {error}") from error
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "logit_scale"):

@@ -32,13 +32,18 @@ class Mixture:
         self.rewards = dict(rewards)
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
         self.statistics = dict.fromkeys(rewards, (0.0, 1.0))
+        self._counted_before: dict[str, float] = {}
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
-        """Call every reward; raises UserError where one breaks its contract (see ``score``)."""
+        """Call every reward (see ``rewards.base.score``)."""
         found = {name: score(reward, images, prompts, metadata) for name, reward in self.rewards.items()}
         parts = {name: torch.where(scores.valid, scores.values, torch.nan) for name, scores in found.items()}
         errors = [f"{name}: {scores.error}" for name, scores in found.items() if scores.error]
         return self._combine(parts, errors[-1] if errors else None)
+
+    def nothing(self, count: int, error: str) -> Scores:
+        """No valid score for ``count`` samples."""
+        return self._combine({name: torch.full((count,), torch.nan) for name in self.rewards}, error)
 
     def _combine(self, parts: dict[str, Tensor], error: str | None) -> Scores:
         values = torch.zeros_like(next(iter(parts.values())))
@@ -57,13 +62,23 @@ class Mixture:
         for name, part in scores.parts.items():
             values = part[part.isfinite()].double()
             std = values.std(correction=0).item() if len(values) > 1 else 0.0
+            if len(values) == 0:
+                raise UserError(f"no sample has a valid score to normalise by; the reward's last error: {scores.error}")
             if not std > 0:
                 raise UserError(f"the reward {name} gave all {len(values)} samples the same score: it cannot be normalised")
             self.statistics[name] = (values.mean().item(), std)
         return self._combine(scores.parts, scores.error)
 
     def counts(self) -> dict[str, float]:
-        """What the rewards count, "NAME/WHAT" -> number."""
+        """What the rewards have counted since the run began, "NAME/WHAT" -> number."""
+        return {what: count + self._counted_before.get(what, 0) for what, count in self._counted_here().items()}
+
+    def go_on_counting(self, counts: dict[str, float]) -> None:
+        """From these numbers, whatever has been counted in this process so far."""
+        here = self._counted_here()
+        self._counted_before = {what: count - here.get(what, 0) for what, count in counts.items()}
+
+    def _counted_here(self) -> dict[str, float]:
         return {
             f"{name}/{what}": count
             for name, reward in self.rewards.items()

@@ -1,9 +1,9 @@
 """A small CLIP (Radford et al., arXiv 2103.00020) for the world's images and captions, and an aesthetic head on it.
 
 The CLIP is a ``CLIPModel`` in transformers' folder format, so rewards load it as they load a real one. It sees what the
-diffusion model never saw, every animal with every activity: it has to judge what the model is to learn. Half of the captions
-also say how the scene looks ("a cat large top left on pale bright pink"), as captions of real images do, without which the
-embedding would forget it and the head could not rate it. Captions repeat within a batch, so all images of a caption count as
+diffusion model never saw, every animal with every activity: it has to judge what the model is to learn. A third of the captions
+also say how the scene looks ("a cat large top left on pale bright pink"), and a third say nothing else: without them the
+embedding would forget it, and the head could not rate it. Captions repeat within a batch, so all images of a caption count as
 its own (targets shared equally among them).
 
 The head is affine on the normalised embedding, as LAION's is in effect: ridge regression on ratings by the gold rule
@@ -24,7 +24,7 @@ from diffusionrl.emoji.aesthetics import gold_rating
 from diffusionrl.emoji.recipe.tokenizer import MAX_LENGTH, train_tokenizer
 from diffusionrl.emoji.recipe.training import TrainingConfig, train_stage
 from diffusionrl.emoji.recipe.vae import EVALUATION_SEED, to_tensor
-from diffusionrl.emoji.scenes import IMAGE_SIZE, PITCH, draw_images
+from diffusionrl.emoji.scenes import IMAGE_SIZE, PITCH, Scene, draw_images
 from diffusionrl.emoji.vocabulary import DDPO_ANIMALS, SUBJECTS, prompt_sets, with_article
 
 KINDS = {"subject": 0.45, "activity": 0.25, "pair": 0.15, "person": 0.15}
@@ -41,7 +41,7 @@ class CLIPTrainingConfig(TrainingConfig):
     learning_rate: float = 4e-3
     num_scenes: int = 40_000
     """Scenes drawn once and passed over several times."""
-    projection: int = 64
+    projection: int = 96
     ridge: float = 1e-4
 
 
@@ -71,16 +71,16 @@ def build_clip(tokenizer: CLIPTokenizer, projection: int) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text | tokens, vision_config=vision, projection_dim=projection))
 
 
-def _scenes(seed: int, count: int) -> tuple[Tensor, list[str], list[str]]:
-    """Images, uint8 (N, 64, 64, 3), captions, and captions that say how it looks, by the shares of ``KINDS``."""
-    images, captions, detailed, first = [], [], [], 0
+def _scenes(seed: int, count: int) -> tuple[Tensor, list[Scene]]:
+    """Images, uint8 (N, 64, 64, 3), and their scenes, by the shares of ``KINDS``."""
+    images: list[Tensor] = []
+    found: list[Scene] = []
     for kind, share in KINDS.items():
-        drawn, scenes = draw_images(seed, range(first, first + round(share * count)), kind, tuple(DDPO_ANIMALS))
+        indices = range(len(found), len(found) + round(share * count))
+        drawn, scenes = draw_images(seed, indices, kind, tuple(DDPO_ANIMALS))
         images.append(torch.from_numpy(drawn))
-        captions += [scene.caption for scene in scenes]
-        detailed += [f"{scene.caption} {scene.look}" for scene in scenes]
-        first += len(scenes)
-    return torch.cat(images), captions, detailed
+        found += scenes
+    return torch.cat(images), found
 
 
 def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -93,18 +93,19 @@ def _normalised(embedding: Tensor) -> Tensor:
 
 def train_clip(config: CLIPTrainingConfig) -> None:
     torch.manual_seed(config.seed)
-    images, captions, detailed = _scenes(config.seed, config.num_scenes)
+    images, scenes = _scenes(config.seed, config.num_scenes)
+    captions, looks = [scene.caption for scene in scenes], [scene.look for scene in scenes]
+    detailed = [f"{caption} {look}" for caption, look in zip(captions, looks, strict=True)]
     tokenizer = train_tokenizer(config.out / "tokenizer", detailed[:2000])
     clip = build_clip(tokenizer, config.projection).to(config.device)
-    names = {caption: index for index, caption in enumerate(dict.fromkeys(captions + detailed))}
-    caption_of = torch.tensor([[names[caption] for caption in each] for each in (captions, detailed)])
+    names = {caption: index for index, caption in enumerate(dict.fromkeys(captions + detailed + looks))}
+    caption_of = torch.tensor([[names[caption] for caption in each] for each in (captions, detailed, looks)])
     tokens = _tokens(tokenizer, list(names))
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         draw = seeds.torch_generator(config.seed, "clip", step)
         chosen = torch.randint(len(images), (config.batch_size,), generator=draw)
-        in_detail = torch.randint(2, (config.batch_size,), generator=draw)
-        caption = caption_of[in_detail, chosen]
+        caption = caption_of[torch.randint(3, (config.batch_size,), generator=draw), chosen]
         pixels = to_tensor(images[chosen], config.device)
         found = clip(input_ids=tokens[caption].to(config.device), pixel_values=pixels)
         logits, same = found.logits_per_image, (caption[:, None] == caption).float().to(config.device)
@@ -177,7 +178,7 @@ def measure_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, device: str) -> dict
 
 def measure_head(clip: CLIPModel, head: dict[str, Tensor], device: str) -> dict[str, float]:
     """On scenes never trained on: correlation with the gold rule, and the root mean squared error."""
-    images, _, _ = _scenes(EVALUATION_SEED, 2000)
+    images, _ = _scenes(EVALUATION_SEED, 2000)
     gold = _gold(images)
     rated = _embed_images(clip, images, device) @ head["layers.0.weight"][0] + head["layers.0.bias"]
     correlation = torch.corrcoef(torch.stack([gold, rated]))[0, 1].item()

@@ -1,0 +1,52 @@
+"""Where weights come from: a folder, or the hub at one commit, and from the hub only what is not in its cache yet."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusionrl.errors import UserError
+
+PINNED = {
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+}
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder that a model's name says, or None where it reads as a hub id.
+
+    Raises:
+        UserError: it reads as a folder, and there is none.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(f"model {model!r} was not found: give 'emoji', a folder, or a hub id owner/name")
+    return None
+
+
+def locate(model: str, revision: str | None) -> tuple[str, str | None]:
+    """A folder, or a hub id with the commit it is pinned to.
+
+    Raises:
+        UserError: no such folder, or a hub id without a commit.
+    """
+    folder = local_folder(model)
+    if folder is not None:
+        return str(folder), None
+    pinned = revision or PINNED.get(model)
+    if pinned is None:
+        raise UserError(f"give the revision of {model!r}, a commit of the hub: a reward that changes overnight is no measure")
+    return model, pinned
+
+
+def cached_first(load: Callable[..., Any], source: str, revision: str | None = None, **settings: Any) -> Any:
+    """``load(source, revision=..., ...)`` from the folder or the cache; the network is asked only for what is not there."""
+    try:
+        return load(source, revision=revision, local_files_only=True, **settings)
+    except OSError:
+        if Path(source).is_dir():
+            raise
+        return load(source, revision=revision, **settings)

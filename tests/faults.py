@@ -1,0 +1,200 @@
+"""What the tests of faults share: the command line in processes that can be killed from outside, and what a run left behind.
+
+Processes are forked from a server that has imported the package already: an import takes longer than a tiny run.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["diffusionrl.cli", "diffusionrl.api", "diffusionrl.report.picture", "faults"])
+TIMES = ("time/", "peak_memory_gb")
+
+
+def _command(arguments: list[str], log: str, prepare: str | None) -> None:
+    """Run the command line with its output in a file; ``prepare`` names a function of this module that plants a fault first."""
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    import torch
+
+    from diffusionrl.cli import entry
+
+    torch.set_num_threads(1)
+    if prepare is not None:
+        name, *options = prepare.split(":")
+        globals()[name](*options)
+    sys.argv[1:] = arguments
+    entry()
+
+
+def start(arguments: list[str], log: Path, prepare: str | None = None) -> ForkServerProcess:
+    """``diffusionrl ARGUMENTS`` as a process of its own."""
+    process = _CONTEXT.Process(target=_command, args=(arguments, str(log), prepare))
+    process.start()
+    return process
+
+
+def finish(arguments: list[str], log: Path, prepare: str | None = None) -> int | None:
+    """Run it to its end; returns the exit code."""
+    process = start(arguments, log, prepare)
+    process.join(60)
+    assert process.exitcode is not None, f"still running: {log.read_text()[-2000:]}"
+    return process.exitcode
+
+
+def kill(process: ForkServerProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def tiny_run(model: Path, run_dir: Path, *more: str) -> list[str]:
+    """A run of seconds: a checkpoint every other step, evaluations, and every kind of state that an algorithm has."""
+    options = f"""train --model {model} --run-dir {run_dir} --prompts ddpo-animals --reward incompressibility --steps 6
+        --prompts-per-step 2 --samples-per-prompt 2 --sampling.num-steps 3 --sampling.batch-size 4
+        --algorithm.updates-per-step 2 --algorithm.min-count 2 --evaluation.every 3 --evaluation.num-samples 2
+        --checkpoint.every 2 --rewards.normalise"""
+    return [*options.split(), *more]
+
+
+def what_it_made(run_dir: Path) -> dict[str, Any]:
+    """Weights, metrics apart from times, and samples: what must be the same to the bit however often a run was interrupted."""
+    files = [*sorted((run_dir / "export").rglob("*")), *sorted((run_dir / "samples").rglob("*"))]
+    hashes = {str(f.relative_to(run_dir)): _hash(f) for f in files if f.is_file()}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    for name in ("policy.safetensors", "optimizer.safetensors", "state.json"):
+        hashes[name] = hashlib.sha256((newest / name).read_bytes()).hexdigest()
+    metrics = [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
+    return {"files": hashes, "metrics": metrics}
+
+
+def _hash(file: Path) -> str:
+    """Of the content; in a safetensors file with metadata, whose entries come in any order, of the tensors."""
+    if file.suffix != ".safetensors":
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    tensors = sorted(load_file(file).items())
+    return hashlib.sha256(b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in tensors)).hexdigest()
+
+
+def die_at(place: str, nth: str = "1") -> None:
+    """Kill the process at the nth call of one of the operations that a checkpoint is saved with."""
+    from diffusionrl import checkpoint
+
+    left = [int(nth)]
+    owner, name = {
+        "write": (checkpoint, "save_file"),
+        "describe": (checkpoint, "_describe"),
+        "manifest": (checkpoint, "_manifest"),
+        "flush": (checkpoint, "flush"),
+        "rename": (Path, "rename"),
+        "prune": (checkpoint, "prune"),
+        "remove": (checkpoint.shutil, "rmtree"),
+    }[place]
+    original = getattr(owner, name)
+
+    def dying(*arguments: Any, **keywords: Any) -> Any:
+        saving = any("checkpoints" in str(argument) for argument in arguments) or place in ("manifest", "prune")
+        if saving:
+            left[0] -= 1
+            if left[0] == 0:
+                if place == "write":  # in the middle of a file
+                    Path(arguments[1]).write_bytes(b"\0" * 100)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, dying)
+
+
+def fill_disk_at(nth: str) -> None:
+    """No space is left from the nth write of a checkpoint, its metrics or its samples on."""
+    left = [int(nth)]
+
+    def full(original: Any) -> Any:
+        def writing(*arguments: Any, **keywords: Any) -> Any:
+            to_memory = any(isinstance(argument, io.BytesIO) for argument in arguments)
+            left[0] -= not to_memory
+            if left[0] <= 0 and not to_memory:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*arguments, **keywords)
+
+        return writing
+
+    from PIL import Image
+
+    from diffusionrl import checkpoint, tracking
+
+    checkpoint.save_file = full(checkpoint.save_file)
+    checkpoint._manifest = full(checkpoint._manifest)
+    checkpoint.flush = tracking.checkpoint.flush = full(checkpoint.flush)
+    os.fsync = full(os.fsync)
+    Image.Image.save = full(Image.Image.save)  # type: ignore[method-assign]
+
+
+def cut_network() -> None:
+    """Whoever tries to reach a host ends the process with 99."""
+
+    def reached(*arguments: Any, **keywords: Any) -> Any:
+        print(f"tried to reach {arguments[1:]}", flush=True)
+        os._exit(99)
+
+    socket.socket.connect = reached  # type: ignore[method-assign]
+    socket.getaddrinfo = reached
+
+
+def use_cache(folder: str) -> None:
+    """A hub cache in a folder, and no network."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_CACHE = folder
+    os.environ["HF_HUB_CACHE"] = folder
+    cut_network()
+
+
+def spoil_at(where: str, value: str, nth: str) -> None:
+    """NaN or infinity in the loss or in the gradient of the nth micro-batch."""
+    from diffusionrl.algorithms import DDPO
+
+    original, calls, factor = DDPO.losses, [0], float(value)
+
+    def spoiled(self: Any, *arguments: Any) -> Any:
+        losses, figures = original(self, *arguments)
+        calls[0] += 1
+        if calls[0] != int(nth):
+            return losses, figures
+        if where == "loss":
+            return losses * factor, figures
+        losses.register_hook(lambda gradient: gradient * factor)
+        return losses, figures
+
+    DDPO.losses = spoiled  # type: ignore[method-assign]
+
+
+def flip_bit(folder: Path, rng: random.Random) -> None:
+    """One bit of one file."""
+    file = rng.choice(sorted(folder.iterdir()))
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+
+
+def wait_for(condition: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)

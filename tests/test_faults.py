@@ -1,0 +1,389 @@
+"""Nothing is lost: kills, signals, full disks and flipped bits, and a run that ends as if nothing had happened."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import die_at, finish, flip_bit, kill, start, tiny_run, wait_for, what_it_made
+
+from diffusionrl import TrainConfig, UserError, checkpoint, evaluation, interruption, rollout, train
+from diffusionrl.algorithms import DDPO
+from diffusionrl.cli import START_AGAIN
+from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, SamplingConfig
+from diffusionrl.interruption import Interrupted
+from diffusionrl.rewards import Mixture
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the run makes that nothing happens to, and how long it takes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(tiny_run(tiny_folder, folder / "first"), folder / "log")  # whatever is slow the first time
+    began = time.monotonic()
+    assert finish(tiny_run(tiny_folder, folder / "run"), folder / "log") == 0, (folder / "log").read_text()
+    return what_it_made(folder / "run") | {"seconds": time.monotonic() - began}
+
+
+def assert_same(run_dir: Path, undisturbed: dict[str, Any]) -> None:
+    made = what_it_made(run_dir)
+    assert made["metrics"] == undisturbed["metrics"]
+    assert made["files"] == undisturbed["files"]
+
+
+@pytest.mark.timeout(300)  # some thirty processes, one after another
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
+    tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    """20 kills; a run that is done before its kill is compared, and another one begun."""
+    rng, kills, runs = random.Random(0), 0, 0
+    run_dir = tmp_path / "run_0"
+    while kills < 20:
+        process = start(tiny_run(tiny_folder, run_dir), tmp_path / "log")
+        process.join(rng.uniform(0, 1.1 * undisturbed["seconds"]))
+        steps = checkpoint.complete_steps(run_dir)
+        if process.exitcode is None:
+            kill(process)
+            kills += 1
+            for step in checkpoint.complete_steps(run_dir):
+                checkpoint.verify(checkpoint.folder_of(run_dir, step))
+            assert set(steps[-1:]) <= set(checkpoint.complete_steps(run_dir)), "a checkpoint was lost"
+        else:
+            assert process.exitcode == 0, (tmp_path / "log").read_text()
+            assert_same(run_dir, undisturbed)
+            runs += 1
+            run_dir = tmp_path / f"run_{runs}"
+    assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log") == 0
+    assert_same(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["write:4", "describe:2", "manifest:1", "flush:1", "flush:6", "rename:1", "prune:2", "remove:1"],
+)
+def test_a_kill_while_saving(tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any], place: str) -> None:
+    assert callable(die_at)
+    run_dir = tmp_path / "run"
+    assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log", f"die_at:{place}") == -signal.SIGKILL
+    for step in checkpoint.complete_steps(run_dir):
+        checkpoint.verify(checkpoint.folder_of(run_dir, step))
+    assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log") == 0
+    assert_same(run_dir, undisturbed)
+    assert not list((run_dir / "checkpoints").glob(".*")), "nothing half-written is left"
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    assert finish(tiny_run(tiny_folder, run_dir, "--steps", "3"), log) == 0
+    assert finish(tiny_run(tiny_folder, run_dir, "--steps", "3"), log) == 0
+    assert "is finished: all 3 steps are done" in log.read_text()
+    assert finish(tiny_run(tiny_folder, run_dir, "--steps", "2"), log) == 2
+    assert finish(tiny_run(tiny_folder, run_dir), log) == 0
+    assert "steps: 3 -> 6" in log.read_text() and "going on after step 3" in log.read_text()
+    assert_same(run_dir, undisturbed)
+
+
+def test_settings_that_change_the_result_are_refused_unless_allowed(tiny_folder: Path, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    assert finish(tiny_run(tiny_folder, run_dir, "--steps", "2"), log) == 0
+    changed = ["--steps", "4", "--optimizer.learning-rate", "1e-3"]
+    assert finish(tiny_run(tiny_folder, run_dir, *changed), log) == 2
+    assert "these change its result: optimizer.learning_rate" in " ".join(log.read_text().split())
+    assert finish(tiny_run(tiny_folder, run_dir, *changed, "--checkpoint.allow-changes"), log) == 0
+
+
+def test_a_second_process_is_refused_at_once(tiny_folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first = start(tiny_run(tiny_folder, run_dir, "--steps", "200"), tmp_path / "log")
+    wait_for((run_dir / "metrics.jsonl").is_file)
+    began = time.monotonic()
+    assert finish(tiny_run(tiny_folder, run_dir, "--steps", "200"), tmp_path / "second") == 2
+    assert "another process is at work in" in (tmp_path / "second").read_text()
+    assert time.monotonic() - began < 5
+    kill(first)
+    assert finish(tiny_run(tiny_folder, run_dir, "--steps", "3", "--checkpoint.every", "1"), tmp_path / "log") in (0, 2)
+    assert "another process" not in (tmp_path / "log").read_text(), "the lock of a dead process is none"
+
+
+PHASES = {
+    "loading": lambda run: run.parent.joinpath("log").is_file(),
+    "first evaluation": lambda run: (run / "config.yaml").is_file(),
+    "training": lambda run: len(checkpoint.complete_steps(run)) >= 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [*((phase, signal.SIGTERM) for phase in PHASES), ("training", signal.SIGINT), ("training", signal.SIGUSR1)],
+)
+def test_a_signal_saves_and_stops(
+    tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any], phase: str, number: signal.Signals
+) -> None:
+    run_dir = tmp_path / "run"
+    process = start(tiny_run(tiny_folder, run_dir), tmp_path / "log")
+    wait_for(lambda: PHASES[phase](run_dir))
+    time.sleep({"loading": 0.3}.get(phase, 0.01))
+    os.kill(process.pid, number)  # type: ignore[arg-type]
+    process.join(20)
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == START_AGAIN, said
+    assert f"stopped by {number.name}" in said
+    if phase == "training":
+        done = len((run_dir / "metrics.jsonl").read_text().splitlines()) - 1
+        assert checkpoint.complete_steps(run_dir)[-1] == done, "no step that was done is lost"
+    assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log") == 0
+    assert_same(run_dir, undisturbed)
+
+
+def test_a_signal_while_the_command_imports(tiny_folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, which imports torch first; nothing is left behind."""
+    command = [sys.executable, "-m", "diffusionrl", *tiny_run(tiny_folder, tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == START_AGAIN, said
+    assert "stopped by SIGTERM before there was anything to save" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hanging_reward_does_not_hold_the_process(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads, and those that it started itself, are left behind at the end."""
+    (tmp_path / "sleepy_reward.py").write_text(
+        "import time\nfrom concurrent.futures import ThreadPoolExecutor\ncalls = []\n"
+        "def sleepy(images, prompts, metadata):\n    calls.append(1)\n    if len(calls) > 2:\n"
+        "        with ThreadPoolExecutor() as pool:\n            list(pool.map(time.sleep, [60]))\n"
+        "    return [float(image.mean()) for image in images]\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    options = ["--reward", "sleepy_reward:sleepy", "--rewards.no-normalise", "--rewards.timeout", "0.5", "--steps", "1"]
+    command = [sys.executable, "-m", "diffusionrl", *tiny_run(tiny_folder, tmp_path / "run"), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=45)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_lost_terminal_does_not_stop_the_run(tiny_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "diffusionrl", *tiny_run(tiny_folder, tmp_path / "run", "--steps", "2")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(45) in (0, 1)
+    assert (tmp_path / "run" / "finished.json").is_file()
+
+
+def test_workers_of_a_reward_end_by_a_signal_as_processes_do() -> None:
+    with interruption.noted():
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # forking beside threads
+            worker.start()
+        time.sleep(0.5)  # until it runs
+        worker.terminate()
+        worker.join(5)
+        assert worker.exitcode == -signal.SIGTERM
+
+
+def in_reward(images: Any, prompts: Any, metadata: Any) -> list[float]:
+    return [float(image.mean()) for image in images]
+
+
+@pytest.mark.parametrize("where", ["rollout", "reward", "update", "evaluation", "save"])
+def test_a_signal_in_each_phase_of_a_step(
+    make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """In one process, at an exact place of step 3; then on, and the same as without."""
+
+    def config(name: str) -> TrainConfig:
+        return TrainConfig(
+            steps=4,
+            prompts_per_step=4,
+            run_dir=tmp_path / name,
+            sampling=SamplingConfig(num_steps=3, batch_size=4),
+            algorithm=DDPOConfig(updates_per_step=2, min_count=1),
+            evaluation=EvaluationConfig(every=3, num_samples=2),
+            checkpoint=CheckpointConfig(every=3),
+        )
+
+    train(config("whole"), policy=make_policy(), reward=in_reward, prompts=["a cat", "a dog"])
+    owner, name, nth = {
+        "rollout": (rollout, "denoise_step", 2 + 3 + 2 * 6 + 1),  # first evaluation: 3; a step: 3 here, 3 * 2 in its updates
+        "reward": (Mixture, "score", 4),
+        "update": (DDPO, "losses", 6),
+        "evaluation": (evaluation, "to_pil", 3),
+        "save": (checkpoint, "save_file", 1),
+    }[where]
+    original, calls = getattr(owner, name), []
+
+    def stopping(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) == nth:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, stopping)
+    with pytest.raises(Interrupted):
+        train(config("stopped"), policy=make_policy(), reward=in_reward, prompts=["a cat", "a dog"])
+    monkeypatch.undo()
+    assert checkpoint.complete_steps(tmp_path / "stopped") in ([2], [3])
+    assert (tmp_path / "stopped" / "export").is_dir()
+    train(config("stopped"), policy=make_policy(), reward=in_reward, prompts=["a cat", "a dog"])
+    assert what_it_made(tmp_path / "stopped") == what_it_made(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    assert finish(tiny_run(tiny_folder, folder / "run", "--steps", "4"), folder / "log") == 0
+    return folder / "run"
+
+
+def test_every_flipped_bit_is_found(two_checkpoints: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for i in range(20):
+        copy = tmp_path / str(i)
+        shutil.copytree(two_checkpoints, copy)
+        flip_bit(checkpoint.folder_of(copy, 4), rng)
+        with pytest.raises(checkpoint.Corrupted):
+            checkpoint.load(checkpoint.folder_of(copy, 4))
+        with pytest.raises(UserError, match="corrupted checkpoint"):
+            checkpoint.load_newest(copy, exact=True)
+        found = checkpoint.load_newest(copy, exact=False)
+        assert found is not None and found.step == 2
+
+
+def test_missing_surplus_and_truncated_files_are_found(two_checkpoints: Path, tmp_path: Path) -> None:
+    for i, spoil in enumerate(
+        [
+            lambda folder: (folder / "policy.safetensors").unlink(),
+            lambda folder: (folder / "MANIFEST.json").unlink(),
+            lambda folder: (folder / "extra.safetensors").write_bytes(b""),
+            lambda folder: os.truncate(folder / "optimizer.safetensors", 50),
+            lambda folder: (folder / "state.json").write_text("{}"),
+            lambda folder: (folder / "MANIFEST.json").write_text("[]"),
+        ]
+    ):
+        copy = tmp_path / str(i)
+        shutil.copytree(two_checkpoints, copy)
+        spoil(checkpoint.folder_of(copy, 4))
+        found = checkpoint.load_newest(copy, exact=False)
+        assert found is not None and found.step == 2
+
+
+def test_a_run_without_a_usable_checkpoint_is_not_begun_anew(tiny_folder: Path, two_checkpoints: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    for step in checkpoint.complete_steps(run_dir):
+        (checkpoint.folder_of(run_dir, step) / "MANIFEST.json").write_text("{}")
+    assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log") == 2
+    assert "none of the" in (tmp_path / "log").read_text()
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
+    for step, score in [(1, 0.5), (2, 9.0), (3, float("nan")), (4, None), (5, 1.0), (6, None)]:
+        checkpoint.save(tmp_path, checkpoint.Checkpoint(step, {"policy": {"w": torch.zeros(2)}}, {"score": score}))
+        checkpoint.prune(tmp_path, keep=2)
+    assert checkpoint.complete_steps(tmp_path) == [2, 5, 6]
+
+
+def test_a_corrupted_checkpoint_does_not_count_among_those_that_are_kept(two_checkpoints: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    (checkpoint.folder_of(run_dir, 4) / "state.json").write_text("{}")
+    assert checkpoint.load_newest(run_dir, exact=False) is not None
+    assert checkpoint.complete_steps(run_dir) == [2]
+    assert (run_dir / "checkpoints" / "corrupted_step_000004").is_dir()
+
+
+def test_other_prompts_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    prompts, log = tmp_path / "prompts.txt", tmp_path / "log"
+    prompts.write_text("a cat\na dog\n")
+    arguments = tiny_run(tiny_folder, tmp_path / "run", "--prompts", str(prompts))
+    assert finish([*arguments, "--steps", "2"], log) == 0
+    prompts.write_text("a cat\nan ant\n")
+    assert finish(arguments, log) == 2
+    assert "the prompts are not those that the run began with" in log.read_text()
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_corrupted_one(
+    tiny_folder: Path, two_checkpoints: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, run_dir)
+    flip_bit(checkpoint.folder_of(run_dir, 4), random.Random(1))
+    assert finish(tiny_run(tiny_folder, run_dir, "--checkpoint.exact"), tmp_path / "log") == 2
+    assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log") == 0
+    assert "corrupted checkpoint passed over" in (tmp_path / "log").read_text()
+    assert_same(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("nth", [1, 6, 11, 17, 20, 25])
+def test_a_full_disk_stops_the_run_and_loses_nothing(
+    tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any], nth: int
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    assert finish(tiny_run(tiny_folder, run_dir), log, f"fill_disk_at:{nth}") == 1
+    said = log.read_text()
+    assert "No space left on device" in said and "MB are free" in said and "Traceback" not in said
+    for step in checkpoint.complete_steps(run_dir):
+        checkpoint.verify(checkpoint.folder_of(run_dir, step))
+    assert finish(tiny_run(tiny_folder, run_dir), log) == 0
+    assert_same(run_dir, undisturbed)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_slow(
+    make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: 1000)
+    with pytest.raises(UserError, match=r"may need .* MB in .* and 0 MB are free"):
+        train(TrainConfig(run_dir=tmp_path / "run"), policy=make_policy(), reward=in_reward, prompts=["a cat"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_with_everything_at_hand_nobody_reaches_for_the_network(
+    tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    rewards = ["--reward", "clip-score", "aesthetic"]
+    assert finish(tiny_run(tiny_folder, tmp_path / "run", *rewards), tmp_path / "log", "cut_network") == 0
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "cache" / "models--some--model"
+    shutil.copytree(tiny_folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    arguments = tiny_run(tiny_folder, tmp_path / "cached", "--model", "some/model")
+    assert finish(arguments, tmp_path / "log", f"use_cache:{tmp_path / 'cache'}") == 0, (tmp_path / "log").read_text()
+    assert what_it_made(tmp_path / "cached") == {key: undisturbed[key] for key in ("files", "metrics")}
+    assert finish(tiny_run(tiny_folder, tmp_path / "other", "--model", "no/such"), tmp_path / "log", "cut_network") == 99
+
+
+def test_prompts_are_never_paths_or_markup(tiny_folder: Path, tmp_path: Path) -> None:
+    nasty = [
+        "../../x",
+        "/etc/passwd",
+        "<script>alert(1)</script>",
+        "{prompt}",
+        "%s%n",
+        "$(touch y)",
+        "a\tb",
+        "-h",
+        "\u202etac a",
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(nasty))
+    before = set(tmp_path.iterdir())
+    run_dir = tmp_path / "folder" / "run"
+    arguments = tiny_run(tiny_folder, run_dir, "--prompts", str(tmp_path / "prompts.txt"), "--evaluation.num-samples", "9")
+    assert finish(arguments, tmp_path / "log") == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "folder", tmp_path / "log"}
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"run"}
+    samples = {path.name for path in (run_dir / "samples" / "step_000000").iterdir()}
+    assert samples == {"grid.png", "samples.jsonl", *(f"{i:05d}.png" for i in range(9))}
