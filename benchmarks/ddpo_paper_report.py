@@ -150,12 +150,19 @@ def report_grid(made: Report) -> None:
                 run_dir = made.folder / "grid" / reward / method / f"{rate:g}"
                 done = (run_dir / "seconds.json").is_file()
                 lines = [line for line in read_metrics(run_dir) if "eval/reward" in line] if done else []
-                rise = lines[-1]["eval/reward"] - lines[0]["eval/reward"] if lines else math.nan
-                cells.append(f"{rise:+.2f}")
+                if not lines:
+                    cells.append("")
+                    continue
+                rise = lines[-1]["eval/reward"] - lines[0]["eval/reward"]
+                cells.append(f"{rise:+.2f} ({lines[-1]['eval/emoji-judge']:.2f})")
                 made.json.setdefault("grid", {}).setdefault(reward, {}).setdefault(method, {})[f"{rate:g}"] = rise
             rows.append([reward, method, *cells])
     rates = [f"{rate:g}" for rate in LEARNING_RATES["ddpo-is"]]
-    made.table(f"Learning rates: gain after {QUERIES} queries, seed {GRID_SEED}", ["reward", "method", *rates], rows)
+    made.table(
+        f"Learning rates: gain (and share that the judge names) after {QUERIES} queries, seed {GRID_SEED}",
+        ["reward", "method", *rates],
+        rows,
+    )
 
 
 def report_methods(made: Report) -> None:
@@ -163,8 +170,12 @@ def report_methods(made: Report) -> None:
     for reward in REWARDS:
         curves = made.curves({method: f"fig4/{reward}/{method}" for method in METHODS}, limit=QUERIES)
         made.gains(f"Figure 4: {reward}", f"fig4_{reward}", UNITS[reward], curves)
-        panels.append((reward, UNITS[reward], curves))
-    draw(panels, made.out / "fig4.png")
+        judged = made.curves({method: f"fig4/{reward}/{method}" for method in METHODS}, "eval/emoji-judge", QUERIES)
+        made.gains(f"Figure 4: {reward}, the share that the judge names", f"fig4_{reward}_judge", "share", judged)
+        if curves:
+            panels.append((reward, UNITS[reward], curves))
+    if panels:
+        draw(panels, made.out / "fig4.png")
 
 
 def report_alignment(made: Report) -> None:
@@ -240,8 +251,10 @@ def report_over_optimisation(made: Report) -> None:
 
 def report_variants(made: Report, title: str, tag: str, groups: dict[str, str]) -> None:
     curves = made.curves(groups)
+    if len(curves) < len(groups):  # nothing to compare yet
+        return
     made.gains(title, tag, "minus kB", curves)
-    if len(curves) > 1:
+    if len(curves) == len(groups):
         draw([(tag, "minus kB", curves)], made.out / f"{tag}.png")
 
 
