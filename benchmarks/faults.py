@@ -75,7 +75,7 @@ class Campaign:
             if process.exitcode is None:
                 kill(process)
                 after = checkpoint.complete_steps(run_dir)
-                lost = bool(before) and before[-1] not in after
+                lost = bool(before) and (not after or after[-1] < before[-1])
                 torn = sum(not _whole(checkpoint.folder_of(run_dir, step)) for step in after)
                 self.count(kills=1, checkpoints_lost=int(lost), torn_checkpoints=torn)
             else:
