@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +53,14 @@ def make(run: Run, folder: Path) -> None:
     settings = folder / "configs" / f"{run.name.replace('/', '_')}.yaml"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(to_yaml(run.config))
-    began = time.perf_counter()
     command = [sys.executable, "-m", "diffusionrl", "train", "--config", str(settings), "--run-dir", str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with (folder / "log.txt").open("a") as log:
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=log)
-    seconds = time.perf_counter() - began
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{run.name} failed with status {status}; see {folder / 'log.txt'}")
+    seconds = usage.ru_utime + usage.ru_stime  # of the processor: what else the machine does is not counted
     (run_dir / "seconds.json").write_text(json.dumps(seconds))
     print(f"{run.name}: {seconds:.0f} s", flush=True)
 

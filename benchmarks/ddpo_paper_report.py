@@ -260,5 +260,5 @@ def report_variants(made: Report, title: str, tag: str, groups: dict[str, str]) 
 
 def report_time(made: Report) -> None:
     seconds = [json.loads(file.read_text()) for file in made.folder.rglob("seconds.json")]
-    made.json["runs"], made.json["thread_hours"] = len(seconds), sum(seconds) / 3600
-    made.lines += [f"{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one thread each.", ""]
+    made.json["runs"], made.json["processor_hours"] = len(seconds), sum(seconds) / 3600
+    made.lines += [f"{len(seconds)} runs, {sum(seconds) / 3600:.1f} hours of one processor in all.", ""]
