@@ -22,6 +22,7 @@ from diffusionrl.cli import START_AGAIN
 from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, SamplingConfig
 from diffusionrl.interruption import Interrupted
 from diffusionrl.rewards import Mixture
+from diffusionrl.tracking import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,17 @@ def test_settings_that_change_the_result_are_refused_unless_allowed(tiny_folder:
     assert finish(tiny_run(tiny_folder, run_dir, *changed), log) == 2
     assert "these change its result: optimizer.learning_rate" in " ".join(log.read_text().split())
     assert finish(tiny_run(tiny_folder, run_dir, *changed, "--checkpoint.allow-changes"), log) == 0
+
+
+def test_a_folder_is_held_before_anything_is_in_it(tmp_path: Path) -> None:
+    """While the first process still loads its model; who is refused leaves the lock alone, and who leaves, nothing."""
+    run_dir, config = tmp_path / "deep" / "run", TrainConfig()
+    with RunFolder(run_dir, config):
+        for _ in range(2):
+            with pytest.raises(UserError, match="another process is at work"), RunFolder(run_dir, config):
+                pass
+        assert (run_dir / "lock").is_file()
+    assert not (tmp_path / "deep").exists()
 
 
 def test_a_second_process_is_refused_at_once(tiny_folder: Path, tmp_path: Path) -> None:

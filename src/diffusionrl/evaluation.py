@@ -95,7 +95,7 @@ def evaluate(
 
 def write_samples(evaluation: Evaluation, folder: Path) -> None:
     """``grid.png``, every image, and ``samples.jsonl``. File names come from the index, never from a prompt."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rollout = evaluation.rollout
     scores = rollout.scores
     tiles = [to_pil(image) for image in rollout.images]

@@ -107,13 +107,13 @@ class RunFolder:
         self._let_go()
 
     def _let_go(self) -> None:
-        """Release the folder; one that nothing was written to is as if it had not been."""
-        self._lock.release(force=True)
-        if self.new and not self._begun:
+        """Release the folder; one that was held and nothing was written to is as if it had not been."""
+        if self._lock.is_locked and self.new and not self._begun:
             with suppress(OSError):
-                (self.run_dir / "lock").unlink(missing_ok=True)
+                (self.run_dir / "lock").unlink()
                 for folder in self._made:
                     folder.rmdir()
+        self._lock.release(force=True)
 
     def _look(self) -> None:
         check_trackers(self.config.track)

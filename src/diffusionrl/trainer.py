@@ -96,7 +96,7 @@ class Trainer:
             folder.log({"step": 0, "queries": 0} | self._evaluate(0, folder).metrics())
             self.at_start = self.state.capture(0)  # with the reward's normalisation
         steps, first = self.config.steps, self.at_start.step + 1
-        if first > steps and steps and self.at_start.state["score"] is None:  # stopped here, where it was not to be evaluated
+        if first > steps and self.at_start.state["score"] is None:  # stopped here, where it was not to be evaluated
             queries = steps * self.config.samples_per_step
             folder.log({"step": steps, "queries": queries} | self._evaluate(steps, folder).metrics())
         for step in range(first, steps + 1):
