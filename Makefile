@@ -9,8 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(READY)  ## train the embedded model with DDPO on JPEG compressibility
 	$(BIN)/diffusionrl train --name demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(READY)  ## the test suite
-	$(BIN)/python -m pytest
+test: $(READY)  ## the test suite, a process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -37,6 +37,9 @@ BEST = {
 INVERSE_TEMPERATURES = {"compressibility": 0.67, "incompressibility": 0.67, "aesthetic": 3.2}
 """About 1 / (standard deviation of the reward within a prompt), so that RWR's weights tell samples apart in every unit."""
 
+STEPS_TRAINED = {"jpeg": {"step_weight_power": 2.0, "train_fraction": 0.5}, "learned": {"step_weight_power": 1.0}}
+"""DDPO's share of the denoising steps and their weights, for rewards that are a file's size and those that are a network."""
+
 CLIP_TIMES_DIMENSIONS = 1e-4 * 4 * 64 * 64  # the paper's clip, whatever the model's latents
 DIMENSIONS = 16 * 8 * 8
 
@@ -51,11 +54,12 @@ class Run:
 
 def base(method: str, reward: str, seed: int, learning_rate: float | None = None) -> TrainConfig:
     """1,024 queries of one method."""
-    rate = learning_rate or BEST[method, "aesthetic" if reward == "aesthetic" else "compressibility"]
+    jpeg = reward in ("compressibility", "incompressibility")
+    rate = learning_rate or BEST[method, "compressibility" if jpeg else "aesthetic"]
     config = TrainConfig(
         reward=(reward,),
-        prompts_per_step=16,
-        samples_per_prompt=4,
+        prompts_per_step=16 if jpeg else 8,
+        samples_per_prompt=4 if jpeg else 8,
         steps=QUERIES // 64,
         seed=seed,
         sampling=SamplingConfig(num_steps=8, guidance=3.0, batch_size=32),
@@ -64,9 +68,8 @@ def base(method: str, reward: str, seed: int, learning_rate: float | None = None
             clip_range=CLIP_TIMES_DIMENSIONS / DIMENSIONS,
             min_count=4,
             updates_per_step=2,
-            train_fraction=0.5,
-            step_weight_power=2.0,
             micro_batch_size=64,
+            **STEPS_TRAINED["jpeg" if jpeg else "learned"],
         ),
         optimizer=OptimizerConfig(learning_rate=rate, warmup=10),
         evaluation=EvaluationConfig(every=8, num_samples=90, held_out=("emoji-judge", "emoji-gold")),
@@ -88,7 +91,10 @@ def interleaved(config: TrainConfig, variant: str, rounds: int) -> TrainConfig:
         micro_batch_size=64,
     )
     evaluation = replace(config.evaluation, every=max(1, rounds // 2))
-    return replace(config, algorithm=algorithm, evaluation=evaluation, steps=rounds, samples_per_prompt=QUERIES // 16 // rounds)
+    per_prompt = QUERIES // 16 // rounds
+    return replace(
+        config, algorithm=algorithm, evaluation=evaluation, steps=rounds, prompts_per_step=16, samples_per_prompt=per_prompt
+    )
 
 
 def grid() -> Iterator[Run]:
@@ -112,19 +118,20 @@ def fig4() -> Iterator[Run]:
 
 def fig5() -> Iterator[Run]:
     for seed in SEEDS:
-        config = base("ddpo-is", "compressibility", seed, BEST["ddpo-is", "aesthetic"])
+        config = base("ddpo-is", "clip-score", seed)
         evaluation = replace(config.evaluation, every=8, num_samples=135, held_out=("emoji-judge",))
-        yield Run(
-            f"fig5/seed_{seed}",
-            replace(config, reward=("clip-score",), prompts="activities", steps=2 * config.steps, evaluation=evaluation),
-        )
+        yield Run(f"fig5/seed_{seed}", replace(config, prompts="activities", steps=2 * config.steps, evaluation=evaluation))
 
 
 def fig10() -> Iterator[Run]:
     """Figure 10, and a control that looks at no reward: every sample kept, so that only the denoising loss is left."""
     for seed in SEEDS:
-        config = base("rwr-sparse", "compressibility", seed)
-        for name, change in (("conditional", {"train_guided": False}), ("control", {"percentile": 0.0})):
+        for name, reward, change in (
+            ("conditional", "compressibility", {"train_guided": False}),
+            ("control", "compressibility", {"percentile": 0.0}),
+            ("control_aesthetic", "aesthetic", {"percentile": 0.0}),
+        ):
+            config = base("rwr-sparse", reward, seed)
             yield Run(f"fig10/{name}/seed_{seed}", replace(config, algorithm=replace(config.algorithm, **change)))
 
 

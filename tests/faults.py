@@ -121,8 +121,8 @@ def die_at(place: str, nth: str = "1") -> None:
     setattr(owner, name, dying)
 
 
-def fill_disk_at(nth: str) -> None:
-    """No space is left from the nth write of a checkpoint, its metrics or its samples on."""
+def fill_disk_at(nth: str, kind: str = "ENOSPC") -> None:
+    """No space is left (or the disk is read-only, EROFS) from the nth write of a checkpoint, its metrics or its samples on."""
     left = [int(nth)]
 
     def full(original: Any) -> Any:
@@ -130,7 +130,8 @@ def fill_disk_at(nth: str) -> None:
             to_memory = any(isinstance(argument, io.BytesIO) for argument in arguments)
             left[0] -= not to_memory
             if left[0] <= 0 and not to_memory:
-                raise OSError(errno.ENOSPC, "No space left on device")
+                number = getattr(errno, kind)
+                raise OSError(number, os.strerror(number))
             return original(*arguments, **keywords)
 
         return writing

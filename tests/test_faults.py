@@ -339,14 +339,15 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_corrupted_one(
     assert_same(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("nth", [1, 6, 11, 17, 20, 25])
-def test_a_full_disk_stops_the_run_and_loses_nothing(
-    tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any], nth: int
+@pytest.mark.parametrize("fault", ["1", "6", "11", "17", "20", "25", "17:EROFS"])
+def test_a_full_or_read_only_disk_stops_the_run_and_loses_nothing(
+    tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any], fault: str
 ) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    assert finish(tiny_run(tiny_folder, run_dir), log, f"fill_disk_at:{nth}") == 1
+    assert finish(tiny_run(tiny_folder, run_dir), log, f"fill_disk_at:{fault}") == 1
     said = log.read_text()
-    assert "No space left on device" in said and "MB are free" in said and "Traceback" not in said
+    assert ("Read-only file system" if "EROFS" in fault else "No space left on device") in said
+    assert "MB are free" in said and "Traceback" not in said
     for step in checkpoint.complete_steps(run_dir):
         checkpoint.verify(checkpoint.folder_of(run_dir, step))
     assert finish(tiny_run(tiny_folder, run_dir), log) == 0

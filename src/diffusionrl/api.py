@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt, load_prompts
-from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture
+from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
 from diffusionrl.rollout import make_table
 from diffusionrl.tracking import RunFolder, TrainResult, read_result
 from diffusionrl.trainer import Trainer
@@ -58,7 +59,10 @@ def train(
         held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
         samples = (chosen * 2)[:2]
         for each in [mixture, held_out] if held_out else [mixture]:
-            try_mixture(each, image_size, [p.text for p in samples], [p.metadata for p in samples])
+            trial = partial(try_mixture, each, image_size, [p.text for p in samples], [p.metadata for p in samples])
+            if not within(config.rewards.timeout, trial):
+                seconds = f"{config.rewards.timeout:g} s (rewards.timeout)"
+                raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(each.rewards)}")
         trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
         make_table(trained, config.sampling)
         trainer = Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out)

@@ -3,7 +3,7 @@
 from diffusionrl.rewards import aesthetic, clip, emoji, jpeg, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, load_reward, register, score, try_reward
 from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture
-from diffusionrl.rewards.worker import RewardCall
+from diffusionrl.rewards.worker import RewardCall, within
 
 __all__ = [
     "REGISTRY",
@@ -23,4 +23,5 @@ __all__ = [
     "try_mixture",
     "try_reward",
     "vlm",
+    "within",
 ]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -61,3 +61,28 @@ class RewardCall(threading.Thread):
                 return self.reward.nothing(len(self.images), f"no scores within {timeout:g} s")
         assert self.scores is not None
         return self.scores
+
+
+def within(timeout: float, work: Callable[[], None]) -> bool:
+    """Whether ``work``, called in a daemon thread, is over within ``timeout`` seconds. What it raises is raised here.
+
+    Raises:
+        Interrupted: the run was asked to stop.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    end = time.monotonic() + timeout
+    while thread.is_alive() and time.monotonic() < end:
+        thread.join(_PATIENCE)
+        interruption.check()
+    if raised:
+        raise raised[0]
+    return not thread.is_alive()
