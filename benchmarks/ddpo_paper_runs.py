@@ -28,7 +28,7 @@ BEST = {
     ("ddpo-sf", "compressibility"): 5e-3,
     ("rwr", "compressibility"): 1e-2,
     ("rwr-sparse", "compressibility"): 2.5e-3,
-    ("ddpo-is", "aesthetic"): 5e-3,
+    ("ddpo-is", "aesthetic"): 2.5e-3,
     ("ddpo-sf", "aesthetic"): 5e-3,
     ("rwr", "aesthetic"): 5e-3,
     ("rwr-sparse", "aesthetic"): 5e-3,

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, train
 from diffusionrl.checkpoint import complete_steps
 from diffusionrl.cli import main, parse_train
-from diffusionrl.config import DDPOConfig, EvaluationConfig, RewardsConfig, SamplingConfig
+from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig
 from diffusionrl.evaluation import evaluate
 from diffusionrl.images import to_pil
 from diffusionrl.interruption import Interrupted
 from diffusionrl.policies import StableDiffusionPolicy, load_pipeline
 from diffusionrl.prompts import load_prompts
+from diffusionrl.reward_config import RewardsConfig
 
 SMALL = ["--steps", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--sampling.num-steps", "4"]
 SMALL += ["--sampling.batch-size", "8"]

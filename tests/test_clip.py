@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from diffusionrl.config import AestheticConfig, CLIPScoreConfig, RewardsConfig
 from diffusionrl.emoji.aesthetics import gold_rating
 from diffusionrl.emoji.recipe.clip import measure_clip, measure_head
 from diffusionrl.emoji.recipe.tokenizer import train_tokenizer
@@ -23,6 +22,7 @@ from diffusionrl.emoji.scenes import draw_images
 from diffusionrl.emoji.vocabulary import DDPO_ANIMALS
 from diffusionrl.errors import UserError
 from diffusionrl.images import to_pil
+from diffusionrl.reward_config import AestheticConfig, CLIPScoreConfig, RewardsConfig
 from diffusionrl.rewards import load_reward
 from diffusionrl.rewards.aesthetic import EMBEDDED_HEAD, load_head
 from diffusionrl.rewards.clip import CLIP, EMBEDDED_CLIP

@@ -20,9 +20,10 @@ from diffusionrl import RunStopped, TrainConfig, UserError, checkpoint, train
 from diffusionrl import config as config_module
 from diffusionrl.advantages import PromptStatistics, batch_advantages, group_advantages
 from diffusionrl.algorithms import DDPO, RWR
-from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, RewardsConfig, RWRConfig, SamplingConfig
+from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, RWRConfig, SamplingConfig
 from diffusionrl.optimization import accumulate_gradient
 from diffusionrl.prompts import Prompt
+from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards import Scores, score
 from diffusionrl.rollout import Rollout, collect
 

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from diffusionrl.config import RewardsConfig, VLMConfig
 from diffusionrl.errors import UserError
+from diffusionrl.reward_config import RewardsConfig, VLMConfig
 from diffusionrl.rewards import Scores, load_reward, score, try_reward
 from diffusionrl.rewards.bertscore import BERTScore
 

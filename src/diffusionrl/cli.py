@@ -1,4 +1,4 @@
-"""The command line: ``diffusionrl train`` and ``diffusionrl sample``. Torch is imported only when a command runs."""
+"""The command line. Torch is imported only when a command runs."""
 
 import dataclasses
 import os
@@ -12,16 +12,18 @@ from typing import Any, NoReturn
 import tyro
 import yaml
 
-from diffusionrl.config import ALGORITHMS, BUILT_IN_REWARDS, SamplingConfig, TrainConfig
+from diffusionrl.config import ALGORITHMS, SamplingConfig, TrainConfig
 from diffusionrl.errors import RunStopped, UserError, one_of
 from diffusionrl.interruption import Interrupted, noted
 from diffusionrl.presets import PRESETS
+from diffusionrl.reward_config import BUILT_IN_REWARDS, ServeConfig
 
 START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
 USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
-  train   tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
-  sample  make images from a model or a run
+  train         tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
+  sample        make images from a model or a run
+  serve-reward  score images over HTTP      NAME [OPTIONS]
 
 "diffusionrl COMMAND --help" lists the options. Every field of the configuration is one (--algorithm.clip-range 1e-4).
 Options win over the YAML file, which wins over the preset (default: emoji).
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a run that had to stop, 2 for what the user can mend, 75 for a run that a
     signal stopped and that the same command takes up again."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "sample": _sample}
+    commands = {"train": _train, "sample": _sample, "serve-reward": _serve_reward}
     if not arguments or arguments[0] not in commands:
         asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
         print(USAGE, file=sys.stdout if asked_for_help else sys.stderr)
@@ -165,9 +167,7 @@ def _train(arguments: Sequence[str]) -> None:
     # Before torch is imported, so that a broken file or a misspelt name is found at once.
     load_prompts(config.prompts)
     for entry in (*config.reward, *config.evaluation.held_out):
-        name = entry.partition("=")[0]
-        if ":" not in name and name not in BUILT_IN_REWARDS:
-            raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function")
+        _check_reward(entry.partition("=")[0])
     _quiet_libraries()
     from diffusionrl.api import train
     from diffusionrl.report.picture import draw_before_after
@@ -182,6 +182,12 @@ def _train(arguments: Sequence[str]) -> None:
     print(f"trained weights:      {result.run_dir / 'export'}")
 
 
+def _check_reward(name: str) -> None:
+    """Raises UserError for a name that is neither built in nor a place to look for one."""
+    if ":" not in name and name not in BUILT_IN_REWARDS:
+        raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function")
+
+
 def _sample(arguments: Sequence[str]) -> None:
     model, _ = _take(list(arguments), "--model")
     run_config = Path(model or "") / "config.yaml"
@@ -193,3 +199,12 @@ def _sample(arguments: Sequence[str]) -> None:
     from diffusionrl.sampling import sample_images
 
     print(f"images: {sample_images(config.model, config.prompts, config.seeds, config.sampling, config.out)}")
+
+
+def _serve_reward(arguments: Sequence[str]) -> None:
+    config = tyro.cli(ServeConfig, args=arguments, prog="diffusionrl serve-reward")
+    _check_reward(config.name)
+    _quiet_libraries()
+    from diffusionrl.rewards.server import serve
+
+    serve(config)

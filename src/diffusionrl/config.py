@@ -10,12 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from diffusionrl.errors import UserError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
+from diffusionrl.errors import require
+from diffusionrl.reward_config import RewardsConfig
 
 
 @dataclass(frozen=True)
@@ -34,10 +30,10 @@ class SamplingConfig:
     """Images sampled at once: memory and speed, not results."""
 
     def __post_init__(self) -> None:
-        _require(self.num_steps >= 1, f"sampling.num_steps must be at least 1, not {self.num_steps}")
-        _require(self.guidance >= 1, f"sampling.guidance must be at least 1 (1 is off), not {self.guidance}")
-        _require(self.eta >= 0, f"sampling.eta must not be negative, not {self.eta}")
-        _require(self.batch_size >= 1, f"sampling.batch_size must be at least 1, not {self.batch_size}")
+        require(self.num_steps >= 1, f"sampling.num_steps must be at least 1, not {self.num_steps}")
+        require(self.guidance >= 1, f"sampling.guidance must be at least 1 (1 is off), not {self.guidance}")
+        require(self.eta >= 0, f"sampling.eta must not be negative, not {self.eta}")
+        require(self.batch_size >= 1, f"sampling.batch_size must be at least 1, not {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -56,8 +52,8 @@ class PolicyConfig:
     """"auto" takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        _require(self.lora_rank >= 1, f"policy.lora_rank must be at least 1, not {self.lora_rank}")
-        _require(
+        require(self.lora_rank >= 1, f"policy.lora_rank must be at least 1, not {self.lora_rank}")
+        require(
             self.training == "lora" or self.dtype == "float32",
             "policy.training 'full' needs policy.dtype float32: small updates are lost in bfloat16 weights",
         )
@@ -78,12 +74,12 @@ class OptimizerConfig:
     """The gradient is scaled down to this norm when it is longer."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
-        _require(self.warmup >= 0, f"optimizer.warmup must not be negative, not {self.warmup}")
-        _require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
-        _require(self.epsilon >= 0, f"optimizer.epsilon must not be negative, not {self.epsilon}")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
-        _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
+        require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
+        require(self.warmup >= 0, f"optimizer.warmup must not be negative, not {self.warmup}")
+        require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
+        require(self.epsilon >= 0, f"optimizer.epsilon must not be negative, not {self.epsilon}")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+        require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
 
 
 @dataclass(frozen=True)
@@ -118,17 +114,17 @@ class DDPOConfig:
     """(sample, denoising step) pairs in one forward pass of an update: memory and speed, not results."""
 
     def __post_init__(self) -> None:
-        _require(self.clip_range > 0, f"algorithm.clip_range must be positive, not {self.clip_range}")
-        _require(self.advantage_clip > 0, f"algorithm.advantage_clip must be positive, not {self.advantage_clip}")
-        _require(0 < self.train_fraction <= 1, f"algorithm.train_fraction must lie in (0, 1], not {self.train_fraction}")
-        _require(self.step_weight_power >= 0, f"algorithm.step_weight_power must not be negative, not {self.step_weight_power}")
-        _require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
-        _require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
-        _require(
+        require(self.clip_range > 0, f"algorithm.clip_range must be positive, not {self.clip_range}")
+        require(self.advantage_clip > 0, f"algorithm.advantage_clip must be positive, not {self.advantage_clip}")
+        require(0 < self.train_fraction <= 1, f"algorithm.train_fraction must lie in (0, 1], not {self.train_fraction}")
+        require(self.step_weight_power >= 0, f"algorithm.step_weight_power must not be negative, not {self.step_weight_power}")
+        require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
+        require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
+        require(
             1 <= self.min_count <= self.buffer_size,
             f"algorithm.min_count must lie between 1 and buffer_size ({self.buffer_size}), not {self.min_count}",
         )
-        _require(
+        require(
             self.variant == "is" or self.updates_per_step == 1,
             f"algorithm.variant 'sf' is on-policy: set algorithm.updates_per_step to 1, not {self.updates_per_step}",
         )
@@ -158,116 +154,15 @@ class RWRConfig:
     """Samples in one forward pass of an update: memory and speed, not results."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.inverse_temperature > 0, f"algorithm.inverse_temperature must be positive, not {self.inverse_temperature}"
-        )
-        _require(0 <= self.percentile <= 1, f"algorithm.percentile must lie in [0, 1], not {self.percentile}")
-        _require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
-        _require(self.batch_size >= 1, f"algorithm.batch_size must be at least 1, not {self.batch_size}")
-        _require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
+        require(self.inverse_temperature > 0, f"algorithm.inverse_temperature must be positive, not {self.inverse_temperature}")
+        require(0 <= self.percentile <= 1, f"algorithm.percentile must lie in [0, 1], not {self.percentile}")
+        require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
+        require(self.batch_size >= 1, f"algorithm.batch_size must be at least 1, not {self.batch_size}")
+        require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
 
-
-BUILT_IN_REWARDS = (
-    *("aesthetic", "clip-score", "compressibility", "emoji-gold", "emoji-judge", "incompressibility"),
-    *("vlm-bertscore", "vlm-yes"),
-)
-"""Known here too, so that a misspelt one is found without importing torch."""
 
 AlgorithmConfig = DDPOConfig | RWRConfig
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {"ddpo": DDPOConfig, "rwr": RWRConfig}
-
-
-@dataclass(frozen=True)
-class CLIPScoreConfig:
-    """The reward "clip-score"; see docs/rewards.md."""
-
-    model: str = "emoji"
-    """"emoji" (the embedded CLIP), a folder, or a hub id: CLIP, SigLIP, PickScore ..."""
-    revision: str | None = None
-    """The commit of a hub id; ours for openai/clip-vit-large-patch14, to be given for others."""
-    processor: str | None = None
-    """Where tokenizer and image settings are, if not with the model."""
-    processor_revision: str | None = None
-
-
-@dataclass(frozen=True)
-class AestheticConfig:
-    """The reward "aesthetic"; see docs/rewards.md."""
-
-    model: str = "emoji"
-    """"emoji" (the embedded CLIP), a folder, or a hub id; LAION's head is for openai/clip-vit-large-patch14."""
-    revision: str | None = None
-    """The commit of a hub id; ours for openai/clip-vit-large-patch14, to be given for others."""
-    head: Path | None = None
-    """The head, a safetensors file; that of the embedded CLIP by default."""
-
-
-@dataclass(frozen=True)
-class VLMConfig:
-    """The rewards "vlm-bertscore" and "vlm-yes": a vision-language model behind a server; see docs/rewards.md."""
-
-    url: str = "http://127.0.0.1:8000/v1"
-    """Where the server's /chat/completions is."""
-    model: str = ""
-    """The model's name on the server."""
-    api_key_variable: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key, if the server wants one."""
-    describe: str = "Answer concisely: what is going on in this image?"
-    """What "vlm-bertscore" asks."""
-    reference: str = "The image contains {prompt}"
-    """What "vlm-bertscore" compares the answer with."""
-    ask: str = "Does this image show {prompt}? Answer yes or no."
-    """What "vlm-yes" asks."""
-    max_tokens: int = 64
-    """Length of a description."""
-    concurrency: int = 8
-    """Requests in flight at once."""
-    timeout: float = 60.0
-    """Seconds for one answer."""
-    retries: int = 3
-    """Tries after the first one, when the server is busy, broken or not there."""
-    backoff: float = 1.0
-    """Seconds before the first retry; each later one waits twice as long."""
-    cache: Path | None = Path("~/.cache/diffusionrl/vlm.sqlite")
-    """Answers are kept here, by image and question; None keeps none."""
-    bert: str = "microsoft/deberta-xlarge-mnli"
-    """The text model of BERTScore: a folder or a hub id with safetensors."""
-    bert_revision: str | None = None
-    """The commit of a hub id."""
-    bert_layer: int = 40
-    """The hidden layer that is compared: 40 is bert-score's choice for deberta-xlarge-mnli; -1 is the last."""
-
-    def __post_init__(self) -> None:
-        _require(self.concurrency >= 1, f"rewards.vlm.concurrency must be at least 1, not {self.concurrency}")
-        _require(self.timeout > 0, f"rewards.vlm.timeout must be positive, not {self.timeout}")
-        _require(self.retries >= 0, f"rewards.vlm.retries must not be negative, not {self.retries}")
-        _require(self.backoff >= 0, f"rewards.vlm.backoff must not be negative, not {self.backoff}")
-        _require(self.max_tokens >= 1, f"rewards.vlm.max_tokens must be at least 1, not {self.max_tokens}")
-        _require(
-            self.url.startswith(("http://", "https://")),
-            f"rewards.vlm.url must begin with http:// or https://, not {self.url!r}",
-        )
-
-
-@dataclass(frozen=True)
-class RewardsConfig:
-    """How rewards are mixed, and what the built-in ones need."""
-
-    timeout: float = 600.0
-    """Seconds for one call of the rewards; what takes longer is given up, and its samples are invalid."""
-    max_invalid: float = 0.5
-    """A run saves and stops when more than this share of the samples of ``invalid_window`` steps has no valid score."""
-    invalid_window: int = 3
-    normalise: bool = False
-    """Take each reward relative to its mean and in units of its standard deviation over the evaluation before training."""
-    clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
-    aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
-    vlm: VLMConfig = field(default_factory=VLMConfig)
-
-    def __post_init__(self) -> None:
-        _require(self.timeout > 0, f"rewards.timeout must be positive, not {self.timeout}")
-        _require(0 <= self.max_invalid <= 1, f"rewards.max_invalid must lie in [0, 1], not {self.max_invalid}")
-        _require(self.invalid_window >= 1, f"rewards.invalid_window must be at least 1, not {self.invalid_window}")
 
 
 @dataclass(frozen=True)
@@ -284,8 +179,8 @@ class CheckpointConfig:
     """Go on although settings have changed that change the result."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, f"checkpoint.every must be at least 1, not {self.every}")
-        _require(self.keep >= 2, f"checkpoint.keep must be at least 2, not {self.keep}: one may turn out corrupted")
+        require(self.every >= 1, f"checkpoint.every must be at least 1, not {self.every}")
+        require(self.keep >= 2, f"checkpoint.keep must be at least 2, not {self.keep}: one may turn out corrupted")
 
 
 @dataclass(frozen=True)
@@ -300,8 +195,8 @@ class EvaluationConfig:
     """Rewards that are measured at every evaluation and never trained on."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"evaluation.every must not be negative, not {self.every}")
-        _require(self.num_samples >= 2, f"evaluation.num_samples must be at least 2, not {self.num_samples}")
+        require(self.every >= 0, f"evaluation.every must not be negative, not {self.every}")
+        require(self.num_samples >= 2, f"evaluation.num_samples must be at least 2, not {self.num_samples}")
 
 
 @dataclass(frozen=True)
@@ -341,24 +236,24 @@ class TrainConfig:
         return self.prompts_per_step * self.samples_per_prompt
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
-        _require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
-        _require(len(self.reward) >= 1, "reward names no reward")
-        _require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
+        require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
+        require(len(self.reward) >= 1, "reward names no reward")
+        require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
         if isinstance(self.algorithm, DDPOConfig):
             self._check_ddpo(self.algorithm)
 
     def _check_ddpo(self, algorithm: DDPOConfig) -> None:
-        _require(
+        require(
             self.samples_per_step % algorithm.updates_per_step == 0,
             f"{self.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut into "
             f"algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
         )
-        _require(
+        require(
             algorithm.normalisation != "group" or self.samples_per_prompt > 1,
             "algorithm.normalisation 'group' compares the samples of one prompt: set samples_per_prompt above 1",
         )
-        _require(
+        require(
             self.sampling.sampler != "ode" and self.sampling.eta > 0,
             "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
         )

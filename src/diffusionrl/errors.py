@@ -16,5 +16,11 @@ def one_of(kind: str, name: str, known: Iterable[str], more: str = "") -> UserEr
     return UserError(f"unknown {kind} {name!r}{meant} There are {', '.join(known)}{more}")
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 class RunStopped(RuntimeError):
     """A run that had to end early, and why. The command line prints it without a traceback and exits with code 1."""

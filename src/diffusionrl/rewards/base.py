@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl.config import RewardsConfig
 from diffusionrl.errors import UserError, one_of
+from diffusionrl.reward_config import RewardsConfig
 
 Reward = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
 """Called with images in [0, 1] (float32, (B, 3, H, W), on the CPU), B prompts and B metadata mappings; returns B numbers, or
@@ -56,13 +56,18 @@ class Scores:
 
 
 def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
-    """A built-in reward by name, or ``package.module:function`` (looked up from the working directory too).
+    """A built-in reward by name, ``package.module:function`` (looked up from the working directory too), or the address of one
+    that is served (``rewards.remote``).
 
     Raises:
         UserError: no such reward, it does not import, or what it is built from is not there.
     """
     if name in REGISTRY:
         return REGISTRY[name](config or RewardsConfig())
+    if name.startswith(("http://", "https://")):
+        from diffusionrl.rewards.remote import RemoteReward
+
+        return RemoteReward(name, (config or RewardsConfig()).remote)
     module_name, colon, attribute = name.partition(":")
     if not colon:
         raise one_of("reward", name, REGISTRY, "; your own is package.module:function")

@@ -14,9 +14,9 @@ from torch.nn.functional import interpolate, normalize
 from transformers import AutoModel, AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
-from diffusionrl.config import RewardsConfig
 from diffusionrl.errors import UserError
 from diffusionrl.hub import cached_first, locate
+from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.base import Reward, register
 
 EMBEDDED_CLIP = Path(__file__).parent.parent / "emoji" / "weights" / "clip"

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusionrl.config import RewardsConfig
 from diffusionrl.emoji.aesthetics import gold_rating
 from diffusionrl.emoji.classifier import load_classifier, name_subjects
 from diffusionrl.emoji.vocabulary import with_article
+from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.base import Reward, register
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl.config import RewardsConfig
 from diffusionrl.errors import UserError
+from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.base import Reward, Scores, load_reward, score, try_reward
 
 

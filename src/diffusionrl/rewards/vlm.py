@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl.config import RewardsConfig, VLMConfig
+from diffusionrl.reward_config import RewardsConfig, VLMConfig
 from diffusionrl.rewards.base import Reward, Scores, register
 from diffusionrl.rewards.bertscore import BERTScore
-from diffusionrl.rewards.chat import BadAnswer, ChatClient
+from diffusionrl.rewards.chat import ChatClient
+from diffusionrl.rewards.http import BadAnswer
 
 
 class VLMReward:

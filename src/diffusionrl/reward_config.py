@@ -1,0 +1,166 @@
+"""What rewards need, as frozen dataclasses. Nothing here imports torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from diffusionrl.errors import require
+
+BUILT_IN_REWARDS = (
+    *("aesthetic", "clip-score", "compressibility", "emoji-gold", "emoji-judge", "incompressibility"),
+    *("vlm-bertscore", "vlm-yes"),
+)
+"""Known here too, so that a misspelt one is found without importing torch."""
+
+
+@dataclass(frozen=True)
+class CLIPScoreConfig:
+    """The reward "clip-score"; see docs/rewards.md."""
+
+    model: str = "emoji"
+    """"emoji" (the embedded CLIP), a folder, or a hub id: CLIP, SigLIP, PickScore ..."""
+    revision: str | None = None
+    """The commit of a hub id; ours for openai/clip-vit-large-patch14, to be given for others."""
+    processor: str | None = None
+    """Where tokenizer and image settings are, if not with the model."""
+    processor_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class AestheticConfig:
+    """The reward "aesthetic"; see docs/rewards.md."""
+
+    model: str = "emoji"
+    """"emoji" (the embedded CLIP), a folder, or a hub id; LAION's head is for openai/clip-vit-large-patch14."""
+    revision: str | None = None
+    """The commit of a hub id; ours for openai/clip-vit-large-patch14, to be given for others."""
+    head: Path | None = None
+    """The head, a safetensors file; that of the embedded CLIP by default."""
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """The rewards "vlm-bertscore" and "vlm-yes": a vision-language model behind a server; see docs/rewards.md."""
+
+    url: str = "http://127.0.0.1:8000/v1"
+    """Where the server's /chat/completions is."""
+    model: str = ""
+    """The model's name on the server."""
+    api_key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key, if the server wants one."""
+    describe: str = "Answer concisely: what is going on in this image?"
+    """What "vlm-bertscore" asks."""
+    reference: str = "The image contains {prompt}"
+    """What "vlm-bertscore" compares the answer with."""
+    ask: str = "Does this image show {prompt}? Answer yes or no."
+    """What "vlm-yes" asks."""
+    max_tokens: int = 64
+    """Length of a description."""
+    concurrency: int = 8
+    """Requests in flight at once."""
+    timeout: float = 60.0
+    """Seconds for one answer."""
+    retries: int = 3
+    """Tries after the first one, when the server is busy, broken or not there."""
+    backoff: float = 1.0
+    """Seconds before the first retry; each later one waits twice as long."""
+    cache: Path | None = Path("~/.cache/diffusionrl/vlm.sqlite")
+    """Answers are kept here, by image and question; None keeps none."""
+    bert: str = "microsoft/deberta-xlarge-mnli"
+    """The text model of BERTScore: a folder or a hub id with safetensors."""
+    bert_revision: str | None = None
+    """The commit of a hub id."""
+    bert_layer: int = 40
+    """The hidden layer that is compared: 40 is bert-score's choice for deberta-xlarge-mnli; -1 is the last."""
+
+    def __post_init__(self) -> None:
+        require(self.concurrency >= 1, f"rewards.vlm.concurrency must be at least 1, not {self.concurrency}")
+        require(self.timeout > 0, f"rewards.vlm.timeout must be positive, not {self.timeout}")
+        require(self.retries >= 0, f"rewards.vlm.retries must not be negative, not {self.retries}")
+        require(self.backoff >= 0, f"rewards.vlm.backoff must not be negative, not {self.backoff}")
+        require(self.max_tokens >= 1, f"rewards.vlm.max_tokens must be at least 1, not {self.max_tokens}")
+        require(
+            self.url.startswith(("http://", "https://")),
+            f"rewards.vlm.url must begin with http:// or https://, not {self.url!r}",
+        )
+
+
+@dataclass(frozen=True)
+class RemoteConfig:
+    """Rewards behind ``diffusionrl serve-reward``, named by their address; see docs/serve_reward.md."""
+
+    token_variable: str = "DIFFUSIONRL_REWARD_TOKEN"
+    """The environment variable that holds the server's token, if it wants one."""
+    batch_size: int = 16
+    """Images in one request."""
+    concurrency: int = 4
+    """Requests in flight at once."""
+    timeout: float = 120.0
+    """Seconds for one request."""
+    retries: int = 3
+    """Tries after the first one, when the server is busy, broken or not there."""
+    backoff: float = 1.0
+    """Seconds before the first retry; each later one waits twice as long."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"rewards.remote.batch_size must be at least 1, not {self.batch_size}")
+        require(self.concurrency >= 1, f"rewards.remote.concurrency must be at least 1, not {self.concurrency}")
+        require(self.timeout > 0, f"rewards.remote.timeout must be positive, not {self.timeout}")
+        require(self.retries >= 0, f"rewards.remote.retries must not be negative, not {self.retries}")
+        require(self.backoff >= 0, f"rewards.remote.backoff must not be negative, not {self.backoff}")
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """How rewards are mixed, and what the built-in ones need."""
+
+    timeout: float = 600.0
+    """Seconds for one call of the rewards; what takes longer is given up, and its samples are invalid."""
+    max_invalid: float = 0.5
+    """A run saves and stops when more than this share of the samples of ``invalid_window`` steps has no valid score."""
+    invalid_window: int = 3
+    normalise: bool = False
+    """Take each reward relative to its mean and in units of its standard deviation over the evaluation before training."""
+    clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
+    aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
+    vlm: VLMConfig = field(default_factory=VLMConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+
+    def __post_init__(self) -> None:
+        require(self.timeout > 0, f"rewards.timeout must be positive, not {self.timeout}")
+        require(0 <= self.max_invalid <= 1, f"rewards.max_invalid must lie in [0, 1], not {self.max_invalid}")
+        require(self.invalid_window >= 1, f"rewards.invalid_window must be at least 1, not {self.invalid_window}")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a reward over HTTP."""
+
+    name: tyro.conf.Positional[str]
+    """A built-in reward, or package.module:function."""
+    host: str = "127.0.0.1"
+    """Where to listen; anywhere but on loopback a token is needed."""
+    port: int = 8100
+    """0 takes any free one."""
+    token_variable: str = "DIFFUSIONRL_REWARD_TOKEN"
+    """The environment variable that holds the token that clients must send."""
+    batch_size: int = 64
+    """Requests that wait are scored together, up to this many images."""
+    wait: float = 0.01
+    """Seconds that a batch waits for more requests."""
+    timeout: float = 120.0
+    """Seconds for one request, from its first byte to its scores."""
+    max_bytes: int = 64_000_000
+    """A longer request is refused unread."""
+    max_requests: int = 64
+    """Requests at once; the server is busy for more."""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """What built-in rewards need."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.port <= 65535, f"port must lie between 0 and 65535, not {self.port}")
+        require(self.timeout > 0, f"timeout must be positive, not {self.timeout}")
+        require(self.wait >= 0, f"wait must not be negative, not {self.wait}")
+        for what in ("batch_size", "max_bytes", "max_requests"):
+            require(getattr(self, what) >= 1, f"{what} must be at least 1, not {getattr(self, what)}")

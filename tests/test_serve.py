@@ -1,0 +1,205 @@
+"""``serve-reward`` and the reward that asks it, over real HTTP on loopback."""
+
+import base64
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import finish, tiny_run, what_it_made
+from torch import Tensor
+
+from diffusionrl.errors import UserError
+from diffusionrl.images import to_png
+from diffusionrl.reward_config import RemoteConfig, RewardsConfig, ServeConfig
+from diffusionrl.rewards import Scores, load_reward, score
+from diffusionrl.rewards.server import RewardServer
+
+IMAGES = (torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # as a PNG holds them
+PROMPTS, NOTHING = ["a", "b", "c", "d", "e"], [{"i": i} for i in range(5)]
+QUICK = RemoteConfig(batch_size=2, timeout=5.0, retries=0, backoff=0.01)
+
+
+def brightness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[..., RewardServer]]:
+    servers: list[tuple[RewardServer, threading.Thread]] = []
+
+    def serve(reward: Any, **settings: Any) -> RewardServer:
+        server = RewardServer(reward, replace(ServeConfig("tested", port=0, timeout=5.0), **settings))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        servers.append((server, thread))
+        return server
+
+    yield serve
+    for server, thread in servers:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def ask(server: RewardServer, settings: RemoteConfig = QUICK) -> Scores:
+    return score(load_reward(server.url, RewardsConfig(remote=settings)), IMAGES, PROMPTS, NOTHING)
+
+
+def post(server: RewardServer, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    sent = {"Content-Type": "application/json"} | {key.replace("_", "-"): value for key, value in headers.items()}
+    connection.request("POST", "/score", body, sent)
+    response = connection.getresponse()
+    status, answer = response.status, json.loads(response.read())
+    connection.close()
+    return status, answer
+
+
+def body(**changes: Any) -> bytes:
+    images = [base64.b64encode(to_png(image)).decode() for image in IMAGES[:2]]
+    return json.dumps({"images": images, "prompts": PROMPTS[:2], "metadata": NOTHING[:2]} | changes).encode()
+
+
+def test_the_same_scores_as_in_the_process(serving: Callable[..., RewardServer]) -> None:
+    seen: list[Any] = []
+
+    def looking(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        seen.extend(zip(prompts, metadata, strict=True))
+        return brightness(images, prompts, metadata)
+
+    scores = ask(serving(looking))
+    assert torch.equal(scores.values, brightness(IMAGES, None, None)) and scores.valid.all()
+    assert sorted(seen, key=str) == sorted(zip(PROMPTS, NOTHING, strict=True), key=str)
+
+
+def test_requests_that_wait_are_scored_together(serving: Callable[..., RewardServer]) -> None:
+    sizes: list[int] = []
+
+    def slow(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        sizes.append(len(images))
+        time.sleep(0.2)
+        return brightness(images, prompts, metadata)
+
+    scores = ask(serving(slow, wait=0.1, batch_size=4), replace(QUICK, batch_size=1, concurrency=5))
+    assert torch.equal(scores.values, brightness(IMAGES, None, None))
+    assert sum(sizes) == 5 and len(sizes) < 5 and max(sizes) <= 4
+
+
+def test_an_invalid_score_stays_its_own(serving: Callable[..., RewardServer]) -> None:
+    def picky(images: Tensor, prompts: Any, metadata: Any) -> list[float | None]:
+        return [None if prompt == "b" else 1.0 for prompt in prompts]
+
+    scores = ask(serving(picky))
+    assert scores.valid.tolist() == [True, False, True, True, True]
+    assert "it returned nan for 'b'" in (scores.error or "")
+
+
+def test_a_reward_that_raises_says_so_at_the_other_end(serving: Callable[..., RewardServer]) -> None:
+    def broken(images: Tensor, prompts: Any, metadata: Any) -> Any:
+        raise RuntimeError("no weights")
+
+    scores = ask(serving(broken))
+    assert not scores.valid.any() and scores.error == "RuntimeError: no weights"
+
+
+def test_a_reward_that_hangs_frees_the_client(serving: Callable[..., RewardServer]) -> None:
+    def hangs(images: Tensor, prompts: Any, metadata: Any) -> Any:
+        time.sleep(2)
+
+    began = time.monotonic()
+    scores = ask(serving(hangs, timeout=0.2))
+    assert not scores.valid.any() and "no scores within 0.2 s" in (scores.error or "")
+    assert time.monotonic() - began < 2
+
+
+def test_a_server_that_is_not_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    scores = score(load_reward(f"http://127.0.0.1:{port}", RewardsConfig(remote=QUICK)), IMAGES, PROMPTS, NOTHING)
+    assert not scores.valid.any() and "NewConnectionError" in (scores.error or "")
+
+
+def test_an_open_address_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="set DIFFUSIONRL_REWARD_TOKEN"):
+        RewardServer(brightness, ServeConfig("tested", host="0.0.0.0", port=0))
+
+
+def test_a_token_is_asked_for_and_sent(serving: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSIONRL_REWARD_TOKEN", "sesame")
+    server = serving(brightness)
+    assert ask(server).valid.all()
+    monkeypatch.setenv("DIFFUSIONRL_REWARD_TOKEN", "open")
+    scores = ask(server)
+    assert not scores.valid.any() and "401" in (scores.error or "") and "token" in (scores.error or "")
+
+
+PNG = base64.b64encode(to_png(IMAGES[0])).decode()
+
+
+@pytest.mark.parametrize(
+    ("sent", "headers", "status", "said"),
+    [
+        (b"not JSON", {}, 400, "the body must be"),
+        (b"[" * 100_000, {}, 400, "the body must be"),
+        (body(prompts=["a"]), {}, 400, "2 images and 1 prompts"),
+        (body(prompts=["a", 1]), {}, 400, "prompts must be a list of JSON strings"),
+        (body(images=[PNG, "%%%"]), {}, 400, "image 1 does not decode"),
+        (body(images=[PNG, base64.b64encode(b"GIF89a...").decode()]), {}, 400, "image 1 does not decode"),
+        (body(images=[PNG, PNG[:60]]), {}, 400, "image 1 does not decode"),
+        (body(images=[PNG, base64.b64encode(to_png(torch.zeros(3, 4, 4))).decode()]), {}, 400, "one size"),
+        (body(), {"Content_Type": "text/plain"}, 415, "application/json"),
+        (body(prompts=["a" * 200_000, "b"]), {}, 413, "more than 100000"),
+    ],
+)
+def test_bad_requests_are_refused(
+    serving: Callable[..., RewardServer], sent: bytes, headers: dict[str, str], status: int, said: str
+) -> None:
+    server = serving(brightness, max_bytes=100_000)
+    found, answer = post(server, sent, **headers)
+    assert (found, said in answer["error"]) == (status, True), answer
+    assert post(server, body())[0] == 200, "the server goes on"
+
+
+def test_a_client_that_stops_sending_frees_its_thread(serving: Callable[..., RewardServer]) -> None:
+    server = serving(brightness, timeout=0.3, max_requests=1)
+    with socket.create_connection(("127.0.0.1", server.server_port)) as silent:
+        silent.sendall(b"POST /score HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
+        time.sleep(0.1)
+        assert post(server, body())[0] == 503, "busy"
+        assert b" 408 " in silent.recv(1000)
+        time.sleep(0.3)
+    assert post(server, body())[0] == 200
+
+
+def test_a_run_with_a_served_reward_is_that_with_the_reward_itself(tiny_folder: Path, tmp_path: Path) -> None:
+    """Through the command line: JPEG sees 8-bit pixels in any case, so the runs agree to the bit."""
+    command = [sys.executable, "-m", "diffusionrl", "serve-reward", "incompressibility", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().split()[-1]
+            log = tmp_path / "log"
+            assert finish(tiny_run(tiny_folder, tmp_path / "served", "--reward", url), log) == 0, log.read_text()
+            assert finish(tiny_run(tiny_folder, tmp_path / "here"), log) == 0, log.read_text()
+        finally:
+            server.terminate()
+    served, here = what_it_made(tmp_path / "served"), what_it_made(tmp_path / "here")
+    asked = [line.pop(f"reward/{url}/asked", None) for line in served["metrics"]]
+    assert asked[-1] >= 6
+    failed = [line.pop(f"reward/{url}/failed", 0) for line in served["metrics"]]
+    assert failed == [0] * len(failed)
+    assert served["metrics"] == here["metrics"]
+    weights = [name for name in here["files"] if "export" in name or name == "policy.safetensors"]
+    assert {name: served["files"][name] for name in weights} == {name: here["files"][name] for name in weights}
