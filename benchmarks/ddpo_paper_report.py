@@ -165,12 +165,18 @@ def report_grid(made: Report) -> None:
     )
 
 
+CONTROLS = {"compressibility": "fig10/control", "aesthetic": "fig10/control_aesthetic"}
+
+
 def report_methods(made: Report) -> None:
     panels = []
     for reward in REWARDS:
-        curves = made.curves({method: f"fig4/{reward}/{method}" for method in METHODS}, limit=QUERIES)
+        groups = {method: f"fig4/{reward}/{method}" for method in METHODS}
+        if reward in CONTROLS:
+            groups["RWR's loss, no reward"] = CONTROLS[reward]
+        curves = made.curves(groups, limit=QUERIES)
         made.gains(f"Figure 4: {reward}", f"fig4_{reward}", UNITS[reward], curves)
-        judged = made.curves({method: f"fig4/{reward}/{method}" for method in METHODS}, "eval/emoji-judge", QUERIES)
+        judged = made.curves(groups, "eval/emoji-judge", QUERIES)
         made.gains(f"Figure 4: {reward}, the share that the judge names", f"fig4_{reward}_judge", "share", judged)
         if curves:
             panels.append((reward, UNITS[reward], curves))

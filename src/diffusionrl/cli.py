@@ -204,7 +204,6 @@ def _sample(arguments: Sequence[str]) -> None:
 def _serve_reward(arguments: Sequence[str]) -> None:
     config = tyro.cli(ServeConfig, args=arguments, prog="diffusionrl serve-reward")
     _check_reward(config.name)
-    _quiet_libraries()
-    from diffusionrl.rewards.server import serve
+    from diffusionrl.rewards.server import serve  # which needs few of our dependencies: see docs/serve_reward.md
 
     serve(config)
