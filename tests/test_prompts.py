@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, SKIN_TONE_SHARES, with_article
-from diffusionrl.errors import UserError
-from diffusionrl.prompts import Prompt, load_prompts
+from diffusionrl.errors import RunStopped, UserError
+from diffusionrl.prompts import Prompt, PromptFile, fingerprint, load_prompts
 
 
 def texts(source: str | Path) -> list[str]:
@@ -50,7 +50,7 @@ def test_text_and_jsonl(tmp_path: Path) -> None:
     text.write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n  a d\xc3\xb6g \n<script>\n")
     assert texts(text) == ["a cat", "a dög", "<script>"]
     lines.write_text('{"prompt": "a cat", "colour": "red"}\n\n{"prompt": "a dog"}\n')
-    assert load_prompts(str(lines)) == [Prompt("a cat", {"colour": "red"}), Prompt("a dog")]
+    assert list(load_prompts(str(lines))) == [Prompt("a cat", {"colour": "red"}), Prompt("a dog")]
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,63 @@ def test_broken_files_are_named_with_their_line(tmp_path: Path, name: str, conte
 def test_a_missing_file_names_the_built_in_sets() -> None:
     with pytest.raises(UserError, match=r"no such file, and no built-in set .*ddpo-animals"):
         load_prompts("animals")
+
+
+def test_a_file_is_a_sequence(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\n\n b \nc")
+    prompts = load_prompts(str(tmp_path / "p.txt"))
+    assert len(prompts) == 3 and prompts[-1] == Prompt("c") and prompts[:2] == [Prompt("a"), Prompt("b")]
+    with pytest.raises(IndexError):
+        prompts[3]
+
+
+def test_broken_lines_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\nbroken\n{"prompt": "c"}\n{}\n')
+    assert list(load_prompts(str(file), max_broken=2)) == [Prompt("a"), Prompt("c")]
+    with pytest.raises(UserError, match=r"2 broken prompts, more than max_broken_prompts = 1: .*p\.jsonl:2: not JSON"):
+        load_prompts(str(file), max_broken=1)
+
+
+def test_lines_beyond_those_that_are_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken one is found when it is drawn; the next one stands in its place, whoever draws it and when."""
+    monkeypatch.setattr("diffusionrl.prompts.CHECKED", 2)
+    file = tmp_path / "p.jsonl"
+    file.write_text('\n{"prompt": "a"}\n{"prompt": "b"}\nbroken\n{"prompt": "d"}\n\nalso broken')
+    prompts = load_prompts(str(file), max_broken=1)
+    assert isinstance(prompts, PromptFile) and len(prompts) == 6 and not prompts.broken
+    assert [prompts[i].text for i in (0, 1, 2, 3, 2)] == ["a", "b", "d", "d", "d"]
+    assert prompts.broken == {2: f"{file}:4: not JSON (Expecting value: line 1 column 1 (char 0)); " + EXAMPLE}
+    with pytest.raises(RunStopped, match=r"2 broken prompts, more than max_broken_prompts = 1: .*:4: .*:7: not JSON"):
+        prompts[5]
+
+
+EXAMPLE = 'each line is an object like {"prompt": "a cat"}'
+
+
+def test_parquet_and_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"prompt": ["a cat", " a dog ", None, ""], "colour": ["red", "blue", "green", "grey"]}
+    (tmp_path / "folder").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "folder" / "p.parquet")
+    for source in (str(tmp_path / "folder" / "p.parquet"), f"dataset:{tmp_path / 'folder'}"):
+        prompts = load_prompts(source, max_broken=1)
+        assert prompts[0] == Prompt("a cat", {"colour": "red"}) == prompts[2] == prompts[3]
+        assert prompts[1] == Prompt("a dog", {"colour": "blue"})
+        assert fingerprint(prompts) == fingerprint(load_prompts(source, max_broken=1))
+        with pytest.raises(UserError, match="row 2: the prompt is a NoneType"):
+            load_prompts(source)
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(UserError, match=r'no column "prompt", but \[\'text\'\]'):
+        load_prompts(str(tmp_path / "other.parquet"))
+    with pytest.raises(UserError, match=r"cannot be loaded"):
+        load_prompts(f"dataset:{tmp_path / 'nowhere'}")
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    first = fingerprint(load_prompts(str(tmp_path / "p.txt")))
+    (tmp_path / "q.txt").write_text("a cat\na dog\n")
+    assert fingerprint(load_prompts(str(tmp_path / "q.txt"))) == first
+    (tmp_path / "p.txt").write_text("a cat\nan ant\n")
+    assert fingerprint(load_prompts(str(tmp_path / "p.txt"))) != first

@@ -51,13 +51,16 @@ def train(
         if folder.finished:
             print(f"{run_dir} is finished: all {config.steps} steps are done")
             return read_result(run_dir)
-        chosen = load_prompts(config.prompts) if prompts is None else [_as_prompt(prompt) for prompt in prompts]
+        if prompts is None:
+            chosen = load_prompts(config.prompts, config.max_broken_prompts)
+        else:
+            chosen = [_as_prompt(prompt) for prompt in prompts]
         if not chosen:
             raise UserError("there is no prompt to train on: prompts is empty")
         image_size = check_model(config.model) if policy is None else policy.image_size
         mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
         held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
-        samples = (chosen * 2)[:2]
+        samples = [chosen[0], chosen[-1]]
         for each in [mixture, held_out] if held_out else [mixture]:
             trial = partial(try_mixture, each, image_size, [p.text for p in samples], [p.metadata for p in samples])
             if not within(config.rewards.timeout, trial):

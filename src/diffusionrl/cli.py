@@ -165,7 +165,7 @@ def _train(arguments: Sequence[str]) -> None:
     from diffusionrl.prompts import load_prompts
 
     # Before torch is imported, so that a broken file or a misspelt name is found at once.
-    load_prompts(config.prompts)
+    load_prompts(config.prompts, config.max_broken_prompts)
     for entry in (*config.reward, *config.evaluation.held_out):
         _check_reward(entry.partition("=")[0])
     _quiet_libraries()

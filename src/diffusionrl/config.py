@@ -209,7 +209,10 @@ class TrainConfig:
     """Built-in rewards, or package.module:function of your own, called with (images, prompts, metadata). NAME=WEIGHT where
     several are added up."""
     prompts: str = "ddpo-animals"
-    """A built-in set, a text file (one prompt a line) or a JSONL file ("prompt" and any metadata)."""
+    """A built-in set, a text file (one prompt a line), a JSONL or parquet file ("prompt" and any metadata), or
+    dataset:ID[:SPLIT] of the library datasets."""
+    max_broken_prompts: int = 0
+    """Broken lines that are passed over; one more stops the run."""
     steps: int = 200
     """Training steps. DDPO's figures end near 50,000 queries: 200 steps of 256 samples."""
     prompts_per_step: int = 256
@@ -237,6 +240,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
+        require(self.max_broken_prompts >= 0, f"max_broken_prompts must not be negative, not {self.max_broken_prompts}")
         require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
         require(len(self.reward) >= 1, "reward names no reward")
         require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")

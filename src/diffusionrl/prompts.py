@@ -1,16 +1,28 @@
-"""Prompts: built-in sets, text files and JSONL files. Read and checked before torch is imported."""
+"""Prompts: built-in sets, text and JSONL files, parquet files and ``datasets``. Checked before torch is imported.
 
+Files may hold millions. Of a text or JSONL file only the places of its lines are kept in memory (8 bytes each), and a prompt is
+read when it is asked for; parquet and ``datasets`` are mapped into memory by that library.
+"""
+
+import hashlib
 import json
+import os
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from diffusionrl.emoji.vocabulary import prompt_sets
-from diffusionrl.errors import UserError
+from diffusionrl.errors import RunStopped, UserError
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 """Built-in sets beside those of the embedded world, a file each."""
 MAX_LENGTH = 10_000  # characters
+CHECKED = 100_000  # lines that are checked before a run starts; the others, when they are drawn
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -21,10 +33,11 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def load_prompts(source: str) -> list[Prompt]:
-    """A built-in set by name; a ``.jsonl`` file, one object with "prompt" a line; any other file, one prompt a line.
+def load_prompts(source: str, max_broken: int = 0) -> Sequence[Prompt]:
+    """A built-in set by name; a ``.jsonl`` file, one object with "prompt" a line; a ``.parquet`` file with a column "prompt";
+    ``dataset:ID`` or ``dataset:ID:SPLIT`` of the library ``datasets``, likewise; any other file, one prompt a line.
 
-    Blank lines are skipped.
+    Blank lines are skipped. Broken ones are too, up to ``max_broken`` of them.
 
     Raises:
         UserError: naming file and line.
@@ -34,39 +47,199 @@ def load_prompts(source: str) -> list[Prompt]:
         return [Prompt(text) for text in built_in[source]]
     files = {file.stem: file for file in sorted(PROMPT_SETS.glob("*.txt"))}
     path = files.get(source, Path(source))
+    if source.startswith("dataset:"):
+        return DatasetPrompts(source, max_broken)
     if not path.is_file():
         raise UserError(f"prompts {source!r}: no such file, and no built-in set ({', '.join([*built_in, *files])})")
-    prompts = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
-            ) from error
-        if text:
-            prompt = _from_json(text, path, number) if path.suffix == ".jsonl" else Prompt(text)
-            _check(prompt.text, path, number)
-            prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{path} holds no prompt: write one a line")
-    return prompts
+    return DatasetPrompts(source, max_broken) if path.suffix == ".parquet" else PromptFile(path, max_broken)
 
 
-def _check(text: str, path: Path, number: int) -> None:
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Of their texts and metadata: a run that is taken up must have the same."""
+    known = getattr(prompts, "fingerprint", None)
+    if known is not None:
+        return str(known)
+    said = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+class _Prompts(Sequence[Prompt]):
+    """Prompts that are read when they are asked for. In the place of a broken one stands the next that is not.
+
+    Attributes:
+        broken: what is wrong with the broken ones that were found, by their number.
+        fingerprint: of the whole source.
+    """
+
+    def __init__(self, max_broken: int) -> None:
+        self.max_broken = max_broken
+        self.broken: dict[int, str] = {}
+        self.fingerprint = ""
+
+    def _read(self, index: int) -> Prompt | None:
+        """None for a blank one. Raises UserError for a broken one."""
+        raise NotImplementedError
+
+    def _check(self, count: int) -> Iterator[bool]:
+        """Whether each of the first ``count`` is a prompt. Raises UserError where too many are broken."""
+        for index in range(count):
+            try:
+                yield self._read(index) is not None
+            except UserError as error:
+                self.broken[index] = str(error)
+                if len(self.broken) > self.max_broken:
+                    raise UserError(self._too_many()) from error
+                yield False
+
+    def _too_many(self) -> str:
+        first = list(self.broken.values())[:3]
+        if len(self.broken) == 1:
+            return first[0]
+        return f"{len(self.broken)} broken prompts, more than max_broken_prompts = {self.max_broken}: {'; '.join(first)}"
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        """Raises RunStopped where more than ``max_broken`` have turned out broken."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        for further in range(len(self)):
+            place = (index + further) % len(self)
+            try:
+                prompt = self._read(place)
+            except UserError as error:
+                self.broken[place] = str(error)
+                if len(self.broken) > self.max_broken:
+                    raise RunStopped(self._too_many()) from error
+                continue
+            if prompt is not None:
+                return prompt
+        raise RunStopped("every prompt is blank or broken")
+
+
+class PromptFile(_Prompts):
+    """The prompts of a text or JSONL file.
+
+    Raises:
+        UserError: too many of the first ``CHECKED`` lines are broken, or there is no prompt in it.
+    """
+
+    def __init__(self, path: Path, max_broken: int = 0) -> None:
+        super().__init__(max_broken)
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY)
+        self._bounds, self.fingerprint = _line_bounds(path)
+        self._starts, self._ends = self._bounds[:-1], self._bounds[1:]
+        count = min(CHECKED, len(self))
+        good = np.fromiter(self._check(count), dtype=bool, count=count)
+        if not good.all():
+            kept = np.concatenate([np.flatnonzero(good), np.arange(count, len(self))])
+            self._starts, self._ends = self._starts[kept], self._ends[kept]
+        if len(self) == 0:
+            raise UserError(f"{path} holds no prompt: write one a line")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+    def _read(self, index: int) -> Prompt | None:
+        start, end = int(self._starts[index]), int(self._ends[index])
+        line = os.pread(self._file, end - start, start)
+        return _parse(line, self.path, int(np.searchsorted(self._bounds, start)) + 1)
+
+
+def _line_bounds(path: Path) -> tuple[np.ndarray, str]:
+    """Where each line begins and the last one ends, and the file's SHA-256. One pass, in bounded memory."""
+    digest, bounds, position = hashlib.sha256(), array("q", [0]), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + position + 1
+            bounds.frombytes(ends.astype(np.int64).tobytes())
+            position += len(chunk)
+    if bounds[-1] != position:
+        bounds.append(position)
+    return np.frombuffer(bounds, dtype=np.int64), digest.hexdigest()
+
+
+def _parse(line: bytes, path: Path, number: int) -> Prompt | None:
+    """A prompt, or None for a blank line. Raises UserError for a broken one."""
+    try:
+        text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+    if not text:
+        return None
+    prompt = _from_json(text, path, number) if path.suffix == ".jsonl" else Prompt(text)
+    return _checked(prompt, f"{path}:{number}")
+
+
+def _checked(prompt: Prompt, where: str) -> Prompt:
     """Raises UserError where a text cannot be meant as a prompt."""
+    text = prompt.text
     if len(text) > MAX_LENGTH:
-        raise UserError(f"{path}:{number}: {len(text):,} characters in one prompt, at most {MAX_LENGTH:,}: one prompt a line")
+        raise UserError(f"{where}: {len(text):,} characters in one prompt, at most {MAX_LENGTH:,}: one prompt a line")
     if "\0" in text:
-        raise UserError(f"{path}:{number}: a NUL character at column {text.index(chr(0)) + 1}: is this a text file?")
+        raise UserError(f"{where}: a NUL character at column {text.index(chr(0)) + 1}: is this a text file?")
+    return prompt
 
 
 def _from_json(text: str, path: Path, number: int) -> Prompt:
     try:
         entry = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{path}:{number}: not JSON ({error}); each line is an object like {{"prompt": "a cat"}}') from error
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         found = f"has the columns {sorted(entry)}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
         raise UserError(f'{path}:{number}: no "prompt" with text in it (the line {found})')
     return Prompt(entry.pop("prompt").strip(), entry)
+
+
+class DatasetPrompts(_Prompts):
+    """The prompts of a ``.parquet`` file or of ``dataset:ID[:SPLIT]``; every column but "prompt" is metadata.
+
+    Raises:
+        UserError: ``datasets`` is not installed, it cannot load this, there is no column "prompt", or too many of the first
+            ``CHECKED`` rows are broken.
+    """
+
+    def __init__(self, source: str, max_broken: int = 0) -> None:
+        super().__init__(max_broken)
+        self.source = source
+        try:
+            import datasets
+        except ImportError as error:
+            raise UserError(f"prompts {source!r} need the library datasets: pip install datasets") from error
+        datasets.disable_progress_bars()
+        try:
+            if source.startswith("dataset:"):
+                name, _, split = source.removeprefix("dataset:").partition(":")
+                self._rows = datasets.load_dataset(name, split=split or "train")
+            else:
+                self._rows = datasets.Dataset.from_parquet(source)
+        except Exception as error:  # the library's own, pyarrow's, the hub's
+            raise UserError(f"prompts {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        if "prompt" not in self._rows.column_names:
+            raise UserError(f'{source} has no column "prompt", but {self._rows.column_names}')
+        ends = [*range(min(1000, len(self))), *range(max(0, len(self) - 1000), len(self))]
+        said = [len(self), self._rows.column_names, [self._rows[i] for i in ends]]
+        self.fingerprint = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()  # all rows would take too long
+        good = sum(self._check(min(CHECKED, len(self._rows))))
+        if good == 0:
+            raise UserError(f"{source} holds no prompt")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _read(self, index: int) -> Prompt | None:
+        entry = dict(self._rows[index])
+        text = entry.pop("prompt")
+        if not isinstance(text, str):
+            raise UserError(f"{self.source}, row {index}: the prompt is a {type(text).__name__}, not a text")
+        return _checked(Prompt(text.strip(), entry), f"{self.source}, row {index}") if text.strip() else None

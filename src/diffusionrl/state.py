@@ -1,8 +1,6 @@
 """Everything that a training step changes, in one place, so that nothing of it is missing from a checkpoint."""
 
 import copy
-import hashlib
-import json
 from collections import deque
 from collections.abc import Sequence
 
@@ -15,7 +13,7 @@ from diffusionrl.config import TrainConfig
 from diffusionrl.errors import UserError
 from diffusionrl.optimization import Optimization
 from diffusionrl.policies.base import Policy
-from diffusionrl.prompts import Prompt
+from diffusionrl.prompts import Prompt, fingerprint
 from diffusionrl.rewards import Mixture
 
 
@@ -32,8 +30,7 @@ class TrainingState:
         self.algorithm, self.reward, self.config = algorithm, reward, config
         self.optimization = Optimization(policy.trainable(), config.optimizer)
         self.invalid: deque[tuple[int, int]] = deque(maxlen=config.rewards.invalid_window)
-        said = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], sort_keys=True, default=str)
-        self._prompts = hashlib.sha256(said.encode()).hexdigest()
+        self._prompts = fingerprint(prompts)
 
     def capture(self, step: int, score: float | None = None) -> Checkpoint:
         """A copy of it all, on the CPU; ``score`` is the evaluation's after this step, if there was one."""
