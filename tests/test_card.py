@@ -88,6 +88,12 @@ def test_nothing_of_the_machine_is_in_the_card(run: Path, tiny_folder: Path) -> 
         assert private not in said
 
 
+def test_nothing_of_the_machine_is_in_an_exported_unet(load_tiny: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    StableDiffusionPolicy(load_tiny(), lora_rank=None).export(tmp_path)
+    assert str(tiny_folder) not in (tmp_path / "unet" / "config.json").read_text()
+    assert UNet2DConditionModel.from_pretrained(tmp_path / "unet").config.sample_size == 4
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

@@ -180,6 +180,7 @@ class StableDiffusionPolicy:
     def export(self, folder: Path) -> None:
         """A LoRA for ``pipe.load_lora_weights(folder)`` and under kohya's names; after full fine-tuning, a ``unet`` folder."""
         if not self._adapted:
+            self.unet.register_to_config(_name_or_path="")  # else the base model's folder on this machine is written down
             self.unet.save_pretrained(folder / "unet")
             return
         weights = {name: weight.contiguous() for name, weight in get_peft_model_state_dict(self.unet).items()}
