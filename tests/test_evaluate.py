@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +139,8 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["--model", str(tiny_folder), "--steps", "2", "--prompts-per-step", "2", "--samples-per-prompt", "2"]
     options += ["--sampling.num-steps", "3", "--evaluation.num-samples", "4", "--evaluation.held-out", "emoji-gold"]
     options += ["--optimizer.learning-rate", "0.1", "--algorithm.micro-batch-size", "8", "--seed", "3"]
-    command = [sys.executable, "-m", "diffusionrl", "train", *options, "--run-dir", str(run_dir)]
     (run_dir.parent / "prompts.txt").write_text("a cat\na dog\nan owl\na fox\n")
-    subprocess.run([*command, "--prompts", str(run_dir.parent / "prompts.txt")], check=True, capture_output=True, timeout=60)
+    assert main(["train", *options, "--run-dir", str(run_dir), "--prompts", str(run_dir.parent / "prompts.txt")]) == 0
     return run_dir
 
 
