@@ -29,7 +29,6 @@ _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 _REST = ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv"]
 LORA_TARGETS = {"attention": _ATTENTION, "all": _ATTENTION + _REST}
 _DECODE_BATCH = 16
-COMFYUI_FILE = "comfyui.safetensors"
 
 
 class StableDiffusionPolicy:
@@ -193,7 +192,7 @@ class StableDiffusionPolicy:
         )
         # ComfyUI looks for diffusers' names of old, "attn1.processor.to_q"; kohya's it knows for every layer.
         renamed = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
-        save_file(renamed, folder / COMFYUI_FILE)
+        save_file(renamed, folder / "comfyui.safetensors")
 
 
 def check_pipeline_folder(folder: Path) -> int:
