@@ -11,16 +11,16 @@ FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "pickle.load", "p
 GLOBAL_GENERATORS = {"torch.manual_seed", "torch.seed", "np.random.seed", "random.seed", "random.random", "np.random.rand"}
 # Imports point downwards: a room may import what stands in lines before its own.
 FLOORS = [
-    {"errors", "seeds", "transitions", "images", "emoji", "interruption"},
+    {"errors", "seeds", "transitions", "images", "emoji", "interruption", "intervals", "progress"},
     {"config", "prompts", "checkpoint", "hub", "trackers"},
     {"policies", "rewards"},
     {"rollout", "advantages"},
     {"algorithms"},
     {"evaluation", "tracking", "optimization"},
-    {"state"},
+    {"state", "card"},
     {"trainer"},
     {"sampling", "report", "presets", "emoji.recipe"},
-    {"api"},
+    {"api", "assessment"},
     {"cli"},
     {"__main__"},
 ]

@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from diffusionrl import TrainConfig, UserError, tracking, train
 from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig
@@ -24,6 +26,22 @@ class Remembering:
 
     def finish(self) -> None:
         self.finished = True
+
+
+class Showing(Remembering):
+    """One that takes images too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[tuple[int, dict[str, Any]]] = []
+
+    def log_images(self, values: dict[str, Any], step: int) -> None:
+        self.images.append((step, values))
+
+
+class FailsAtImages(Remembering):
+    def log_images(self, values: dict[str, Any], step: int) -> None:
+        raise OSError("too large")
 
 
 class FailsAtOnce(Remembering):
@@ -92,7 +110,22 @@ def test_a_tracker_gets_every_line(make_policy: Any, tmp_path: Path, monkeypatch
     assert tracker.finished
 
 
-@pytest.mark.parametrize("kind", [FailsAtOnce, FailsLater, FailsAtTheEnd, HangsAtOnce, HangsLater, HangsAtTheEnd])
+def test_a_tracker_that_takes_images_gets_those_of_every_evaluation(
+    make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = run(make_policy, tmp_path / "run", monkeypatch, Showing)
+    assert [step for step, _ in tracker.images] == [0, 2]
+    for step, values in tracker.images:
+        shown = values["eval/images"]
+        assert shown.shape == (2, 32, 32, 3) and shown.dtype == np.uint8
+        with Image.open(tmp_path / "run" / "samples" / f"step_{step:06d}" / "00001.png") as kept:
+            assert np.array_equal(shown[1], np.asarray(kept))
+    assert [step for step, _ in tracker.lines] == [0, 1, 2] and tracker.finished
+
+
+@pytest.mark.parametrize(
+    "kind", [FailsAtImages, FailsAtOnce, FailsLater, FailsAtTheEnd, HangsAtOnce, HangsLater, HangsAtTheEnd]
+)
 def test_a_tracker_that_fails_or_hangs_does_no_harm(
     make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type
 ) -> None:
@@ -123,3 +156,5 @@ def test_tensorboard_files_are_written(make_policy: Any, tmp_path: Path) -> None
     train(config, policy=make_policy(), reward=lambda images, prompts, metadata: images.mean((1, 2, 3)), prompts=["a cat"])
     written = list((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
     assert written and sum(file.stat().st_size for file in written) > 500
+    content = b"".join(file.read_bytes() for file in written)
+    assert content.count(b"\x89PNG") >= 2 and b"eval/images" in content, "the images of both evaluations"

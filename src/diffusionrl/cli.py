@@ -1,6 +1,7 @@
 """The command line. Torch is imported only when a command runs."""
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,13 +17,15 @@ from diffusionrl.config import ALGORITHMS, SamplingConfig, TrainConfig
 from diffusionrl.errors import RunStopped, UserError, one_of
 from diffusionrl.interruption import Interrupted, noted
 from diffusionrl.presets import PRESETS
-from diffusionrl.reward_config import BUILT_IN_REWARDS, ServeConfig
+from diffusionrl.reward_config import BUILT_IN_REWARDS, RewardsConfig, ServeConfig
 
 START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
 USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
   train         tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
   sample        make images from a model or a run
+  evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
+  push          upload what a run exported to the hub     RUN REPO_ID
   serve-reward  score images over HTTP      NAME [OPTIONS]
 
 "diffusionrl COMMAND --help" lists the options. Every field of the configuration is one (--algorithm.clip-range 1e-4).
@@ -46,11 +49,54 @@ class SampleConfig:
     """By default that of the run, or of the preset "emoji"."""
 
 
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a model on fixed seeds, with intervals; see docs/evaluate.md. What is not given is the run's, or the preset's."""
+
+    model: str = "emoji"
+    """"emoji", a folder in diffusers' format, a hub id, or a run folder (its model with what it learned)."""
+    lora: Path | None = None
+    """On that model: a safetensors file, or a folder with pytorch_lora_weights.safetensors in it."""
+    baseline: str | None = None
+    """A model or a run that draws the same prompts and noise, for differences and win rates."""
+    reward: tuple[str, ...] = ("compressibility",)
+    """Rewards as in train, without weights. Each is reported on its own."""
+    prompts: str = "ddpo-animals"
+    """A built-in set, a text file (one prompt a line) or a JSONL file ("prompt" and any metadata)."""
+    samples_per_prompt: int = 1
+    """With several, intervals of means are over prompts."""
+    seed: int = 0
+    """The same seed draws the same noise."""
+    out: Path = Path("evaluation.json")
+    """Everything, down to the sample; it must not exist."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+
+    def __post_init__(self) -> None:
+        if self.samples_per_prompt < 1:
+            raise UserError(f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        for name in self.reward:
+            if "=" in name:
+                raise UserError(f"evaluate reports each reward on its own: leave out the weight of {name!r}")
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Upload what a run exported to the Hugging Face hub. Log in first (hf auth login), or set HF_TOKEN."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    repo_id: tyro.conf.Positional[str]
+    """OWNER/NAME; the repository is made if it is not there."""
+    private: bool = False
+    """Make a new repository private."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a run that had to stop, 2 for what the user can mend, 75 for a run that a
     signal stopped and that the same command takes up again."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "sample": _sample, "serve-reward": _serve_reward}
+    commands = {"train": _train, "sample": _sample, "evaluate": _evaluate, "push": _push, "serve-reward": _serve_reward}
     if not arguments or arguments[0] not in commands:
         asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
         print(USAGE, file=sys.stdout if asked_for_help else sys.stderr)
@@ -188,10 +234,15 @@ def _check_reward(name: str) -> None:
         raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function")
 
 
-def _sample(arguments: Sequence[str]) -> None:
+def _settings_of(arguments: Sequence[str]) -> TrainConfig:
+    """Of the run that ``--model`` names, or of the preset "emoji"."""
     model, _ = _take(list(arguments), "--model")
     run_config = Path(model or "") / "config.yaml"
-    sampling = parse_train(["--config", str(run_config)] if run_config.is_file() else []).sampling
+    return parse_train(["--config", str(run_config)] if run_config.is_file() else [])
+
+
+def _sample(arguments: Sequence[str]) -> None:
+    sampling = _settings_of(arguments).sampling
     config = tyro.cli(SampleConfig, default=SampleConfig(sampling=sampling), args=arguments, prog="diffusionrl sample")
     if config.out.exists():
         raise UserError(f"{config.out} exists: choose another --out")
@@ -199,6 +250,53 @@ def _sample(arguments: Sequence[str]) -> None:
     from diffusionrl.sampling import sample_images
 
     print(f"images: {sample_images(config.model, config.prompts, config.seeds, config.sampling, config.out)}")
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    run = _settings_of(arguments)
+    names = tuple(dict.fromkeys(name.partition("=")[0] for name in (*run.reward, *run.evaluation.held_out)))
+    default = EvaluateConfig(reward=names, prompts=run.prompts, seed=run.seed, sampling=run.sampling, rewards=run.rewards)
+    config = tyro.cli(EvaluateConfig, default=default, args=arguments, prog="diffusionrl evaluate")
+    from diffusionrl.prompts import load_prompts
+
+    prompts = load_prompts(config.prompts)
+    for name in config.reward:
+        _check_reward(name)
+    if config.out.exists():
+        raise UserError(f"{config.out} exists: choose another --out")
+    _quiet_libraries()
+    from diffusionrl.assessment import report, score_model, table
+    from diffusionrl.rewards import load_mixture, try_mixture
+    from diffusionrl.sampling import find_trained, load_trained
+
+    asked = [(config.model, config.lora), *([(config.baseline, None)] if config.baseline else [])]
+    found = [find_trained(*each) for each in asked]
+    rewards = load_mixture(config.reward, config.rewards)
+    try_mixture(rewards, found[0].image_size, [p.text for p in prompts[:2]], [p.metadata for p in prompts[:2]])
+    sheets = []
+    for each, trained in zip(asked, found, strict=True):
+        print(f"{trained.name}: {len(prompts) * config.samples_per_prompt} samples", flush=True)
+        policy = load_trained(*each)
+        settings = (config.samples_per_prompt, config.sampling, config.seed, config.rewards.timeout)
+        sheets.append(score_model(trained.name, policy, rewards, prompts, *settings))
+    result = report(*sheets)
+    settings_said = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(result | {"settings": settings_said}, indent=2) + "\n")
+    print(f"\n{table(result)}\n\neverything: {config.out}")
+    for sheet in sheets:
+        if sheet.error:
+            print(f"warning: some scores are invalid; the last error for {sheet.name}: {sheet.error}", file=sys.stderr)
+
+
+def _push(arguments: Sequence[str]) -> None:
+    config = tyro.cli(PushConfig, args=arguments, prog="diffusionrl push")
+    export = config.run / "export"
+    if not export.is_dir():
+        raise UserError(f"{config.run} has no export folder: give the folder of a run that has trained")
+    from diffusionrl.hub import push
+
+    print(f"pushed: {push(export, config.repo_id, config.private)}")
 
 
 def _serve_reward(arguments: Sequence[str]) -> None:

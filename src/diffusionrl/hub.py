@@ -1,8 +1,11 @@
-"""Where weights come from: a folder, or the hub at one commit, and from the hub only what is not in its cache yet."""
+"""Where weights come from: a folder, or the hub at one commit, and from the hub only what is not in its cache yet; and how an
+export goes to the hub."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import HfApi
 
 from diffusionrl.errors import UserError
 
@@ -50,3 +53,22 @@ def cached_first(load: Callable[..., Any], source: str, revision: str | None = N
         if Path(source).is_dir():
             raise
         return load(source, revision=revision, **settings)
+
+
+def push(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Upload a folder to a model repository, which is made if it is not there. Returns its address.
+
+    Raises:
+        UserError: no token, no network, or the hub refused.
+    """
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repo_id, private=private or None, exist_ok=True)
+        hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload from diffusionrl")
+    except Exception as error:  # the client's own, its HTTP library's and the operating system's
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"the hub did not take {repo_id}: {type(error).__name__}: {said}. Everything is still in {folder}. Log in with "
+            "'hf auth login' or set HF_TOKEN (a token that may write), look at the network, and give the same command again"
+        ) from error
+    return str(address)

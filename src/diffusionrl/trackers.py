@@ -13,9 +13,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from diffusionrl.errors import UserError
 
 PATIENCE = 5.0
+IMAGES = 8
+"""How many of an evaluation's images a tracker gets, always those of the same seeds."""
 _NEEDS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow",), "trackio": ("trackio",)}
 
 
@@ -44,27 +49,32 @@ class Mirror(threading.Thread):
     """One tracker. A daemon, so that it cannot keep the process from ending.
 
     Args:
-        make: returns an object with ``log(values, step=...)`` and ``finish()``.
+        make: returns an object with ``log(values, step=...)`` and ``finish()``, and ``log_images(values, step=...)`` if it can.
     """
 
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
         super().__init__(daemon=True, name=f"tracker {name}")
         self._make = make
-        self._lines: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._layout = {"dataformats": "NHWC"} if name == "tensorboard" else {}
+        self._lines: SimpleQueue[tuple[dict[str, Any], Sequence[Path]] | None] = SimpleQueue()
         self.start()
 
     def run(self) -> None:
         try:
             tracker = self._make()
-            while (line := self._lines.get()) is not None:
+            while (handed := self._lines.get()) is not None:
+                line, images = handed
                 tracker.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
+                if images and hasattr(tracker, "log_images"):
+                    pixels = np.stack([np.asarray(Image.open(file)) for file in images])
+                    tracker.log_images({"eval/images": pixels}, step=line["step"], **self._layout)
             tracker.finish()
         except BaseException as error:  # whatever a tracker does, it is not the run's concern
             print(f"warning: {self.name} failed and is left out from here on: {type(error).__name__}: {error}", file=sys.stderr)
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Hand over one line of metrics; never waits."""
-        self._lines.put(line)
+    def log(self, line: dict[str, Any], images: Sequence[Path] = ()) -> None:
+        """Hand over one line of metrics and the images that belong to it, as files; never waits."""
+        self._lines.put((line, images))
 
     def close(self, deadline: float) -> None:
         """Let it finish until ``deadline`` (of ``time.monotonic``)."""

@@ -6,7 +6,6 @@ import platform
 import resource
 import shutil
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,8 @@ from diffusionrl import checkpoint
 from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig, to_yaml
 from diffusionrl.errors import UserError
-from diffusionrl.trackers import Mirror, check_trackers, close_all, make_tracker
+from diffusionrl.progress import Progress
+from diffusionrl.trackers import IMAGES, Mirror, check_trackers, close_all, make_tracker
 
 _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
 PARTIAL = ".partial"  # what a killed process may leave behind
@@ -89,7 +89,7 @@ class RunFolder:
     def __init__(self, run_dir: Path, config: TrainConfig) -> None:
         self.run_dir, self.config = run_dir, config
         self._lock = FileLock(run_dir / "lock")
-        self._began, self._first_step = time.perf_counter(), 0
+        self._progress = Progress(config.steps, config.samples_per_step)
         self.new, self.finished, self._begun = True, False, False
         self._made: list[Path] = []
         self._mirrors: list[Mirror] = []
@@ -103,6 +103,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *reason: object) -> None:
+        self._progress.close()
         close_all(self._mirrors)
         self._let_go()
 
@@ -169,7 +170,7 @@ class RunFolder:
         self._begun = True
         for half_written in self.run_dir.glob(f"*{PARTIAL}"):
             half_written.unlink()
-        self._first_step = step or 0
+        self._progress.begin(step or 0)
         for samples in (self.run_dir / "samples").glob("step_*"):
             if step is None or int(samples.name.removeprefix("step_")) > step:
                 shutil.rmtree(samples)
@@ -213,33 +214,21 @@ class RunFolder:
             lines.write(json.dumps(finite) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
+        samples = self.run_dir / "samples" / f"step_{metrics['step']:06d}"
+        images = sorted(samples.glob("0*.png"))[:IMAGES] if "eval/reward" in metrics else []
         for mirror in self._mirrors:
-            mirror.log(finite)
-        with suppress(OSError):  # the terminal may be gone; the run is not
-            print(self._progress(metrics), flush=True)
+            mirror.log(finite, images)
+        self._progress.show(metrics)
 
     def finish(self) -> None:
         """All steps are done and exported."""
         replace_file(self.run_dir / "finished.json", json.dumps({"steps": self.config.steps}) + "\n")
 
-    def _progress(self, metrics: dict[str, Any]) -> str:
-        step, total = metrics["step"], self.config.steps
-        parts = [f"step {step:>4}/{total}"]
-        if "reward/mean" in metrics:
-            parts.append(f"reward {metrics['reward/mean']:8.3f} ± {metrics['reward/std']:.3f}")
-        parts.append(f"queries {metrics['queries']:>6}")
-        if step > self._first_step:
-            remaining = (time.perf_counter() - self._began) / (step - self._first_step) * (total - step)
-            parts.append(f"{int(remaining // 60)}:{int(remaining % 60):02d} left")
-        if "eval/reward" in metrics:
-            parts.append(f"evaluation {metrics['eval/reward']:.3f} ± {metrics['eval/reward_se']:.3f}")
-        return "  ".join(parts)
-
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + PARTIAL)
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     checkpoint.flush(temporary)
     temporary.rename(path)
 

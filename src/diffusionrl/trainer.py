@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusionrl import checkpoint, interruption, seeds
 from diffusionrl.advantages import members_of
 from diffusionrl.algorithms.base import Algorithm
+from diffusionrl.card import write_card
 from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig
 from diffusionrl.errors import RunStopped, UserError
@@ -122,6 +123,8 @@ class Trainer:
             self.policy.export(folder.run_dir / "export")
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        if self.at_start is not None:
+            write_card(folder.run_dir, self.at_start.step)
 
     def _check_disk(self, folder: RunFolder) -> None:
         """Raises UserError where the disk cannot hold what the run will write."""

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusionrl import seeds
@@ -175,18 +177,22 @@ class StableDiffusionPolicy:
                 self.unet.enable_adapters()
 
     def export(self, folder: Path) -> None:
-        """A LoRA for ``pipe.load_lora_weights(folder)``; after full fine-tuning, a ``unet`` folder."""
+        """A LoRA for ``pipe.load_lora_weights(folder)`` and under kohya's names; after full fine-tuning, a ``unet`` folder."""
         if not self._adapted:
+            self.unet.register_to_config(_name_or_path="")  # else the base model's folder on this machine is written down
             self.unet.save_pretrained(folder / "unet")
             return
-        weights = get_peft_model_state_dict(self.unet)
+        weights = {name: weight.contiguous() for name, weight in get_peft_model_state_dict(self.unet).items()}
         settings = self.unet.peft_config["default"].to_dict()
         settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
         StableDiffusionPipeline.save_lora_weights(
             folder,
-            unet_lora_layers={name: weight.contiguous() for name, weight in weights.items()},
+            unet_lora_layers=weights,
             unet_lora_adapter_metadata=settings,
         )
+        # ComfyUI looks for diffusers' names of old, "attn1.processor.to_q"; kohya's it knows for every layer.
+        renamed = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
+        save_file(renamed, folder / "comfyui.safetensors")
 
 
 def check_pipeline_folder(folder: Path) -> int:
