@@ -217,7 +217,8 @@ def _charts(groups: list[Group], names: list[str], kl: Callable[[Run], Values], 
                 y = [None if v is None else v.mean for v in means.values()]
                 spread = [v.half if dots and v is not None else 0.0 for v in means.values()]
                 name = group.label if dots else ""
-                drawn.append(Line(name, [places[s] for s in means], y, spread, group.colour, dots=dots, faint=not dots))
+                shift = 3.0 * (group.colour - (len(groups) - 1) / 2) * dots
+                drawn.append(Line(name, [places[s] for s in means], y, spread, group.colour, dots, not dots, shift))
         return drawn
 
     charts = [

@@ -28,6 +28,7 @@ class Line:
         spread: half the height of an error bar (dots) or of a band (lines) at each point.
         dots: single points with error bars, joined by a faint line.
         faint: drawn lightly, as ground for another one.
+        shift: to the right by so many units, where points of several lines would hide each other.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Line:
     colour: int = 0
     dots: bool = False
     faint: bool = False
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,14 @@ def tick_label(value: float) -> str:
 
 
 def _placed(line: Line, points: list[_Point | None], x_axis: _Axis, y_axis: _Axis) -> dict[str, Any]:
-    there = [(x_axis.place(p.x), y_axis.place(p.y), p) for p in points if p is not None]
+    there = [(x_axis.place(p.x) + line.shift, y_axis.place(p.y), p) for p in points if p is not None]
     bars = [(px, y_axis.place(p.low), y_axis.place(p.high)) for px, _, p in there]
     spread = any(p.low < p.high for _, _, p in there)
     return {
         "name": line.name,
         "colour": f"c{line.colour % COLOURS}",
         "faint": line.faint,
-        "path": _path(points, x_axis, y_axis),
+        "path": _path(points, x_axis, y_axis, line.shift),
         "band": _band(bars) if spread and not line.dots else "",
         "bars": bars if spread and line.dots else [],
         "dots": [(px, py) for px, py, _ in there] if line.dots or len(there) == 1 else [],
@@ -158,13 +160,13 @@ def _placed(line: Line, points: list[_Point | None], x_axis: _Axis, y_axis: _Axi
     }
 
 
-def _path(points: list[_Point | None], x_axis: _Axis, y_axis: _Axis) -> str:
+def _path(points: list[_Point | None], x_axis: _Axis, y_axis: _Axis, shift: float) -> str:
     parts, pen = [], "M"
     for point in points:
         if point is None:
             pen = "M"
             continue
-        parts.append(f"{pen}{x_axis.place(point.x):g} {y_axis.place(point.y):g}")
+        parts.append(f"{pen}{x_axis.place(point.x) + shift:g} {y_axis.place(point.y):g}")
         pen = "L"
     return "".join(parts)
 

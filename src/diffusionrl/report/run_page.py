@@ -72,7 +72,7 @@ def _content(run: Run) -> dict[str, Any]:
         "scrubber": scrubbed,
         "charts": _main_charts(run, marks),
         "more_charts": _other_charts(run, marks),
-        "picked": _picked(run.evaluations, pictures),
+        "picked": _picked(run.evaluations, pictures, places),
         "picked_at": run.evaluations[-1] if run.evaluations else None,
         "command": _command(run),
         "load": _load(run),
@@ -199,7 +199,7 @@ def _other_charts(run: Run, marks: list[float]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _picked(evaluations: Sequence[Evaluated], pictures: Pictures) -> dict[str, list[dict[str, Any]]]:
+def _picked(evaluations: Sequence[Evaluated], pictures: Pictures, places: int) -> dict[str, list[dict[str, Any]]]:
     """Best and worst samples of the last evaluation; those of the last three that have no valid score."""
     if not evaluations:
         return {}
@@ -210,18 +210,18 @@ def _picked(evaluations: Sequence[Evaluated], pictures: Pictures) -> dict[str, l
     count = min(PICKED, len(scored) // 2)
     failed = [(each, s) for each in evaluations[:-4:-1] for s in each.samples.values() if s.reward is None]
     return {
-        "best": [_shown(sample, pictures) for sample in scored[::-1][:count]],
-        "worst": [_shown(sample, pictures) for sample in scored[:count]],
-        "failed": [_shown(sample, pictures, f"step {each.step:,}") for each, sample in failed[:PICKED]],
+        "best": [_shown(sample, pictures, places) for sample in scored[::-1][:count]],
+        "worst": [_shown(sample, pictures, places) for sample in scored[:count]],
+        "failed": [_shown(sample, pictures, places, f"step {each.step:,}") for each, sample in failed[:PICKED]],
     }
 
 
-def _shown(sample: Sample, pictures: Pictures, when: str = "") -> dict[str, Any]:
-    image = pictures.add(sample.image)
+def _shown(sample: Sample, pictures: Pictures, places: int, when: str = "") -> dict[str, Any]:
+    shown = cell(sample, None, pictures, places)
     return {
-        "uri": pictures.uris[image] if image >= 0 else None,
+        "uri": pictures.uris[shown.image] if shown.image >= 0 else None,
         "prompt": cut(sample.prompt),
-        "score": "no valid score" if sample.reward is None else number(sample.reward),
+        "score": shown.score,
         "others": [(name, number(value)) for name, value in sample.scores.items()],
         "when": when,
     }
