@@ -141,7 +141,7 @@ def _kl_of(runs: list[Run]) -> tuple[Callable[[Run], Values], str]:
             return partial(_values, key=key), f"{key}, as measured at the evaluations"
     return (
         _summed_kl,
-        "policy/approx_kl summed over the steps: no distance from the reference model, and not logged by all algorithms",
+        "policy/approx_kl summed over the steps; not the distance from the reference",
     )
 
 

@@ -117,8 +117,9 @@
       const found = lines.map(([name, points]) => [name, nearest(points, at)]);
       const [px, x] = nearest(found.map((each) => each[1]), at);
       place(cursor, px);
-      const values = found.filter(([, point]) => Math.abs(point[0] - px) < 4);
-      reading.textContent = `${x.toLocaleString("en")} ${chart.dataset.x}: ${values.map(([name, p]) => `${name} ${p[2]}`).join(", ")}`;
+      const round = (value) => value.toLocaleString("en", { maximumSignificantDigits: 4 });
+      const values = found.filter(([, point]) => Math.abs(point[0] - px) < 10).map(([name, point]) => `${name} ${round(point[2])}`);
+      reading.textContent = `${x.toLocaleString("en")} ${chart.dataset.x}: ${values.join(", ")}`;
     });
     svg.addEventListener("pointerleave", leave);
   }
