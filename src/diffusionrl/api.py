@@ -14,6 +14,7 @@ from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt, load_prompts
+from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
 from diffusionrl.rollout import make_table
 from diffusionrl.tracking import RunFolder, TrainResult, read_result
@@ -47,7 +48,7 @@ def train(
         config = emoji()
     run_dir = config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S"))
     config = dataclasses.replace(config, **_described(policy, reward, prompts))
-    with interruption.noted(), RunFolder(run_dir, config) as folder:
+    with interruption.noted(), RunFolder(run_dir, config, keep_report) as folder:
         if folder.finished:
             print(f"{run_dir} is finished: all {config.steps} steps are done")
             return read_result(run_dir)

@@ -25,8 +25,10 @@ USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
   train         tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
   sample        make images from a model or a run
   evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
+  report        write a run's report.html again   RUN
+  compare       several runs on one page          RUN RUN ... [--out compare.html]
   push          upload what a run exported to the hub     RUN REPO_ID
-  serve-reward  score images over HTTP      NAME [OPTIONS]
+  serve-reward  score images over HTTP            NAME [OPTIONS]
 
 "diffusionrl COMMAND --help" lists the options. Every field of the configuration is one (--algorithm.clip-range 1e-4).
 Options win over the YAML file, which wins over the preset (default: emoji).
@@ -92,11 +94,37 @@ class PushConfig:
     """Make a new repository private."""
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write a run's report.html again, from what is in its folder. A run does so itself at every evaluation and at its end."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Several runs on one page; those that differ in the seed alone are taken together."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Two run folders or more."""
+    out: Path = Path("compare.html")
+    """The page; one that is there is written over."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for a run that had to stop, 2 for what the user can mend, 75 for a run that a
     signal stopped and that the same command takes up again."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "sample": _sample, "evaluate": _evaluate, "push": _push, "serve-reward": _serve_reward}
+    commands = {
+        "train": _train,
+        "sample": _sample,
+        "evaluate": _evaluate,
+        "report": _report,
+        "compare": _compare,
+        "push": _push,
+        "serve-reward": _serve_reward,
+    }
     if not arguments or arguments[0] not in commands:
         asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
         print(USAGE, file=sys.stdout if asked_for_help else sys.stderr)
@@ -224,6 +252,7 @@ def _train(arguments: Sequence[str]) -> None:
     print(f"\nreward on the same {config.evaluation.num_samples} fixed seeds and prompts, mean ± standard error")
     print(f"  before  {before.mean:9.3f} ± {before.standard_error:.3f}")
     print(f"  after   {after.mean:9.3f} ± {after.standard_error:.3f}")
+    print(f"report:               {result.run_dir / 'report.html'}")
     print(f"before/after picture: {picture}")
     print(f"trained weights:      {result.run_dir / 'export'}")
 
@@ -305,3 +334,17 @@ def _serve_reward(arguments: Sequence[str]) -> None:
     from diffusionrl.rewards.server import serve  # which needs few of our dependencies: see docs/serve_reward.md
 
     serve(config)
+
+
+def _report(arguments: Sequence[str]) -> None:
+    config = tyro.cli(ReportConfig, args=arguments, prog="diffusionrl report")
+    from diffusionrl.report.run_page import write_report
+
+    print(f"report: {write_report(config.run)}")
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    config = tyro.cli(CompareConfig, args=arguments, prog="diffusionrl compare")
+    from diffusionrl.report.compare_page import write_comparison
+
+    print(f"comparison: {write_comparison(config.runs, config.out)}")

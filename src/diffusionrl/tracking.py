@@ -6,6 +6,7 @@ import platform
 import resource
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,8 @@ from filelock import FileLock, Timeout
 from diffusionrl import checkpoint
 from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig, to_yaml
-from diffusionrl.errors import UserError
+from diffusionrl.errors import RunStopped, UserError
+from diffusionrl.interruption import Interrupted
 from diffusionrl.progress import Progress
 from diffusionrl.trackers import IMAGES, Mirror, check_trackers, close_all, make_tracker
 
@@ -72,10 +74,24 @@ def read_result(run_dir: Path) -> TrainResult:
     return TrainResult(run_dir, before, after)
 
 
+def is_held(run_dir: Path) -> bool:
+    """A process is at work in the folder."""
+    if not (run_dir / "lock").is_file():
+        return False
+    try:
+        with FileLock(run_dir / "lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # not ours to write to
+        return False
+
+
 class RunFolder:
     """A run's folder, held by one process: a new one, or one to go on with.
 
-    ``with RunFolder(...)`` holds it; nothing is written before ``begin``.
+    ``with RunFolder(...)`` holds it; nothing is written before ``begin``. ``report`` is called with the folder when there is
+    something new to show, and at the end.
 
     Attributes:
         new: there is no run in it yet.
@@ -86,8 +102,8 @@ class RunFolder:
             more steps behind it than are asked for.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig) -> None:
-        self.run_dir, self.config = run_dir, config
+    def __init__(self, run_dir: Path, config: TrainConfig, report: Callable[[Path], object] | None = None) -> None:
+        self.run_dir, self.config, self._report = run_dir, config, report
         self._lock = FileLock(run_dir / "lock")
         self._progress = Progress(config.steps, config.samples_per_step)
         self.new, self.finished, self._begun = True, False, False
@@ -102,10 +118,28 @@ class RunFolder:
             raise
         return self
 
-    def __exit__(self, *reason: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._progress.close()
-        close_all(self._mirrors)
-        self._let_go()
+        try:
+            close_all(self._mirrors)
+            if self._begun:
+                self._note_end(error)
+                self._show()
+        finally:
+            self._let_go()
+
+    def _note_end(self, error: BaseException | None) -> None:
+        """What ended the run early, for whoever looks at it later."""
+        if error is None:
+            return
+        reason = {Interrupted: "interrupted", RunStopped: "stopped"}.get(type(error), "failed")
+        message = str(error) if reason != "failed" else f"{type(error).__name__}: {error}"
+        with suppress(OSError):
+            replace_file(self.run_dir / "stopped.json", json.dumps({"reason": reason, "message": message}) + "\n")
+
+    def _show(self) -> None:
+        if self._report is not None:
+            self._report(self.run_dir)
 
     def _let_go(self) -> None:
         """Release the folder; one that was held and nothing was written to is as if it had not been."""
@@ -142,7 +176,7 @@ class RunFolder:
 
     def _compare_settings(self) -> None:
         then = yaml.safe_load((self.run_dir / "config.yaml").read_text())
-        before, now = (_flat(each) for each in (then, yaml.safe_load(to_yaml(self.config))))
+        before, now = (flat(each) for each in (then, yaml.safe_load(to_yaml(self.config))))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if not changed:
             return
@@ -174,7 +208,8 @@ class RunFolder:
         for samples in (self.run_dir / "samples").glob("step_*"):
             if step is None or int(samples.name.removeprefix("step_")) > step:
                 shutil.rmtree(samples)
-        (self.run_dir / "finished.json").unlink(missing_ok=True)
+        for marker in ("finished.json", "stopped.json"):
+            (self.run_dir / marker).unlink(missing_ok=True)
         if (self.run_dir / "metrics.jsonl").is_file():
             kept = [line for line in read_metrics(self.run_dir) if step is not None and line["step"] <= step]
             replace_file(self.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
@@ -191,8 +226,10 @@ class RunFolder:
         }
         self._compare_environment(environment)
         replace_file(self.run_dir / "env.json", json.dumps(environment, indent=2) + "\n")
-        settings = _flat(yaml.safe_load(to_yaml(self.config)))
+        settings = flat(yaml.safe_load(to_yaml(self.config)))
         self._mirrors = [Mirror(name, partial(make_tracker, name, self.run_dir, settings)) for name in self.config.track]
+        if step is not None:
+            self._show()
 
     def _compare_environment(self, now: dict[str, Any]) -> None:
         """Say what differs from when the run began: the rest may differ in rounding."""
@@ -219,6 +256,8 @@ class RunFolder:
         for mirror in self._mirrors:
             mirror.log(finite, images)
         self._progress.show(metrics)
+        if "eval/reward" in finite:
+            self._show()
 
     def finish(self) -> None:
         """All steps are done and exported."""
@@ -233,9 +272,9 @@ def replace_file(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,177 @@
+"""What a run folder says of its run, read for the pages; whatever is missing or broken in it is left out."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusionrl.errors import UserError
+from diffusionrl.tracking import is_held, read_metrics
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of an evaluation.
+
+    Attributes:
+        index: which of the evaluation's prompts and seeds; the same in every evaluation of a run.
+        reward: None where it is invalid.
+        scores: held-out rewards and the parts of the reward, by name.
+    """
+
+    index: int
+    prompt: str
+    reward: float | None
+    scores: dict[str, float | None]
+    image: Path
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The samples of one evaluation, by index."""
+
+    step: int
+    queries: int
+    samples: dict[int, Sample]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where a run stands.
+
+    Attributes:
+        kind: "finished", "running", "interrupted", "stopped", "failed" or "ended" (without a word).
+        text: for the reader.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's content.
+
+    Attributes:
+        config: as in config.yaml.
+        environment: env.json.
+        metrics: the lines of metrics.jsonl, each with "hours" of training until then.
+        evaluations: oldest first.
+        alarms: "step", "kind" and "message", as text.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    config_text: str
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluations: list[Evaluated]
+    alarms: list[dict[str, str]]
+    ending: Ending
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def column(self, key: str) -> tuple[list[dict[str, Any]], list[float | None]]:
+        """The lines of the metrics that have ``key``, and its values."""
+        lines = [line for line in self.metrics if key in line]
+        return lines, [number_or_none(line[key]) for line in lines]
+
+    def last(self, key: str) -> float | None:
+        """The newest value of a metric."""
+        return next(iter(reversed(self.column(key)[1])), None)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder, finished or not.
+
+    Raises:
+        UserError: it is none, or its config.yaml or metrics.jsonl cannot be read.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml. Runs are in runs/NAME, or where --run-dir said")
+    try:
+        config_text = (folder / "config.yaml").read_text()
+        config = yaml.safe_load(config_text)
+        metrics = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+        hours = accumulate((line.get("time/rollout") or 0.0) + (line.get("time/update") or 0.0) for line in metrics)
+        metrics = [line | {"hours": seconds / 3600} for line, seconds in zip(metrics, hours, strict=True)]
+        queries = {int(line["step"]): int(line["queries"]) for line in metrics}
+        steps = int(config["steps"])
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder} cannot be read as a run: {type(error).__name__}: {error}") from error
+    evaluations = [
+        Evaluated(step, queries[step], samples) for step, samples in _read_evaluations(folder) if step in queries and samples
+    ]
+    alarms = [
+        {key: str(entry.get(key, "")) for key in ("step", "kind", "message")} for entry in _objects(folder / "alarms.jsonl")
+    ]
+    environment = next(_objects(folder / "env.json", whole=True), {})
+    done = max(queries, default=0)
+    return Run(folder, config, config_text, environment, metrics, evaluations, alarms, _ending(folder, done, steps))
+
+
+def time_unit(runs: Sequence[Run]) -> tuple[str, int]:
+    """The unit for the axis of time, and how many of it are an hour."""
+    longest = max((line["hours"] for run in runs for line in run.metrics), default=0.0)
+    return ("hours", 1) if longest >= 1.5 else ("minutes", 60) if longest >= 0.025 else ("seconds", 3600)
+
+
+def number_or_none(value: Any) -> float | None:
+    """What is a finite number, as one."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _objects(file: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one a line or the whole file one; nothing where it is missing, and no broken ones."""
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError):
+        return
+    for line in [text] if whole else text.split("\n"):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _read_evaluations(folder: Path) -> Iterator[tuple[int, dict[int, Sample]]]:
+    for samples in sorted((folder / "samples").glob("step_*")):
+        step = samples.name.removeprefix("step_")
+        if step.isdecimal():
+            yield int(step), {s.index: s for entry in _objects(samples / "samples.jsonl") if (s := _sample(entry, samples))}
+
+
+def _sample(entry: dict[str, Any], folder: Path) -> Sample | None:
+    index = entry.get("index")
+    if not isinstance(index, int):
+        return None
+    reward = number_or_none(entry.get("reward")) if entry.get("valid") else None
+    known = {"index", "prompt", "reward", "valid"}
+    scores = {str(name): number_or_none(value) for name, value in entry.items() if name not in known}
+    return Sample(index, str(entry.get("prompt", "")), reward, scores, folder / f"{index:05d}.png")
+
+
+def _ending(folder: Path, done: int, steps: int) -> Ending:
+    at = f"{done:,} of {steps:,} steps are done"
+    if (folder / "finished.json").is_file():
+        return Ending("finished", f"all {steps:,} steps are done")
+    stopped = next(_objects(folder / "stopped.json", whole=True), None)
+    if stopped is not None:
+        message = str(stopped.get("message", ""))
+        if stopped.get("reason") == "interrupted":
+            return Ending("interrupted", f"by {message}; {at}. The same command goes on")
+        return Ending("stopped" if stopped.get("reason") == "stopped" else "failed", f"{message} ({at})")
+    if is_held(folder):
+        return Ending("running", at)
+    if done == steps and (folder / "export").is_dir():
+        return Ending("finished", f"all {steps:,} steps are done")
+    return Ending("ended", f"without a word, as a killed process does; {at}. The same command goes on")

@@ -1,0 +1,273 @@
+"""``report.html``: one run on one page."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusionrl.report.curves import Chart, Line, draw
+from diffusionrl.report.intervals import interval
+from diffusionrl.report.page import (
+    MAX_IMAGES,
+    MAX_TEXT,
+    Pictures,
+    cell,
+    cut,
+    decimals,
+    duration,
+    number,
+    render,
+    scrubber,
+    signed,
+    thinned,
+    write_page,
+)
+from diffusionrl.report.record import Evaluated, Run, Sample, read_run, time_unit
+
+MAX_TILES = 48
+PICKED = 6  # best, worst and failed samples
+MAX_CHARTS = 40
+MAX_CONFIG = 20_000  # characters
+MAX_ALARMS = 20
+KL = "policy/approx_kl"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into a run folder, from what is in it. Returns its path.
+
+    Raises:
+        UserError: it is no run folder.
+        OSError: it cannot be written.
+    """
+    target = run_dir / "report.html"
+    write_page(target, render("report.html.jinja", **_content(read_run(run_dir))))
+    return target
+
+
+def keep_report(run_dir: Path) -> None:
+    """``write_report`` for a run that goes on: whatever keeps it from being written is said, and does no more harm."""
+    try:
+        write_report(run_dir)
+    except Exception as error:
+        print(f"warning: report.html was not written: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _content(run: Run) -> dict[str, Any]:
+    pictures = Pictures()
+    stops = thinned(run.evaluations)
+    tiles = _tiles(stops)
+    labels = [_stop_label(each) for each in stops]
+    places = decimals(stops)
+    cells = [[cell(each.samples.get(i), stops[0].samples.get(i), pictures, places) for i in tiles] for each in stops]
+    scrubbed = scrubber(pictures, labels, cells)
+    marks = [float(each.queries) for each in stops]
+    return {
+        "run": run,
+        "figures": _figures(run),
+        "headline": _headline(run),
+        "tiles": [{"prompt": cut(stops[-1].samples[i].prompt), "index": i} for i in tiles],
+        "num_samples": len(run.evaluations[-1].samples) if run.evaluations else 0,
+        "num_evaluations": len(run.evaluations),
+        "scrubber": scrubbed,
+        "charts": _main_charts(run, marks),
+        "more_charts": _other_charts(run, marks),
+        "picked": _picked(run.evaluations, pictures, places),
+        "picked_at": run.evaluations[-1] if run.evaluations else None,
+        "command": _command(run),
+        "load": _load(run),
+        "config": cut(run.config_text, MAX_CONFIG),
+        "alarms": [{key: cut(text, MAX_TEXT * 2) for key, text in alarm.items()} for alarm in run.alarms[-MAX_ALARMS:]],
+        "num_alarms": len(run.alarms),
+        "machine": _machine(run),
+        "versions": _versions(run),
+    }
+
+
+def _tiles(stops: Sequence[Evaluated]) -> list[int]:
+    """The samples that the scrubber shows: the first ones, as many as there is room for."""
+    if not stops:
+        return []
+    return sorted(stops[-1].samples)[: min(MAX_TILES, MAX_IMAGES // len(stops))]
+
+
+def _stop_label(evaluation: Evaluated) -> str:
+    return "before training" if evaluation.step == 0 else f"step {evaluation.step:,} · {evaluation.queries:,} queries"
+
+
+def _headline(run: Run) -> str:
+    algorithm = run.config.get("algorithm") or {}
+    what = str(algorithm.get("name")) + (f" ({algorithm['variant']})" if "variant" in algorithm else "")
+    rewards = run.config.get("reward")
+    named = ", ".join(map(str, rewards)) if isinstance(rewards, list) else str(rewards)
+    return cut(f"{what} on {run.config.get('model')} towards {named}")
+
+
+def gains(run: Run) -> list[float]:
+    """Of each sample of the last evaluation, over the same prompt and seed before training; where both are valid."""
+    if len(run.evaluations) < 2:
+        return []
+    before, after = run.evaluations[0].samples, run.evaluations[-1].samples
+    pairs = ((before[i].reward, sample.reward) for i, sample in after.items() if i in before)
+    return [b - a for a, b in pairs if a is not None and b is not None]
+
+
+def _figures(run: Run) -> list[tuple[str, str, str]]:
+    """The numbers at the top: name, value, and what about it."""
+    if not run.metrics:
+        return []
+    rewards = [value for value in run.column("eval/reward")[1] if value is not None]
+    queries, hours = int(run.metrics[-1]["queries"]), run.metrics[-1]["hours"]
+    figures = []
+    if rewards:
+        said = f"from {number(rewards[0])}" if len(rewards) > 1 else "before training"
+        figures.append(("reward, fixed seeds", number(rewards[-1]), said))
+    found = gains(run)
+    gain = interval(found)
+    if gain is not None:
+        half = f"± {number(gain.half, 2)} (95 %), " if gain.half is not None else ""
+        better = sum(each > 0 for each in found)
+        figures.append(("gain, paired", signed(gain.mean), f"{half}better in {better} of {len(found)}"))
+        if queries and hours:
+            rates = signed(1000 * gain.mean / queries), f"{signed(gain.mean / hours)} per hour of training"
+            figures.append(("gain per 1,000 queries", *rates))
+    figures.append(("queries", f"{queries:,}", "rewards computed for training"))
+    figures.append(("training time", duration(hours), _seconds_a_step(run)))
+    invalid = sum(value or 0 for value in run.column("reward/invalid")[1])
+    if invalid:
+        figures.append(("invalid", f"{invalid:,.0f}", "samples of training without a score"))
+    return figures
+
+
+def _seconds_a_step(run: Run) -> str:
+    steps = int(run.metrics[-1]["step"])
+    return f"{number(run.metrics[-1]['hours'] * 3600 / steps, 3)} s a step" if steps else ""
+
+
+def _line(run: Run, key: str, name: str, x: str = "queries", **style: Any) -> Line:
+    lines, values = run.column(key)
+    spread = [line.get(f"{key}_se") for line in lines] if f"{key}_se" in (lines[0] if lines else {}) else []
+    scale = time_unit([run])[1] if x == "hours" else 1
+    return Line(name, [line[x] * scale for line in lines], values, [value or 0.0 for value in spread], **style)
+
+
+def _reward_lines(run: Run, x: str) -> list[Line]:
+    return [
+        _line(run, "reward/mean", "training", x, faint=True),
+        _line(run, "eval/reward", "fixed seeds ± s.e.", x, colour=1, dots=True),
+    ]
+
+
+def _evaluated(run: Run) -> list[str]:
+    """The metrics of evaluations beside the reward: held-out scores, parts of the reward, and what else is measured there."""
+    keys = dict.fromkeys(key for line in run.metrics for key in line if key.startswith("eval/"))
+    return [key for key in keys if not key.endswith("_se") and key not in ("eval/reward", "eval/invalid")]
+
+
+def _main_charts(run: Run, marks: list[float]) -> list[Chart]:
+    held_out = [str(name).partition("=")[0] for name in (run.config.get("evaluation") or {}).get("held_out") or []]
+    charts = [
+        draw("reward", "queries", _reward_lines(run, "queries"), marks=marks),
+        draw("reward over time", f"{time_unit([run])[0]} of training", _reward_lines(run, "hours")),
+    ]
+    for key in _evaluated(run):
+        name = key.removeprefix("eval/")
+        note = "held out: never trained on" if name in held_out else ""
+        charts.append(draw(name, "queries", [_line(run, key, "fixed seeds ± s.e.", colour=2, dots=True)], note, marks))
+    if any(run.column(KL)[1]):  # 0 throughout where every update is on-policy
+        line = _line(run, KL, KL, colour=3)
+        charts.append(draw("approximate KL", "queries", [line], "of a step's updates from its rollout", marks))
+    times = [_line(run, f"time/{part}", part, colour=i) for i, part in enumerate(("rollout", "reward", "update"))]
+    charts.append(draw("seconds a step", "queries", times, "rewards are computed during the rollout", marks, from_zero=True))
+    return [chart for chart in charts if chart is not None]
+
+
+def _other_charts(run: Run, marks: list[float]) -> list[Chart]:
+    """Whatever else was logged."""
+    shown = {
+        "step",
+        "queries",
+        "hours",
+        "reward/mean",
+        "eval/reward",
+        *_evaluated(run),
+        *([KL] if any(run.column(KL)[1]) else []),
+    }
+    keys = dict.fromkeys(key for line in run.metrics for key in line)
+    rest = [key for key in keys if key not in shown and not key.startswith("time/") and not key.endswith("_se")]
+    charts = [draw(key, "queries", [_line(run, key, key, colour=4)], "", marks) for key in rest[:MAX_CHARTS]]
+    return [chart for chart in charts if chart is not None]
+
+
+def _picked(evaluations: Sequence[Evaluated], pictures: Pictures, places: int) -> dict[str, list[dict[str, Any]]]:
+    """Best and worst samples of the last evaluation; those of the last three that have no valid score."""
+    if not evaluations:
+        return {}
+    scored = sorted(
+        (sample for sample in evaluations[-1].samples.values() if sample.reward is not None),
+        key=lambda sample: sample.reward or 0.0,
+    )
+    count = min(PICKED, len(scored) // 2)
+    failed = [(each, s) for each in evaluations[:-4:-1] for s in each.samples.values() if s.reward is None]
+    return {
+        "best": [_shown(sample, pictures, places) for sample in scored[::-1][:count]],
+        "worst": [_shown(sample, pictures, places) for sample in scored[:count]],
+        "failed": [_shown(sample, pictures, places, f"step {each.step:,}") for each, sample in failed[:PICKED]],
+    }
+
+
+def _shown(sample: Sample, pictures: Pictures, places: int, when: str = "") -> dict[str, Any]:
+    shown = cell(sample, None, pictures, places)
+    return {
+        "uri": pictures.uris[shown.image] if shown.image >= 0 else None,
+        "prompt": cut(sample.prompt),
+        "score": shown.score,
+        "others": [(name, number(value)) for name, value in sample.scores.items()],
+        "when": when,
+    }
+
+
+def _command(run: Run) -> str:
+    """As it was given, but for the path of Python's own files."""
+    words = [str(word) for word in run.environment.get("command") or []]
+    if words and Path(words[0]).name in ("__main__.py", "diffusionrl"):
+        words[0] = "diffusionrl"
+    return cut(shlex.join(words), MAX_CONFIG)
+
+
+def _machine(run: Run) -> list[tuple[str, str]]:
+    environment = run.environment
+    found = [(name, environment.get(name)) for name in ("platform", "device", "threads", "seed", "resumed_from_step")]
+    peak = max((value for value in run.column("peak_memory_gb")[1] if value is not None), default=None)
+    named = [*found, ("peak memory", None if peak is None else f"{number(peak, 3)} GB")]
+    return [(name.replace("_", " "), cut(str(value))) for name, value in named if value is not None]
+
+
+def _versions(run: Run) -> list[tuple[str, str]]:
+    versions = run.environment.get("versions")
+    listed = {"python": run.environment.get("python")} | (versions if isinstance(versions, dict) else {})
+    return [(cut(str(name)), cut(str(value))) for name, value in listed.items() if value is not None]
+
+
+def _load(run: Run) -> str:
+    """What was learned, in plain diffusers."""
+    model, sampling = run.config.get("model"), run.config.get("sampling") or {}
+    own = str(model).startswith("<")
+    full = (run.config.get("policy") or {}).get("training") == "full"
+    export = str(run.folder / "export")
+    given = "MODEL" if own else "EMBEDDED_MODEL" if model == "emoji" else repr(str(model))
+    eta = f", eta={sampling.get('eta')}" if sampling.get("sampler") == "ddim" else ""
+    settings = f"num_inference_steps={sampling.get('num_steps')}, guidance_scale={sampling.get('guidance')}{eta}"
+    prompts = [s.prompt for s in run.evaluations[-1].samples.values() if len(s.prompt) < 80] if run.evaluations else []
+    lines = [
+        f"from diffusers import DDIMScheduler, StableDiffusionPipeline{', UNet2DConditionModel' if full else ''}",
+        "from diffusionrl.policies import EMBEDDED_MODEL" if model == "emoji" else "",
+        f"unet = UNet2DConditionModel.from_pretrained({export + '/unet'!r})" if full else "",
+        f"pipe = StableDiffusionPipeline.from_pretrained({given}{', unet=unet' if full else ''})",
+        "" if model == "emoji" else "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
+        "" if full else f"pipe.load_lora_weights({export!r})",
+        f"image = pipe({(prompts or ['a cat'])[0]!r}, {settings}).images[0]",
+    ]
+    note = "# MODEL: the folder or hub id of the pipeline that was handed over in Python\n" if own else ""
+    text = "\n".join(line for line in lines if line)
+    return note + (text.replace("DDIMScheduler, ", "") if model == "emoji" else text)
