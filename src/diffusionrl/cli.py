@@ -1,9 +1,10 @@
-"""The command line: ``diffusionrl train`` and ``diffusionrl sample``. Torch is imported only when a command runs."""
+"""The command line: ``diffusionrl train``, ``doctor`` and ``sample``. Torch is imported only when a command runs."""
 
 import dataclasses
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
 USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
   train   tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
+  doctor  try one tiny step of what "train" would do with the same options, and say what is wrong
   sample  make images from a model or a run
 
 "diffusionrl COMMAND --help" lists the options. Every field of the configuration is one (--algorithm.clip-range 1e-4).
@@ -45,17 +47,17 @@ class SampleConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a run that had to stop, 2 for what the user can mend, 75 for a run that a
-    signal stopped and that the same command takes up again."""
+    """Run a command; returns the exit code: 0, 1 for a run that had to stop or that the doctor fails, 2 for what the user can
+    mend, 75 for a run that a signal stopped and that the same command takes up again."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"train": _train, "sample": _sample}
+    commands: dict[str, Callable[[Sequence[str]], int | None]] = {"train": _train, "doctor": _doctor, "sample": _sample}
     if not arguments or arguments[0] not in commands:
         asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
         print(USAGE, file=sys.stdout if asked_for_help else sys.stderr)
         return 0 if asked_for_help else 2
     try:
         with noted() if arguments[0] == "train" else nullcontext():
-            commands[arguments[0]](arguments[1:])
+            return commands[arguments[0]](arguments[1:]) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,7 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def entry() -> NoReturn:
@@ -86,7 +87,7 @@ def entry() -> NoReturn:
     os._exit(code)
 
 
-def parse_train(arguments: Sequence[str]) -> TrainConfig:
+def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig:
     """Preset, then YAML file, then options.
 
     Raises:
@@ -108,7 +109,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
             config = dataclasses.replace(config, algorithm=ALGORITHMS[name]())
         name, rest = _take(rest, "--algorithm.name")
     kind = tyro.conf.AvoidSubcommands[TrainConfig]
-    return tyro.cli(kind, default=config, args=rest, prog=f"diffusionrl train --config {file or 'FILE'}")
+    return tyro.cli(kind, default=config, args=rest, prog=f"diffusionrl {command} --config {file or 'FILE'}")
 
 
 def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
@@ -158,16 +159,21 @@ def _quiet_libraries() -> None:
         library.disable_progress_bar()
 
 
-def _train(arguments: Sequence[str]) -> None:
-    config = parse_train(arguments)
+def _configured(arguments: Sequence[str], command: str) -> TrainConfig:
+    """The configuration, checked before torch is imported, so that a broken file or a misspelt name is found at once."""
+    config = parse_train(arguments, command)
     from diffusionrl.prompts import load_prompts
 
-    # Before torch is imported, so that a broken file or a misspelt name is found at once.
     load_prompts(config.prompts)
     for entry in (*config.reward, *config.evaluation.held_out):
         name = entry.partition("=")[0]
         if ":" not in name and name not in BUILT_IN_REWARDS:
             raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function")
+    return config
+
+
+def _train(arguments: Sequence[str]) -> None:
+    config = _configured(arguments, "train")
     _quiet_libraries()
     from diffusionrl.api import train
     from diffusionrl.report.picture import draw_before_after
@@ -180,6 +186,22 @@ def _train(arguments: Sequence[str]) -> None:
     print(f"  after   {after.mean:9.3f} ± {after.standard_error:.3f}")
     print(f"before/after picture: {picture}")
     print(f"trained weights:      {result.run_dir / 'export'}")
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    config = _configured(arguments, "doctor")
+    _quiet_libraries()
+    from diffusionrl.api import diagnose
+
+    width = max(60, min(120, shutil.get_terminal_size().columns))
+    print(f"one tiny step of {config.algorithm.name} on {config.model}, for {' and '.join(config.reward)}\n", flush=True)
+    verdicts = []
+    for finding in diagnose(config):
+        verdicts.append(finding.verdict)
+        print(finding.layout(width), flush=True)
+    passed, warned, failed = (verdicts.count(verdict) for verdict in ("pass", "warn", "fail"))
+    print(f"\n{passed} passed, {warned} to look at, {failed} failed")
+    return 1 if failed else 0
 
 
 def _sample(arguments: Sequence[str]) -> None:

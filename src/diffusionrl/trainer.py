@@ -153,7 +153,7 @@ class Trainer:
         rollout = collect(
             self.policy,
             self.reward,
-            self._prompts_of(step),
+            self.prompts_of(step),
             config.sampling,
             config.seed,
             "rollout",
@@ -190,8 +190,8 @@ class Trainer:
         means = {f"reward/{name}": part.nanmean().item() for name, part in parts.items()} if len(parts) > 1 else {}
         return means | {f"reward/{name}": count for name, count in self.reward.counts().items()}
 
-    def _prompts_of(self, step: int) -> list[Prompt]:
-        """Which prompt a sample gets depends on the seed, the step and its index alone."""
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """Which prompt a sample of a step gets depends on the seed, the step and its index alone."""
         drawn = [
             self.prompts[seeds.address(self.config.seed, "prompt", step, i) % len(self.prompts)]
             for i in range(self.config.prompts_per_step)
