@@ -96,9 +96,7 @@ def check_memory(trainer: Trainer, rollout: Rollout, costs: Costs) -> Finding:
     micro = _largest(trainer.algorithm.micro_batch_size, lambda n: costs.update.peak(n) + kept <= _FULL * limit)
     verdict = "fail" if need > limit else "warn"
     if batch is None or micro is None:
-        remedy = (
-            "not even one at a time fits: policy.training lora, a lower policy.lora_rank, policy.dtype bfloat16, or more memory"
-        )
+        remedy = "not even one at a time fits: take policy.training lora, policy.dtype bfloat16, or more memory"
         return Finding("fail", "memory", told, remedy)
     options = [f"--sampling.batch-size {batch}"] if batch < config.sampling.batch_size else []
     if micro < trainer.algorithm.micro_batch_size:
@@ -140,9 +138,8 @@ def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Co
     """Of a step and of the run; and the reward's part in it."""
     config = trainer.config
     score = rollout.seconds["reward"] / len(rollout.prompts)
-    sampling, evaluation = (
-        _sampling_seconds(trainer, costs, n) for n in (config.samples_per_step, config.evaluation.num_samples)
-    )
+    sampling = _sampling_seconds(trainer, costs, config.samples_per_step)
+    evaluation = _sampling_seconds(trainer, costs, config.evaluation.num_samples)
     micro = trainer.algorithm.micro_batch_size
     parts = [part for rows in _whole_step(trainer, rollout, advantages) for part in chunks(len(rows), micro)]
     update = sum(costs.update.time(part.stop - part.start) for part in parts)
@@ -152,7 +149,8 @@ def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Co
     every = config.evaluation.every
     evaluations = 1 + (config.steps // every + (config.steps % every > 0) if every else 1)
     run = config.steps * step + evaluations * (evaluation + score * config.evaluation.num_samples)
-    told = f"about {_clock(step)} a step (sampling {_clock(sampling)}, updates {_clock(update)}), {_clock(run)} for {config.steps} steps"
+    of_it = f"sampling {_clock(sampling)}, updates {_clock(update)}"
+    told = f"about {_clock(step)} a step ({of_it}), {_clock(run)} for {config.steps} steps"
     return _speed(trainer, score, waiting / step), Finding("pass", "time", told)
 
 

@@ -35,9 +35,7 @@ def check_scores(trainer: Trainer, rollout: Rollout) -> Finding:
         if invalid:
             stops = not kind and invalid > trainer.config.rewards.max_invalid * total
             told = f"{invalid} of {total} images have no valid {kind}score: {scores.error}"
-            remedy = "mend the reward" + (
-                "; a run that goes on like this stops after rewards.invalid_window steps" if stops else ""
-            )
+            remedy = "mend the reward: a run stops when more than rewards.max_invalid of its samples have no score"
             return Finding("fail" if stops else "warn", "scores", told, remedy)
     ranges = [
         f"{part.min():.3g} to {part.max():.3g}" + (f" ({name})" if len(rollout.scores.parts) > 1 else "")
@@ -82,10 +80,8 @@ def check_variation(trainer: Trainer, rollout: Rollout) -> Finding:
             "images of one prompt all score alike: the reward tells prompts apart, not images",
             "choose a reward that looks at the image; samples of one prompt are what a policy learns from",
         )
-    spread = values[rollout.scores.valid].std(correction=0).item() if parts else 0.0
-    return Finding(
-        "pass" if parts else "fail", "variation", f"scores differ, standard deviation {spread:.3g}" if parts else "no score"
-    )
+    spread = values[rollout.scores.valid].std(correction=0).item()
+    return Finding("pass", "variation", f"scores differ, standard deviation {spread:.3g}")
 
 
 def _flat(trainer: Trainer, rollout: Rollout, name: str) -> Finding:
@@ -97,7 +93,7 @@ def _flat(trainer: Trainer, rollout: Rollout, name: str) -> Finding:
     found = found[found.isfinite()]
     told = f"{_of(name, rollout)}all {len(rollout.prompts)} images score {rollout.scores.parts[name].nanmean():.3g}"
     if len(found) > 1 and found.std() > 0:
-        remedy = "nothing is learned from samples that score alike: choose prompts that are less easy (or less hard), or a finer reward"
+        remedy = "equal scores teach nothing: choose prompts that are less easy (or less hard), or a finer reward"
         return Finding("warn", "variation", told, remedy)
     remedy = "the reward is constant: look at what it does with its images"
     return Finding("fail", "variation", f"{told}, and so do black, white, grey and noise", remedy)
