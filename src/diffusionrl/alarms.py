@@ -14,6 +14,8 @@ PATIENCE = 3
 VARIATION = 0.01
 """A reward varies no more once its standard deviation in a step is below this share of the largest so far. Healthy runs of the
 benchmarks stay above a tenth; divided by so little, the noise of the reward is what is learned."""
+ROUNDING = 1e-6
+"""Relative to the mean: equal float32 scores may seem to differ by as much."""
 IDLE = 0.5
 """Share of prompts without any advantage: beyond it, most of what is sampled and scored teaches nothing."""
 CLIPPED = 0.5
@@ -71,10 +73,10 @@ class Watch:
         A reward that tells nothing apart explains idle prompts, no gradient and a still policy, so it is named alone.
         """
         if line["step"] == 0 and line.get("eval/reward_se") is not None:
-            yield "constant-reward", 1, self._first_evaluation(line["eval/reward_se"])
+            yield "constant-reward", 1, self._first_evaluation(line["eval/reward"], line["eval/reward_se"])
         if line.get("reward/std") is None or self.config.samples_per_step - line["reward/invalid"] < 2:
             return
-        constant = self._constant(line["reward/std"])
+        constant = self._constant(line["reward/mean"], line["reward/std"])
         yield "constant-reward", PATIENCE, constant
         yield "idle-prompts", PATIENCE, None if constant else self._idle(line)
         if line.get("grad_rms") is not None:
@@ -85,14 +87,14 @@ class Watch:
             yield "policy-still", PATIENCE, None if constant or off else self._still(line)
             yield "clip-fraction", PATIENCE, self._clipped(line)
 
-    def _first_evaluation(self, standard_error: float) -> str | None:
-        if standard_error > 0:
+    def _first_evaluation(self, mean: float, standard_error: float) -> str | None:
+        if standard_error > ROUNDING * abs(mean):
             return None
         return "the reward gave every image of the first evaluation the same score: nothing can be learned from it"
 
-    def _constant(self, std: float) -> str | None:
+    def _constant(self, mean: float, std: float) -> str | None:
         self._largest_std = max(self._largest_std, std)
-        if std > VARIATION * self._largest_std:
+        if std > VARIATION * self._largest_std and std > ROUNDING * abs(mean):
             return None
         was = f"the standard deviation of a step's rewards is {std:.3g}, and was {self._largest_std:.3g}"
         return f"the reward no longer varies: {was}. It is saturated or broken: stop here, and look at the samples"
@@ -111,6 +113,8 @@ class Watch:
         epsilon = self.config.optimizer.epsilon
         if rms >= epsilon:
             return None
+        if rms == 0:
+            return "there is no gradient: nothing that is trained has a part in the loss. Try diffusionrl doctor"
         return (
             f"the gradient's root mean square is {rms:.1e}, below optimizer.epsilon {epsilon:.0e}, which then shortens "
             "every step: lower it, for instance to 1e-15"

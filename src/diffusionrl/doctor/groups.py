@@ -54,8 +54,6 @@ def _alone(drawn: list[Counter[str]], size: str, normalisation: str) -> Finding:
     alone = sum(list(counts.values()).count(1) for counts in drawn)
     if alone <= _FEW * total:
         return Finding("pass", "groups", f"{size}, each sample relative to those of its prompt")
-    told = (
-        f"{size}: {alone / total:.0%} of the samples are the only one of their prompt, so nothing is learned from their reward"
-    )
+    told = f"{size}: {alone / total:.0%} of the samples are alone with their prompt, so their reward teaches nothing"
     remedy = f"raise samples_per_prompt (4, say, with prompts_per_step a quarter), as normalisation {normalisation!r} needs"
     return Finding("fail" if alone > _MOST * total else "warn", "groups", told, remedy)

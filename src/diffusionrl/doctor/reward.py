@@ -68,12 +68,12 @@ def _noise(first: Tensor, second: Tensor) -> float:
 def check_variation(trainer: Trainer, rollout: Rollout) -> Finding:
     """Whether the reward tells images apart: of different prompts, and of one."""
     parts = {name: part for name, part in rollout.scores.parts.items() if part.isfinite().sum() > 1}
-    flat = [name for name, part in parts.items() if not part[part.isfinite()].std() > 0]
+    flat = [name for name, part in parts.items() if _alike(part)]
     if flat:
         return _flat(trainer, rollout, flat[0])
     groups = [group for group in members_of([prompt.text for prompt in rollout.prompts]).values() if len(group) > 1]
     values = rollout.scores.values
-    if groups and not any(values[group].std() > 0 for group in groups):
+    if groups and all(_alike(values[group]) for group in groups):
         return Finding(
             "warn",
             "variation",
@@ -90,13 +90,17 @@ def _flat(trainer: Trainer, rollout: Rollout, name: str) -> Finding:
     noise = seeds.normal(trainer.config.seed, "doctor", 0, [0], tuple(size)).sigmoid()
     extremes = torch.cat([torch.zeros(1, *size), torch.ones(1, *size), noise, torch.full((1, *size), 0.5)])
     found = ask(trainer, trainer.reward, rollout, torch.cat([rollout.images[:1], extremes])).parts[name]
-    found = found[found.isfinite()]
     told = f"{_of(name, rollout)}all {len(rollout.prompts)} images score {rollout.scores.parts[name].nanmean():.3g}"
-    if len(found) > 1 and found.std() > 0:
+    if not _alike(found):
         remedy = "equal scores teach nothing: choose prompts that are less easy (or less hard), or a finer reward"
         return Finding("warn", "variation", told, remedy)
     remedy = "the reward is constant: look at what it does with its images"
     return Finding("fail", "variation", f"{told}, and so do black, white, grey and noise", remedy)
+
+
+def _alike(scores: Tensor) -> bool:
+    found = scores[scores.isfinite()]
+    return len(found) == 0 or bool(found.max() == found.min())
 
 
 def _of(name: str, rollout: Rollout) -> str:
