@@ -56,7 +56,7 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
     costs = Costs(denoise, decode, update)
     speed, time = check_time(trainer, rollout, advantages, costs)
     yield speed
-    memory = check_memory(trainer, rollout, costs)
+    memory = check_memory(trainer, rollout, advantages, costs)
     trainer.algorithm.micro_batch_size = min(trainer.algorithm.micro_batch_size, update.tried)
     yield from check_update(trainer, rollout, rows, advantages)
     yield check_export(trainer, rollout)

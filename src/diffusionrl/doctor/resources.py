@@ -62,11 +62,15 @@ def measure_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages:
         accumulate_gradient(algorithm, trainer.policy, rollout, rows[torch.arange(n) % len(rows)], advantages)
         optimization.adamw.zero_grad()
 
-    largest = max(len(part) for part in _whole_step(trainer, rollout, advantages))
     try:
-        return measure(pass_over, min(wanted, largest), trainer.policy.device)
+        return measure(pass_over, _micro_batch(trainer, rollout, advantages), trainer.policy.device)
     finally:
         algorithm.micro_batch_size = wanted
+
+
+def _micro_batch(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> int:
+    """The largest of a real step."""
+    return min(trainer.algorithm.micro_batch_size, max(len(rows) for rows in _whole_step(trainer, rollout, advantages)))
 
 
 def _whole_step(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> list[Tensor]:
@@ -82,43 +86,36 @@ def _whole_step(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> list[
 # Memory
 
 
-def check_memory(trainer: Trainer, rollout: Rollout, costs: Costs) -> Finding:
+def check_memory(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Costs) -> Finding:
     """The peak at the configured batch sizes against what there is; smaller ones where that is not enough."""
     config, device = trainer.config, trainer.policy.device
     limit, kept = limit_bytes(device), _kept(trainer, rollout)
-    sampling, update = (size + kept for size in _peaks(trainer, costs))
+    batch, micro = min(config.sampling.batch_size, config.samples_per_step), _micro_batch(trainer, rollout, advantages)
+    sampling, update = costs.sampling_peak(batch) + kept, costs.update.peak(micro) + kept
     need = max(sampling, update)
     where = "the GPU" if device.type == "cuda" else "memory"
     told = f"{need / 1e9:.2f} GB at the peak, {'updates' if update > sampling else 'sampling'}; {limit / 1e9:.1f} GB of {where}"
     if need <= _FULL * limit:
         return Finding("pass", "memory", told)
-    batch = _largest(config.sampling.batch_size, lambda n: costs.sampling_peak(n) + kept <= _FULL * limit)
-    micro = _largest(trainer.algorithm.micro_batch_size, lambda n: costs.update.peak(n) + kept <= _FULL * limit)
-    verdict = "fail" if need > limit else "warn"
-    if batch is None or micro is None:
+    smaller_batch = _largest(batch, lambda n: costs.sampling_peak(n) + kept <= _FULL * limit)
+    smaller_micro = _largest(micro, lambda n: costs.update.peak(n) + kept <= _FULL * limit)
+    if not (smaller_batch and smaller_micro):
         remedy = "not even one at a time fits: take policy.training lora, policy.dtype bfloat16, or more memory"
         return Finding("fail", "memory", told, remedy)
-    options = [f"--sampling.batch-size {batch}"] if batch < config.sampling.batch_size else []
-    if micro < trainer.algorithm.micro_batch_size:
-        options.append(f"--algorithm.micro-batch-size {micro}")
+    options = [f"--sampling.batch-size {smaller_batch}"] if smaller_batch < batch else []
+    options += [f"--algorithm.micro-batch-size {smaller_micro}"] if smaller_micro < micro else []
     remedy = (
         f"{' '.join(options)}; a step stays {config.prompts_per_step} prompts x {config.samples_per_prompt}, "
         "and an update adds up more micro-batches to the same gradient"
     )
-    return Finding(verdict, "memory", told, remedy)  # type: ignore[arg-type]
+    return Finding("fail" if need > limit else "warn", "memory", told, remedy)
 
 
-def _peaks(trainer: Trainer, costs: Costs) -> tuple[float, float]:
-    """Of sampling and of updates."""
-    batch = min(trainer.config.sampling.batch_size, trainer.config.samples_per_step)
-    return costs.sampling_peak(batch), costs.update.peak(trainer.algorithm.micro_batch_size)
-
-
-def _largest(size: int, fits: Callable[[int], bool]) -> int | None:
-    """``size``, or the next that fits when it is halved again and again."""
+def _largest(size: int, fits: Callable[[int], bool]) -> int:
+    """``size``, or the next that fits when it is halved again and again; 0 where none does."""
     while size and not fits(size):
         size //= 2
-    return size or None
+    return size
 
 
 def _kept(trainer: Trainer, rollout: Rollout) -> int:

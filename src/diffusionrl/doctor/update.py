@@ -32,7 +32,9 @@ def check_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages: T
     optimization, gradients = trainer.state.optimization, []
 
     def note(*_: object) -> None:
-        square = {name: p.grad.square().mean().item() for name, p in optimization.parameters.items() if p.grad is not None}
+        square = {
+            name: p.grad.double().square().mean().item() for name, p in optimization.parameters.items() if p.grad is not None
+        }
         gradients.append({name: math.sqrt(square.get(name, 0.0)) for name in optimization.parameters})
 
     policy_before, reference_before = _predict(trainer, rollout, False), _predict(trainer, rollout, True)
