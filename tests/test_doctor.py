@@ -416,12 +416,13 @@ def test_memory_is_proposed_that_keeps_prompts_and_groups(
         found = resources.check_memory(trainer, tried, advantages, measured)
         assert found.verdict == verdict and said in found.remedy, (limit, found)
         if "--" in found.remedy:
-            options = found.remedy.partition(";")[0].split()
             assert "stays 16 prompts x 4" in found.remedy
-            smaller = parse_train(options)
-            smaller = replace(config, sampling=smaller.sampling, algorithm=smaller.algorithm)
-            assert smaller.samples_per_step == config.samples_per_step
-            assert resources.check_memory(trainer_of(smaller, trainer.policy), tried, advantages, measured).verdict == "pass"
+            given = ["--sampling.batch-size", "8", "--algorithm.micro-batch-size", "64"]
+            proposed = parse_train([*given, *found.remedy.partition(";")[0].split()])
+            sampling = replace(config.sampling, batch_size=proposed.sampling.batch_size)
+            algorithm = replace(config.algorithm, micro_batch_size=proposed.algorithm.micro_batch_size)
+            smaller = trainer_of(replace(config, sampling=sampling, algorithm=algorithm), trainer.policy)
+            assert resources.check_memory(smaller, tried, advantages, measured).verdict == "pass"
 
 
 def test_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
