@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffusionrl.api import diagnose as diagnose
     from diffusionrl.api import train as train
     from diffusionrl.config import TrainConfig as TrainConfig
     from diffusionrl.errors import RunStopped as RunStopped
@@ -20,6 +21,7 @@ _PUBLIC = {
     "RunStopped": "diffusionrl.errors",
     "TrainConfig": "diffusionrl.config",
     "UserError": "diffusionrl.errors",
+    "diagnose": "diffusionrl.api",
     "load_policy": "diffusionrl.policies",
     "train": "diffusionrl.api",
 }

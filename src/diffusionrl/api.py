@@ -1,8 +1,9 @@
 """A run in one call, from Python or from the command line."""
 
 import dataclasses
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from diffusionrl import interruption
 from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import TrainConfig
+from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
+from diffusionrl.presets import emoji
 from diffusionrl.prompts import Prompt, load_prompts
 from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
@@ -42,39 +45,70 @@ def train(
         RunStopped: the run had to end early.
         Interrupted: a signal asked it to save and stop.
     """
-    if config is None:
-        from diffusionrl.presets import emoji
-
-        config = emoji()
+    config = config or emoji()
     run_dir = config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S"))
     config = dataclasses.replace(config, **_described(policy, reward, prompts))
     with interruption.noted(), RunFolder(run_dir, config, keep_report) as folder:
         if folder.finished:
             print(f"{run_dir} is finished: all {config.steps} steps are done")
             return read_result(run_dir)
-        if prompts is None:
-            chosen = load_prompts(config.prompts, config.max_broken_prompts)
-        else:
-            chosen = [_as_prompt(prompt) for prompt in prompts]
-        if not chosen:
-            raise UserError("there is no prompt to train on: prompts is empty")
-        image_size = check_model(config.model) if policy is None else policy.image_size
-        mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
-        held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
-        samples = [chosen[0], chosen[-1]]
-        for each in [mixture, held_out] if held_out else [mixture]:
-            trial = partial(try_mixture, each, image_size, [p.text for p in samples], [p.metadata for p in samples])
-            if not within(config.rewards.timeout, trial):
-                seconds = f"{config.rewards.timeout:g} s (rewards.timeout)"
-                raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(each.rewards)}")
-        trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
-        make_table(trained, config.sampling)
-        trainer = Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out)
+        trainer = _prepare(config, policy, reward, prompts, algorithm)
+        groups = check_groups(trainer)
+        if groups.verdict != "pass":
+            print(f"warning: {groups.said}: {groups.remedy}", file=sys.stderr)
         try:
             return trainer.run(folder)
         except interruption.Interrupted as error:
             error.saved_in = run_dir if trainer.at_start is not None else None
             raise
+
+
+def diagnose(
+    config: TrainConfig | None = None,
+    policy: Policy | None = None,
+    reward: Reward | Mixture | None = None,
+    prompts: Sequence[str | Prompt] | None = None,
+    algorithm: Algorithm | None = None,
+) -> Iterator[Finding]:
+    """Try one tiny step of what ``train`` would do with the same arguments, and write nothing; see docs/doctor.md.
+
+    Returns:
+        What each check found, as soon as it is known.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    config = config or emoji()
+    config = dataclasses.replace(config, **_described(policy, reward, prompts))
+    yield from examine(_prepare(config, policy, reward, prompts, algorithm))
+
+
+def _prepare(
+    config: TrainConfig,
+    policy: Policy | None,
+    reward: Reward | Mixture | None,
+    prompts: Sequence[str | Prompt] | None,
+    algorithm: Algorithm | None,
+) -> Trainer:
+    """Everything that a run needs, loaded and tried."""
+    if prompts is None:
+        chosen = load_prompts(config.prompts, config.max_broken_prompts)
+    else:
+        chosen = [_as_prompt(prompt) for prompt in prompts]
+    if not chosen:
+        raise UserError("there is no prompt to train on: prompts is empty")
+    image_size = check_model(config.model) if policy is None else policy.image_size
+    mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
+    held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
+    samples = [chosen[0], chosen[-1]]
+    for each in [mixture, held_out] if held_out else [mixture]:
+        trial = partial(try_mixture, each, image_size, [p.text for p in samples], [p.metadata for p in samples])
+        if not within(config.rewards.timeout, trial):
+            seconds = f"{config.rewards.timeout:g} s (rewards.timeout)"
+            raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(each.rewards)}")
+    trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
+    make_table(trained, config.sampling)
+    return Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out)
 
 
 def _described(

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
 USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
   train         tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
+  doctor        try one tiny step of what "train" would do with the same options, and say what is wrong
   sample        make images from a model or a run
   evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
   report        write a run's report.html again   RUN
@@ -113,11 +115,12 @@ class CompareConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a run that had to stop, 2 for what the user can mend, 75 for a run that a
-    signal stopped and that the same command takes up again."""
+    """Run a command; returns the exit code: 0, 1 for a run that had to stop or that the doctor fails, 2 for what the user can
+    mend, 75 for a run that a signal stopped and that the same command takes up again."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {
+    commands: dict[str, Callable[[Sequence[str]], int | None]] = {
         "train": _train,
+        "doctor": _doctor,
         "sample": _sample,
         "evaluate": _evaluate,
         "report": _report,
@@ -131,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if asked_for_help else 2
     try:
         with noted() if arguments[0] == "train" else nullcontext():
-            commands[arguments[0]](arguments[1:])
+            return commands[arguments[0]](arguments[1:]) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -150,7 +153,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def entry() -> NoReturn:
@@ -162,7 +164,7 @@ def entry() -> NoReturn:
     os._exit(code)
 
 
-def parse_train(arguments: Sequence[str]) -> TrainConfig:
+def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig:
     """Preset, then YAML file, then options.
 
     Raises:
@@ -184,7 +186,7 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
             config = dataclasses.replace(config, algorithm=ALGORITHMS[name]())
         name, rest = _take(rest, "--algorithm.name")
     kind = tyro.conf.AvoidSubcommands[TrainConfig]
-    return tyro.cli(kind, default=config, args=rest, prog=f"diffusionrl train --config {file or 'FILE'}")
+    return tyro.cli(kind, default=config, args=rest, prog=f"diffusionrl {command} --config {file or 'FILE'}")
 
 
 def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
@@ -234,14 +236,19 @@ def _quiet_libraries() -> None:
         library.disable_progress_bar()
 
 
-def _train(arguments: Sequence[str]) -> None:
-    config = parse_train(arguments)
+def _configured(arguments: Sequence[str], command: str) -> TrainConfig:
+    """The configuration, checked before torch is imported, so that a broken file or a misspelt name is found at once."""
+    config = parse_train(arguments, command)
     from diffusionrl.prompts import load_prompts
 
-    # Before torch is imported, so that a broken file or a misspelt name is found at once.
     load_prompts(config.prompts, config.max_broken_prompts)
     for entry in (*config.reward, *config.evaluation.held_out):
         _check_reward(entry.partition("=")[0])
+    return config
+
+
+def _train(arguments: Sequence[str]) -> None:
+    config = _configured(arguments, "train")
     _quiet_libraries()
     from diffusionrl.api import train
     from diffusionrl.report.picture import draw_before_after
@@ -261,6 +268,22 @@ def _check_reward(name: str) -> None:
     """Raises UserError for a name that is neither built in nor a place to look for one."""
     if ":" not in name and name not in BUILT_IN_REWARDS:
         raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function")
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    config = _configured(arguments, "doctor")
+    _quiet_libraries()
+    from diffusionrl.api import diagnose
+
+    width = max(60, min(120, shutil.get_terminal_size().columns))
+    print(f"one tiny step of {config.algorithm.name} on {config.model}, for {' and '.join(config.reward)}\n", flush=True)
+    verdicts = []
+    for finding in diagnose(config):
+        verdicts.append(finding.verdict)
+        print(finding.layout(width), flush=True)
+    passed, warned, failed = (verdicts.count(verdict) for verdict in ("pass", "warn", "fail"))
+    print(f"\n{passed} passed, {warned} to look at, {failed} failed")
+    return 1 if failed else 0
 
 
 def _settings_of(arguments: Sequence[str]) -> TrainConfig:

@@ -1,6 +1,7 @@
 """From rows of work to an optimizer step: gradient accumulation, clipping, warm-up, and a stop before anything non-finite."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -90,6 +91,11 @@ class Optimization:
         finally:
             self.adamw.zero_grad()
         return figures, norm.item()
+
+    def rms(self, norm: float) -> float:
+        """The root mean square of a gradient of this norm, as AdamW gets it: clipped."""
+        count = sum(parameter.numel() for parameter in self.parameters.values())
+        return min(norm, self.config.max_grad_norm) / math.sqrt(count)
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by parameter and kind, "NAME.exp_avg"."""

@@ -19,6 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from diffusionrl import checkpoint
+from diffusionrl.alarms import Watch
 from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig, to_yaml
 from diffusionrl.errors import RunStopped, UserError
@@ -58,10 +59,13 @@ class TrainResult:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a killed process left half-written is not one."""
-    return [
-        json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
-    ]
+    """The lines of metrics.jsonl."""
+    return read_lines(run_dir / "metrics.jsonl")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a last line that a killed process left half-written is not one."""
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def read_result(run_dir: Path) -> TrainResult:
@@ -109,6 +113,7 @@ class RunFolder:
         self.new, self.finished, self._begun = True, False, False
         self._made: list[Path] = []
         self._mirrors: list[Mirror] = []
+        self._watch = Watch(config)
 
     def __enter__(self) -> "RunFolder":
         try:
@@ -210,9 +215,9 @@ class RunFolder:
                 shutil.rmtree(samples)
         for marker in ("finished.json", "stopped.json"):
             (self.run_dir / marker).unlink(missing_ok=True)
-        if (self.run_dir / "metrics.jsonl").is_file():
-            kept = [line for line in read_metrics(self.run_dir) if step is not None and line["step"] <= step]
-            replace_file(self.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        for line in self._keep_until(step, "metrics.jsonl"):
+            self._watch.see(line)  # whose alarms are on file
+        self._keep_until(step, "alarms.jsonl")
         replace_file(self.run_dir / "config.yaml", to_yaml(self.config))
         environment: dict[str, Any] = {
             "command": sys.argv,
@@ -231,6 +236,15 @@ class RunFolder:
         if step is not None:
             self._show()
 
+    def _keep_until(self, step: int | None, name: str) -> list[dict[str, Any]]:
+        """Forget the lines of a file after ``step``, which are made again; returns those that stay. None: forget all."""
+        file = self.run_dir / name
+        if not file.is_file():
+            return []
+        kept = [line for line in read_lines(file) if step is not None and line["step"] <= step]
+        replace_file(file, "".join(json.dumps(line) + "\n" for line in kept))
+        return kept
+
     def _compare_environment(self, now: dict[str, Any]) -> None:
         """Say what differs from when the run began: the rest may differ in rounding."""
         file = self.run_dir / "env.json"
@@ -247,21 +261,34 @@ class RunFolder:
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and print progress. Non-finite numbers are written as null."""
         finite = {k: v if v == v and abs(v) != float("inf") else None for k, v in metrics.items()}
-        with (self.run_dir / "metrics.jsonl").open("a") as lines:
-            lines.write(json.dumps(finite) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
+        append_line(self.run_dir / "metrics.jsonl", finite)
         samples = self.run_dir / "samples" / f"step_{metrics['step']:06d}"
         images = sorted(samples.glob("0*.png"))[:IMAGES] if "eval/reward" in metrics else []
         for mirror in self._mirrors:
             mirror.log(finite, images)
         self._progress.show(metrics)
+        for alarm in self._watch.see(finite):
+            self.alarm(alarm.step, alarm.kind, alarm.message)
         if "eval/reward" in finite:
             self._show()
+
+    def alarm(self, step: int, kind: str, message: str) -> None:
+        """Warn on the terminal and append a line to alarms.jsonl. A run that is taken up before this step forgets it."""
+        append_line(self.run_dir / "alarms.jsonl", {"step": step, "kind": kind, "message": message})
+        with suppress(OSError):
+            print(f"warning: step {step}: {message}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """All steps are done and exported."""
         replace_file(self.run_dir / "finished.json", json.dumps({"steps": self.config.steps}) + "\n")
+
+
+def append_line(file: Path, entry: dict[str, Any]) -> None:
+    """Append an object to a JSONL file, down to the disk."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(entry) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
 
 
 def replace_file(path: Path, text: str) -> None:

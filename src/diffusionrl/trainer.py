@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -53,7 +54,7 @@ class Trainer:
             Interrupted: a signal asked for it; the steps that were done are saved.
         """
         found = folder.find_checkpoint()
-        self._check_disk(folder)
+        self._check_disk(folder.run_dir)
         if found is not None:
             self.state.restore(found)
             print(f"going on after step {found.step}", flush=True)
@@ -126,19 +127,22 @@ class Trainer:
         if self.at_start is not None:
             write_card(folder.run_dir, self.at_start.step)
 
-    def _check_disk(self, folder: RunFolder) -> None:
-        """Raises UserError where the disk cannot hold what the run will write."""
+    def disk_need(self, run_dir: Path) -> int:
+        """Bytes that the run may write, beyond what is there: checkpoints, the export, and the samples of evaluations."""
         config = self.config
         weights = sum(parameter.nbytes for parameter in self.state.optimization.parameters.values())
         evaluations = 2 + (config.steps // config.evaluation.every if config.evaluation.every else 0)
         images = evaluations * config.evaluation.num_samples * 3 * self.policy.image_size**2
-        there = sum(file.stat().st_size for file in folder.run_dir.rglob("*") if file.is_file())
-        need = 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
-        free = checkpoint.free_bytes(folder.run_dir)
+        there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
+        return 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
+
+    def _check_disk(self, run_dir: Path) -> None:
+        """Raises UserError where the disk cannot hold what the run will write."""
+        need, free = self.disk_need(run_dir), checkpoint.free_bytes(run_dir)
         if need > free:
             raise UserError(
-                f"this run may need {need / 1e6:.0f} MB in {folder.run_dir}, for {config.checkpoint.keep + 2} checkpoints and "
-                f"the samples of {evaluations} evaluations, and {free / 1e6:.0f} MB are free: choose another --run-dir"
+                f"this run may need {need / 1e6:.0f} MB in {run_dir}, for checkpoints and samples, "
+                f"and {free / 1e6:.0f} MB are free: choose another --run-dir"
             )
 
     def step(self, step: int) -> dict[str, float]:
@@ -152,7 +156,7 @@ class Trainer:
         rollout = collect(
             self.policy,
             self.reward,
-            self._prompts_of(step),
+            self.prompts_of(step),
             config.sampling,
             config.seed,
             "rollout",
@@ -175,6 +179,7 @@ class Trainer:
             "reward/invalid": int((~rollout.scores.valid).sum()),
             **self._part_metrics(rollout),
             "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),
+            "advantage/prompts": len(groups),
             **update,
             "time/rollout": rollout.seconds["rollout"],
             "time/reward": rollout.seconds["reward"],
@@ -188,8 +193,8 @@ class Trainer:
         means = {f"reward/{name}": part.nanmean().item() for name, part in parts.items()} if len(parts) > 1 else {}
         return means | {f"reward/{name}": count for name, count in self.reward.counts().items()}
 
-    def _prompts_of(self, step: int) -> list[Prompt]:
-        """Which prompt a sample gets depends on the seed, the step and its index alone."""
+    def prompts_of(self, step: int) -> list[Prompt]:
+        """Which prompt a sample of a step gets depends on the seed, the step and its index alone."""
         drawn = [
             self.prompts[seeds.address(self.config.seed, "prompt", step, i) % len(self.prompts)]
             for i in range(self.config.prompts_per_step)
@@ -222,7 +227,8 @@ class Trainer:
                 logged.setdefault(key, []).append(values)
             norms.append(norm)
         means = {key: torch.cat(values).mean().item() for key, values in logged.items()}
-        return first | means | {"grad_norm": sum(norms) / max(1, len(norms))}
+        norm = sum(norms) / max(1, len(norms))
+        return first | means | {"grad_norm": norm, "grad_rms": self.state.optimization.rms(norm)}
 
     def _evaluate(self, step: int, folder: RunFolder) -> Evaluation:
         """Evaluate on the fixed seeds and keep the samples; the first time, normalise the reward by it if that is asked for."""

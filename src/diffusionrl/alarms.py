@@ -1,0 +1,146 @@
+"""Silent failures of a run, read off its metrics: each is a rule on the lines of metrics.jsonl, and nothing else is remembered.
+
+So a run that is taken up again replays the lines that it kept, and raises no alarm twice. docs/doctor.md lists the rules.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from diffusionrl.config import TrainConfig
+
+PATIENCE = 3
+"""Steps in a row that a rule must find wrong: one batch may be so by chance."""
+VARIATION = 0.01
+"""A reward varies no more once its standard deviation in a step is below this share of the largest so far. Healthy runs of the
+benchmarks stay above a tenth; divided by so little, the noise of the reward is what is learned."""
+ROUNDING = 1e-6
+"""Relative to the mean: equal float32 scores may seem to differ by as much."""
+IDLE = 0.5
+"""Share of prompts without any advantage: beyond it, most of what is sampled and scored teaches nothing."""
+CLIPPED = 0.5
+"""Share of ratios beyond the clip. The benchmarks stay below 0.25, and reach 0.4 at twice their learning rate."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A silent failure: the step whose line gave it away, which kind, and what to do."""
+
+    step: int
+    kind: str
+    message: str
+
+
+def ratio_tolerance(config: TrainConfig) -> float:
+    """How far from 1 the ratio may be before the first update of a step.
+
+    1e-5 where only the rounding of float32 is in it (DESIGN.md, rule 2). Sums over the latent dimensions and bfloat16 round
+    more coarsely; there, it must not use up more than a tenth of the clip range.
+    """
+    exact = config.policy.dtype == "float32" and getattr(config.algorithm, "logprob_reduction", "mean") == "mean"
+    return 1e-5 if exact else max(1e-5, 0.1 * getattr(config.algorithm, "clip_range", 0.0))
+
+
+class Watch:
+    """Sees a run's lines of metrics in order and says what is newly wrong.
+
+    An alarm of one kind is raised once, and again only after it went away.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self._streaks: dict[str, int] = {}
+        self._raised: set[str] = set()
+        self._largest_std = 0.0
+
+    def see(self, line: dict[str, Any]) -> list[Alarm]:
+        """The alarms that this line raises."""
+        found = []
+        for kind, patience, message in self._judge(line):
+            if message is None:
+                self._streaks[kind] = 0
+                self._raised.discard(kind)
+                continue
+            self._streaks[kind] = self._streaks.get(kind, 0) + 1
+            if self._streaks[kind] >= patience and kind not in self._raised:
+                self._raised.add(kind)
+                found.append(Alarm(line["step"], kind, message))
+        return found
+
+    def _judge(self, line: dict[str, Any]) -> Iterator[tuple[str, int, str | None]]:
+        """(kind, patience, what is wrong or None) of every rule that the line has figures for.
+
+        A reward that tells nothing apart explains idle prompts, no gradient and a still policy, so it is named alone.
+        """
+        if line["step"] == 0 and line.get("eval/reward_se") is not None:
+            yield "constant-reward", 1, self._first_evaluation(line["eval/reward"], line["eval/reward_se"])
+        if line.get("reward/std") is None or self.config.samples_per_step - line["reward/invalid"] < 2:
+            return
+        constant = self._constant(line["reward/mean"], line["reward/std"])
+        yield "constant-reward", PATIENCE, constant
+        yield "idle-prompts", PATIENCE, None if constant else self._idle(line)
+        if line.get("grad_rms") is not None:
+            yield "small-gradient", PATIENCE, None if constant else self._gradient(line["grad_rms"])
+        if line.get("ratio/max_gap") is not None:
+            off = self._ratio(line["ratio/max_gap"])
+            yield "ratio", 1, off
+            yield "policy-still", PATIENCE, None if constant or off else self._still(line)
+            yield "clip-fraction", PATIENCE, self._clipped(line)
+
+    def _first_evaluation(self, mean: float, standard_error: float) -> str | None:
+        if standard_error > ROUNDING * abs(mean):
+            return None
+        return "the reward gave every image of the first evaluation the same score: nothing can be learned from it"
+
+    def _constant(self, mean: float, std: float) -> str | None:
+        self._largest_std = max(self._largest_std, std)
+        if std > VARIATION * self._largest_std and std > ROUNDING * abs(mean):
+            return None
+        was = f"the standard deviation of a step's rewards is {std:.3g}, and was {self._largest_std:.3g}"
+        return f"the reward no longer varies: {was}. It is saturated or broken: stop here, and look at the samples"
+
+    def _idle(self, line: dict[str, Any]) -> str | None:
+        idle, prompts = line.get("advantage/idle_prompts"), line.get("advantage/prompts")
+        # An algorithm that trains on the best samples alone leaves prompts out on purpose; those with a ratio do not.
+        if not prompts or idle < IDLE * prompts or "ratio/max_gap" not in line:
+            return None
+        return (
+            f"{idle} of {prompts} prompts have no advantage, as all their samples score alike: "
+            "raise samples_per_prompt, or choose a reward or prompts that differ more"
+        )
+
+    def _gradient(self, rms: float) -> str | None:
+        epsilon = self.config.optimizer.epsilon
+        if rms >= epsilon:
+            return None
+        if rms == 0:
+            return "there is no gradient: nothing that is trained has a part in the loss. Try diffusionrl doctor"
+        return (
+            f"the gradient's root mean square is {rms:.1e}, below optimizer.epsilon {epsilon:.0e}, which then shortens "
+            "every step: lower it, for instance to 1e-15"
+        )
+
+    def _ratio(self, gap: float) -> str | None:
+        tolerance = ratio_tolerance(self.config)
+        if gap <= tolerance:
+            return None
+        return (
+            f"the ratio is off by {gap:.1e} before the first update, more than rounding ({tolerance:.0e}): the samples are "
+            "not the policy's. Try policy.dtype float32, and diffusionrl doctor"
+        )
+
+    def _still(self, line: dict[str, Any]) -> str | None:
+        """Between two updates of a step the ratio moves, unless the policy does not; a gap of rounding is no movement."""
+        kl, several = line.get("policy/approx_kl"), getattr(self.config.algorithm, "updates_per_step", 1) > 1
+        if kl is None or not several or kl > 0.5 * line["ratio/max_gap"] ** 2:
+            return None
+        return "the policy does not move: the new one is equal to the old one. Raise optimizer.learning_rate"
+
+    def _clipped(self, line: dict[str, Any]) -> str | None:
+        share = line.get("policy/clip_fraction")
+        if share is None or share < CLIPPED:
+            return None
+        return (
+            f"{share:.0%} of the ratios are beyond the clip range, where they teach nothing: "
+            "lower optimizer.learning_rate or algorithm.updates_per_step"
+        )

@@ -1,0 +1,93 @@
+"""Tries one tiny step of a configuration and says what is wrong with it. docs/doctor.md lists the checks.
+
+Everything is the run's own: model, rewards, prompts, algorithm, optimizer, sampler; only the number of samples is small. The
+trainer is left as it was found.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from diffusionrl.config import SamplingConfig
+from diffusionrl.doctor.export import check_export, check_images
+from diffusionrl.doctor.findings import Finding
+from diffusionrl.doctor.groups import check_groups
+from diffusionrl.doctor.resources import Costs, check_disk, check_memory, check_time, measure_sampling, measure_update
+from diffusionrl.doctor.reward import check_repeats, check_scores, check_variation, normalised
+from diffusionrl.doctor.update import check_update, rows_of_an_update
+from diffusionrl.prompts import Prompt
+from diffusionrl.rollout import Rollout, collect
+from diffusionrl.trainer import Trainer
+
+__all__ = ["Finding", "check_groups", "examine"]
+
+_SAMPLES = 8
+
+
+def examine(trainer: Trainer) -> Iterator[Finding]:
+    """Every check in turn, each as soon as it is done."""
+    before, micro_batch_size = trainer.state.capture(0), trainer.algorithm.micro_batch_size
+    try:
+        yield from _examine(trainer)
+    except torch.OutOfMemoryError as error:
+        remedy = "try again with --sampling.batch-size 1 --algorithm.micro-batch-size 1: they change memory and speed alone"
+        yield Finding("fail", "memory", f"not even a tiny step fits: {str(error).partition('.')[0]}", remedy)
+    finally:
+        trainer.algorithm.micro_batch_size = micro_batch_size
+        trainer.state.restore(before)
+
+
+def _examine(trainer: Trainer) -> Iterator[Finding]:
+    yield check_groups(trainer)
+    denoise, decode = measure_sampling(trainer)
+    sampling = replace(trainer.config.sampling, batch_size=min(_SAMPLES, denoise.tried, decode.tried))
+    rollout = _tiny_rollout(trainer, sampling)
+    yield check_images(rollout)
+    yield check_scores(trainer, rollout)
+    if rollout.scores.valid.any():
+        yield check_repeats(trainer, rollout)
+        yield check_variation(trainer, rollout)
+    rollout = normalised(trainer, rollout)
+    rollout, advantages = _something_to_learn(trainer, rollout)
+    rows = rows_of_an_update(trainer, rollout, advantages)
+    update = measure_update(trainer, rollout, rows, advantages)
+    costs = Costs(denoise, decode, update)
+    speed, time = check_time(trainer, rollout, advantages, costs)
+    yield speed
+    memory = check_memory(trainer, rollout, advantages, costs)
+    trainer.algorithm.micro_batch_size = min(trainer.algorithm.micro_batch_size, update.tried)
+    yield from check_update(trainer, rollout, rows, advantages)
+    yield check_export(trainer, rollout)
+    yield memory
+    yield check_disk(trainer)
+    yield time
+
+
+def _tiny_rollout(trainer: Trainer, sampling: SamplingConfig) -> Rollout:
+    """Eight samples: as many of one prompt as the run takes, at most four."""
+    config = trainer.config
+    group = min(config.samples_per_prompt, 4)
+    prompts: list[Prompt] = (list(trainer.prompts) * _SAMPLES)[: _SAMPLES // group]
+    return collect(
+        trainer.policy,
+        trainer.reward,
+        [prompt for prompt in prompts for _ in range(group)],
+        sampling,
+        config.seed,
+        "doctor",
+        0,
+        trainer.algorithm.logprob_reduction,
+        trainer.algorithm.needs,
+        config.rewards.timeout,
+    )
+
+
+def _something_to_learn(trainer: Trainer, rollout: Rollout) -> tuple[Rollout, Tensor]:
+    """Advantages; where the reward gives none, every other sample is taken to be good, so that the rest can be tried."""
+    advantages = trainer.algorithm.advantages(rollout)
+    if advantages.any():
+        return rollout, advantages
+    scores = replace(rollout.scores, valid=torch.ones_like(rollout.scores.valid))
+    return replace(rollout, scores=scores), torch.tensor([1.0, -1.0]).repeat(len(advantages))[: len(advantages)]

@@ -1,0 +1,119 @@
+"""From weights to images and to a file: decoding, and the export in plain diffusers."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from diffusionrl import seeds
+from diffusionrl.doctor.findings import Finding
+from diffusionrl.errors import UserError
+from diffusionrl.policies import load_pipeline
+from diffusionrl.rollout import Rollout, sample_trajectories
+from diffusionrl.trainer import Trainer
+from diffusionrl.transitions import ode
+
+_STEPS = 4  # denoising steps of the images that are compared
+_SHIFT, _ATTEMPTS, _SHOWS = 0.1, 6, 8.0  # first shift of the weights, relative; doublings; mean change in levels that is enough
+# Documented in README.md: single values may round to the next of 255 levels.
+_LEVELS, _SHARE = 1, 1e-3
+_COARSE = 0.1  # of what was trained, in other precisions than float32 on the CPU
+
+
+def check_images(rollout: Rollout) -> Finding:
+    """Finite, and showing something."""
+    images = rollout.images
+    if not images.isfinite().all():
+        remedy = "the decoder overflows: run it in float32, or try another checkpoint of the model"
+        return Finding("fail", "images", "the decoder gives NaN or infinity", remedy)
+    if not images.flatten(1).std(1).max() > 1 / 255:
+        return Finding("fail", "images", "all images are blank", "look at more of them: diffusionrl sample --model ...")
+    height, width = images.shape[-2:]
+    return Finding("pass", "images", f"{len(images)} decoded, {width} x {height}, finite, not blank")
+
+
+@torch.no_grad()
+def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
+    """Move the weights, export them, load them in plain diffusers, and draw the same images."""
+    policy = trainer.policy
+    try:
+        plain = load_pipeline(policy.source)
+    except UserError as error:
+        return Finding("warn", "export", f"not tried: {error}", "hand over the model by folder or hub id")
+    prompts = [prompt.text for prompt in (rollout.prompts * 2)[:2]]
+    noise = seeds.normal(trainer.config.seed, "doctor", 2, [0, 1], (_STEPS + 1, *policy.latent_shape)).to(policy.device)
+    plain.to(policy.device)
+    plain.set_progress_bar_config(disable=True)
+    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config, clip_sample=False)
+    base = _draw(plain, prompts, noise[:, 0], trainer.config.sampling.guidance)
+    rounding = (_ours(trainer, prompts, noise) - base).abs().mean().item()  # the weights have hardly moved
+    ours = _shifted(trainer, prompts, noise, base)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            policy.export(Path(folder))
+            _load(plain, Path(folder))
+            theirs = _draw(plain, prompts, noise[:, 0], trainer.config.sampling.guidance)
+    except Exception as error:  # whatever it raises is the answer
+        return Finding("fail", "export", f"does not load in plain diffusers: {type(error).__name__}: {error}", _REMEDY)
+    exact = trainer.config.policy.dtype == "float32" and policy.device.type == "cpu"
+    effect = (ours - base).abs().mean().item()
+    return _compare((theirs - ours).abs(), effect, None if exact else max(_COARSE * effect, 2 * rounding))
+
+
+_REMEDY = "the weights that are trained are not those that are exported: compare policy.trainable() with policy.export()"
+
+
+def _shifted(trainer: Trainer, prompts: Sequence[str], noise: Tensor, base: Tensor) -> Tensor:
+    """Move the weights, further and further until that shows; returns the images. An untrained adapter changes nothing."""
+    parameters = trainer.policy.trainable()
+    square = sum(p.square().sum().item() for p in parameters.values()) / sum(p.numel() for p in parameters.values())
+    images = base
+    for attempt in range(_ATTEMPTS):
+        for index, parameter in enumerate(parameters.values()):
+            generator = seeds.torch_generator(trainer.config.seed, "doctor", 3, attempt, index)
+            drawn = torch.empty(parameter.shape).normal_(std=_SHIFT * 2**attempt * square**0.5, generator=generator)
+            parameter.add_(drawn.to(parameter.device))
+        images = _ours(trainer, prompts, noise)
+        if (images - base).abs().mean() >= _SHOWS:
+            break
+    return images
+
+
+def _ours(trainer: Trainer, prompts: Sequence[str], noise: Tensor) -> Tensor:
+    policy = trainer.policy
+    table, guidance = ode(policy.grid(_STEPS)), trainer.config.sampling.guidance
+    latents, _ = sample_trajectories(policy, table, policy.embed(prompts), noise, guidance)
+    return _levels(policy.decode(latents[:, -1]))
+
+
+def _draw(pipeline: Any, prompts: Sequence[str], start: Tensor, guidance: float) -> Tensor:
+    settings = {"num_inference_steps": _STEPS, "guidance_scale": guidance, "output_type": "pt"}
+    return _levels(pipeline(list(prompts), latents=start.to(pipeline.unet.dtype), **settings).images)
+
+
+def _load(pipeline: Any, folder: Path) -> None:
+    if (folder / "unet").is_dir():
+        pipeline.unet = type(pipeline.unet).from_pretrained(folder / "unet").to(pipeline.device)
+    else:
+        pipeline.load_lora_weights(folder)
+
+
+def _levels(images: Tensor) -> Tensor:
+    return (images.float().cpu() * 255).round()
+
+
+def _compare(gap: Tensor, effect: float, coarse: float | None) -> Finding:
+    """The gap in levels, against the documented tolerance, or a coarser one for its mean. ``effect`` is the mean difference
+    that the trained weights make."""
+    if effect == 0:
+        return Finding("warn", "export", "the trained weights change no image", "look at policy.trainable()")
+    within = gap.max() <= _LEVELS and (gap > 0).float().mean() <= _SHARE
+    if within or (coarse is not None and gap.mean() <= coarse):
+        told = f"plain diffusers draws the same images, at most {gap.max():.0f} of 255 levels off ({gap.mean():.1g} on average)"
+        return Finding("pass", "export", told)
+    told = f"plain diffusers draws other images: {gap.mean():.2g} of 255 levels off; what was trained changes {effect:.2g}"
+    return Finding("fail", "export", told, _REMEDY)

@@ -1,0 +1,195 @@
+"""What the whole run will take, from what small pieces of it took: memory, time, disk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusionrl import checkpoint, seeds
+from diffusionrl.doctor.costs import Cost, limit_bytes, measure
+from diffusionrl.doctor.findings import Finding
+from diffusionrl.optimization import accumulate_gradient
+from diffusionrl.policies.base import chunks
+from diffusionrl.rewards import Scores
+from diffusionrl.rollout import Rollout, denoise_step, make_table
+from diffusionrl.trainer import Trainer
+
+_FULL = 0.85  # of the memory: a run of the preset "emoji" held 14 % more than estimated, which the allocator did not give back
+_DECODED = 16  # images are decoded at most so many at once
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one denoising step and of decoding, by images; of a forward and backward pass, by rows."""
+
+    denoise: Cost
+    decode: Cost
+    update: Cost
+
+    def sampling_peak(self, batch: int) -> float:
+        return max(self.denoise.peak(batch), self.decode.peak(min(batch, _DECODED)))
+
+
+def measure_sampling(trainer: Trainer) -> tuple[Cost, Cost]:
+    """Of a denoising step and of decoding, for batches as large as sampling.batch_size."""
+    policy, config = trainer.policy, trainer.config
+    table, prompts = make_table(policy, config.sampling), [prompt.text for prompt in trainer.prompts]
+
+    def noise(n: int) -> Tensor:
+        return seeds.normal(config.seed, "doctor", 4, list(range(n)), policy.latent_shape).to(policy.device)
+
+    @torch.no_grad()
+    def denoise(n: int) -> None:
+        embeddings = policy.embed((prompts[:1] * n)[:n])
+        denoise_step(policy, table, noise(n), torch.zeros(n, dtype=torch.long), embeddings, config.sampling.guidance)
+
+    batch = min(config.sampling.batch_size, max(config.samples_per_step, config.evaluation.num_samples))
+    return (
+        measure(denoise, batch, policy.device),
+        measure(lambda n: policy.decode(noise(n)), min(batch, _DECODED), policy.device),
+    )
+
+
+def measure_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Cost:
+    """Of a forward and backward pass, for micro-batches as large as algorithm.micro_batch_size."""
+    algorithm, optimization = trainer.algorithm, trainer.state.optimization
+    wanted = algorithm.micro_batch_size
+
+    def pass_over(n: int) -> None:
+        algorithm.micro_batch_size = n
+        accumulate_gradient(algorithm, trainer.policy, rollout, rows[torch.arange(n) % len(rows)], advantages)
+        optimization.adamw.zero_grad()
+
+    try:
+        return measure(pass_over, _micro_batch(trainer, rollout, advantages), trainer.policy.device)
+    finally:
+        algorithm.micro_batch_size = wanted
+
+
+def _micro_batch(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> int:
+    """The largest of a real step."""
+    return min(trainer.algorithm.micro_batch_size, max(len(rows) for rows in _whole_step(trainer, rollout, advantages)))
+
+
+def _whole_step(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> list[Tensor]:
+    """The rows of each update of a real step, whose samples are these over and over."""
+    times = -(-trainer.config.samples_per_step // len(rollout.prompts))
+    count = trainer.config.samples_per_step
+    scores = Scores(rollout.scores.values.repeat(times)[:count], rollout.scores.valid.repeat(times)[:count])
+    full = replace(rollout, prompts=(rollout.prompts * times)[:count], scores=scores)
+    every = trainer.algorithm.updates(full, advantages.repeat(times)[:count], trainer.config.seed, 0)
+    return [rows for rows in every if len(rows)]
+
+
+# Memory
+
+
+def check_memory(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Costs) -> Finding:
+    """The peak at the configured batch sizes against what there is; smaller ones where that is not enough."""
+    config, device = trainer.config, trainer.policy.device
+    limit, kept = limit_bytes(device), _kept(trainer, rollout)
+    batch, micro = min(config.sampling.batch_size, config.samples_per_step), _micro_batch(trainer, rollout, advantages)
+    sampling, update = costs.sampling_peak(batch) + kept, costs.update.peak(micro) + kept
+    need = max(sampling, update)
+    where = "the GPU" if device.type == "cuda" else "memory"
+    told = f"{need / 1e9:.2f} GB at the peak, {'updates' if update > sampling else 'sampling'}; {limit / 1e9:.1f} GB of {where}"
+    if need <= _FULL * limit:
+        return Finding("pass", "memory", told)
+    smaller_batch = _largest(batch, lambda n: costs.sampling_peak(n) + kept <= _FULL * limit)
+    smaller_micro = _largest(micro, lambda n: costs.update.peak(n) + kept <= _FULL * limit)
+    if not (smaller_batch and smaller_micro):
+        remedy = "not even one at a time fits: take policy.training lora, policy.dtype bfloat16, or more memory"
+        return Finding("fail", "memory", told, remedy)
+    options = [f"--sampling.batch-size {smaller_batch}"] if smaller_batch < batch else []
+    options += [f"--algorithm.micro-batch-size {smaller_micro}"] if smaller_micro < micro else []
+    remedy = (
+        f"{' '.join(options)}; a step stays {config.prompts_per_step} prompts x {config.samples_per_prompt}, "
+        "and an update adds up more micro-batches to the same gradient"
+    )
+    return Finding("fail" if need > limit else "warn", "memory", told, remedy)
+
+
+def _largest(size: int, fits: Callable[[int], bool]) -> int:
+    """``size``, or the next that fits when it is halved again and again; 0 where none does."""
+    while size and not fits(size):
+        size //= 2
+    return size
+
+
+def _kept(trainer: Trainer, rollout: Rollout) -> int:
+    """What a run holds beside its batches: AdamW's moments, the samples of a step (twice, when they are put together) and, in
+    memory, two copies of weights and moments for checkpoints."""
+    weights = sum(parameter.nbytes for parameter in trainer.state.optimization.parameters.values())
+    on_cpu = trainer.policy.device.type == "cpu"
+    tensors = [rollout.latents, rollout.embeddings, rollout.log_probs, *([rollout.images] if on_cpu else [])]
+    samples = sum(tensor[0].nbytes for tensor in tensors) * trainer.config.samples_per_step
+    return 2 * samples + weights * (2 + (6 if on_cpu else 0))
+
+
+# Time
+
+
+def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Costs) -> tuple[Finding, Finding]:
+    """Of a step and of the run; and the reward's part in it."""
+    config = trainer.config
+    score = rollout.seconds["reward"] / len(rollout.prompts)
+    sampling = _sampling_seconds(trainer, costs, config.samples_per_step)
+    evaluation = _sampling_seconds(trainer, costs, config.evaluation.num_samples)
+    micro = trainer.algorithm.micro_batch_size
+    parts = [part for rows in _whole_step(trainer, rollout, advantages) for part in chunks(len(rows), micro)]
+    update = sum(costs.update.time(part.stop - part.start) for part in parts)
+    reward = score * config.samples_per_step
+    waiting = max(score * min(config.sampling.batch_size, config.samples_per_step), reward - sampling)
+    step = sampling + waiting + update
+    every = config.evaluation.every
+    evaluations = 1 + (config.steps // every + (config.steps % every > 0) if every else 1)
+    run = config.steps * step + evaluations * (evaluation + score * config.evaluation.num_samples)
+    of_it = f"sampling {_clock(sampling)}, updates {_clock(update)}"
+    told = f"about {_clock(step)} a step ({of_it}), {_clock(run)} for {config.steps} steps"
+    return _speed(trainer, score, waiting / step), Finding("pass", "time", told)
+
+
+def _speed(trainer: Trainer, score: float, share: float) -> Finding:
+    config = trainer.config
+    told = f"{score * 1000:.3g} ms an image; a step waits for it {share:.0%} of its time"
+    call = score * min(config.sampling.batch_size, config.samples_per_step)
+    if call > config.rewards.timeout:
+        remedy = f"raise rewards.timeout above {call:.0f}, or lower sampling.batch_size"
+        return Finding("fail", "speed", f"a batch takes {call:.0f} s, rewards.timeout is {config.rewards.timeout:g} s", remedy)
+    if share <= 0.5:
+        return Finding("pass", "speed", told)
+    remedy = "score a whole batch at once, on the GPU if there is one; keep answers of a server that were given before"
+    return Finding("warn", "speed", told, remedy)
+
+
+def _sampling_seconds(trainer: Trainer, costs: Costs, count: int) -> float:
+    """Of so many images."""
+    sampling = trainer.config.sampling
+    seconds = 0.0
+    for part in chunks(count, sampling.batch_size):
+        size = part.stop - part.start
+        seconds += sampling.num_steps * costs.denoise.time(size)
+        seconds += sum(costs.decode.time(each.stop - each.start) for each in chunks(size, _DECODED))
+    return seconds
+
+
+def _clock(seconds: float) -> str:
+    """12 s, 4 min, 3.5 h, 12 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+# Disk
+
+
+def check_disk(trainer: Trainer) -> Finding:
+    run_dir = trainer.config.run_dir or Path("runs")
+    need, free = trainer.disk_need(run_dir if trainer.config.run_dir else run_dir / "NAME"), checkpoint.free_bytes(run_dir)
+    told = f"{need / 1e6:.0f} MB at most for checkpoints, samples and export; {free / 1e9:.1f} GB free in {run_dir}"
+    if need <= free:
+        return Finding("pass", "disk", told)
+    return Finding("fail", "disk", told, "choose another --run-dir, or lower checkpoint.keep")

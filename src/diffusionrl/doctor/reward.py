@@ -1,0 +1,117 @@
+"""The reward on a few images of the model's own: valid, repeatable, not constant."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from diffusionrl import seeds
+from diffusionrl.advantages import members_of
+from diffusionrl.doctor.findings import Finding
+from diffusionrl.errors import UserError
+from diffusionrl.rewards import Mixture, RewardCall, Scores
+from diffusionrl.rollout import Rollout
+from diffusionrl.trainer import Trainer
+
+# The part of a reward's spread that is its own noise: rounding below the first, more noise than signal above the second.
+_ROUNDING, _NOISE = 1e-3, 0.5
+
+
+def ask(trainer: Trainer, reward: Mixture, rollout: Rollout, images: Tensor) -> Scores:
+    """What a reward says of images for the rollout's prompts."""
+    prompts = (rollout.prompts * len(images))[: len(images)]
+    call = RewardCall(reward, images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+    call.start()
+    return call.result(trainer.config.rewards.timeout)
+
+
+def check_scores(trainer: Trainer, rollout: Rollout) -> Finding:
+    """Finite and in range; held-out rewards too."""
+    found = {"": rollout.scores}
+    if trainer.held_out is not None:
+        found["held-out "] = ask(trainer, trainer.held_out, rollout, rollout.images)
+    for kind, scores in found.items():
+        invalid, total = int((~scores.valid).sum()), len(scores.valid)
+        if invalid:
+            stops = not kind and invalid > trainer.config.rewards.max_invalid * total
+            told = f"{invalid} of {total} images have no valid {kind}score: {scores.error}"
+            remedy = "mend the reward: a run stops when more than rewards.max_invalid of its samples have no score"
+            return Finding("fail" if stops else "warn", "scores", told, remedy)
+    ranges = [
+        f"{part.min():.3g} to {part.max():.3g}" + (f" ({name})" if len(rollout.scores.parts) > 1 else "")
+        for name, part in rollout.scores.parts.items()
+    ]
+    return Finding("pass", "scores", f"finite and valid on {len(rollout.prompts)} images: {', '.join(ranges)}")
+
+
+def check_repeats(trainer: Trainer, rollout: Rollout) -> Finding:
+    """The same images again: noise of the reward's own, as a share of how much images differ."""
+    again = ask(trainer, trainer.reward, rollout, rollout.images)
+    worst, name = max((_noise(part, again.parts[name]), name) for name, part in rollout.scores.parts.items())
+    if worst <= _ROUNDING:
+        return Finding("pass", "repeatable", "the same image twice gets the same score")
+    told = f"{_of(name, rollout)}the same image twice gets different scores: noise is {worst:.0%} of what tells images apart"
+    remedy = "seed whatever the reward draws, use eval() and no dropout, and set a judge's temperature to 0"
+    return Finding("fail" if worst > _NOISE else "warn", "repeatable", told, remedy)
+
+
+def _noise(first: Tensor, second: Tensor) -> float:
+    """Standard deviation between the two scores of an image over that of all scores; 0 where there is nothing to compare."""
+    both = (first.isfinite() & second.isfinite()).nonzero().flatten()
+    if len(both) == 0:
+        return 0.0
+    pairs = torch.stack([first[both], second[both]]).double()
+    spread = pairs.std(correction=0).item()
+    return (pairs[0] - pairs[1]).square().mean().div(2).sqrt().item() / spread if spread else 0.0
+
+
+def check_variation(trainer: Trainer, rollout: Rollout) -> Finding:
+    """Whether the reward tells images apart: of different prompts, and of one."""
+    parts = {name: part for name, part in rollout.scores.parts.items() if part.isfinite().sum() > 1}
+    flat = [name for name, part in parts.items() if _alike(part)]
+    if flat:
+        return _flat(trainer, rollout, flat[0])
+    groups = [group for group in members_of([prompt.text for prompt in rollout.prompts]).values() if len(group) > 1]
+    values = rollout.scores.values
+    if groups and all(_alike(values[group]) for group in groups):
+        return Finding(
+            "warn",
+            "variation",
+            "images of one prompt all score alike: the reward tells prompts apart, not images",
+            "choose a reward that looks at the image; samples of one prompt are what a policy learns from",
+        )
+    spread = values[rollout.scores.valid].std(correction=0).item()
+    return Finding("pass", "variation", f"scores differ, standard deviation {spread:.3g}")
+
+
+def _flat(trainer: Trainer, rollout: Rollout, name: str) -> Finding:
+    """All images score alike. Does anything at all change the score?"""
+    size = rollout.images.shape[1:]
+    noise = seeds.normal(trainer.config.seed, "doctor", 0, [0], tuple(size)).sigmoid()
+    extremes = torch.cat([torch.zeros(1, *size), torch.ones(1, *size), noise, torch.full((1, *size), 0.5)])
+    found = ask(trainer, trainer.reward, rollout, torch.cat([rollout.images[:1], extremes])).parts[name]
+    told = f"{_of(name, rollout)}all {len(rollout.prompts)} images score {rollout.scores.parts[name].nanmean():.3g}"
+    if not _alike(found):
+        remedy = "equal scores teach nothing: choose prompts that are less easy (or less hard), or a finer reward"
+        return Finding("warn", "variation", told, remedy)
+    remedy = "the reward is constant: look at what it does with its images"
+    return Finding("fail", "variation", f"{told}, and so do black, white, grey and noise", remedy)
+
+
+def _alike(scores: Tensor) -> bool:
+    found = scores[scores.isfinite()]
+    return len(found) == 0 or bool(found.max() == found.min())
+
+
+def _of(name: str, rollout: Rollout) -> str:
+    return f"{name}: " if len(rollout.scores.parts) > 1 else ""
+
+
+def normalised(trainer: Trainer, rollout: Rollout) -> Rollout:
+    """As the run would normalise the rewards, by its first evaluation; as they are where that cannot be done."""
+    if not trainer.config.rewards.normalise:
+        return rollout
+    try:
+        return replace(rollout, scores=trainer.reward.calibrate(rollout.scores))
+    except UserError:  # a constant reward, which has been named
+        return rollout
