@@ -15,6 +15,7 @@ from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt, load_prompts
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
+from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.rollout import make_table
 from diffusionrl.tracking import RunFolder, TrainResult, read_result
 from diffusionrl.trainer import Trainer
@@ -49,7 +50,7 @@ def train(
     config = dataclasses.replace(config, **_described(policy, reward, prompts))
     with interruption.noted(), RunFolder(run_dir, config) as folder:
         if folder.finished:
-            print(f"{run_dir} is finished: all {config.steps} steps are done")
+            print(f"{run_dir} is finished: {folder.finished}")
             return read_result(run_dir)
         if prompts is None:
             chosen = load_prompts(config.prompts, config.max_broken_prompts)
@@ -66,9 +67,10 @@ def train(
             if not within(config.rewards.timeout, trial):
                 seconds = f"{config.rewards.timeout:g} s (rewards.timeout)"
                 raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(each.rewards)}")
+        embed = load_embedder(config.evaluation.embeddings, config.model)
         trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
         make_table(trained, config.sampling)
-        trainer = Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out)
+        trainer = Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out, embed)
         try:
             return trainer.run(folder)
         except interruption.Interrupted as error:

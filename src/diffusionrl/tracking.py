@@ -26,7 +26,7 @@ from diffusionrl.trackers import IMAGES, Mirror, check_trackers, close_all, make
 
 _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
 PARTIAL = ".partial"  # what a killed process may leave behind
-SAFE_CHANGES = ("steps", "track", "evaluation.every", "checkpoint.")
+SAFE_CHANGES = ("steps", "track", "evaluation.every", "checkpoint.", "guard.")
 """Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
 
 
@@ -48,7 +48,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made: its folder, and the evaluations before the first and after the last step."""
+    """What a run made: its folder, and the evaluations before the first step and of the weights that it exported."""
 
     run_dir: Path
     before: Score
@@ -56,20 +56,30 @@ class TrainResult:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a killed process left half-written is not one."""
-    return [
-        json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
-    ]
+    """The lines of metrics.jsonl."""
+    return read_lines(run_dir / "metrics.jsonl")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a last line that a killed process left half-written is not one."""
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def read_result(run_dir: Path) -> TrainResult:
     """Of a finished run."""
-    lines = [line for line in read_metrics(run_dir) if "eval/reward" in line]
+    lines = {line["step"]: line for line in read_metrics(run_dir) if "eval/reward" in line}
     before, after = (
         Score(*(float("nan") if line[key] is None else line[key] for key in ("eval/reward", "eval/reward_se")))
-        for line in (lines[0], lines[-1])
+        for line in (lines[min(lines)], lines[exported_step(run_dir, max(lines))])
     )
     return TrainResult(run_dir, before, after)
+
+
+def exported_step(run_dir: Path, last: int) -> int:
+    """The step whose weights are in ``export``: the ``last`` one, unless the guard chose another."""
+    marker = run_dir / "finished.json"
+    exported = json.loads(marker.read_text()).get("exported_step") if marker.is_file() else None
+    return last if exported is None else exported
 
 
 class RunFolder:
@@ -79,7 +89,8 @@ class RunFolder:
 
     Attributes:
         new: there is no run in it yet.
-        finished: all steps are done and exported.
+        finished: all steps are done and exported, or the guard has stopped the run; which of them is said in words. None where
+            there is something left to do.
 
     Raises:
         UserError: another process is at work there; it is no run; its settings differ in what changes the result; or it has
@@ -90,7 +101,8 @@ class RunFolder:
         self.run_dir, self.config = run_dir, config
         self._lock = FileLock(run_dir / "lock")
         self._progress = Progress(config.steps, config.samples_per_step)
-        self.new, self.finished, self._begun = True, False, False
+        self.new, self._begun = True, False
+        self.finished: str | None = None
         self._made: list[Path] = []
         self._mirrors: list[Mirror] = []
 
@@ -125,10 +137,14 @@ class RunFolder:
         if not self.new:
             self._compare_settings()
             marker = self.run_dir / "finished.json"
-            done = json.loads(marker.read_text())["steps"] if marker.is_file() else 0
+            ending = json.loads(marker.read_text()) if marker.is_file() else {"steps": 0}
+            done = ending["steps"]
             if done > self.config.steps:
                 raise UserError(f"{self.run_dir} is finished with {done} steps; {self.config.steps} were asked for")
-            self.finished = done == self.config.steps
+            if "stopped" in ending and self.config.guard.stop:
+                self.finished = f"the guard stopped it at step {done}: {ending['stopped']}. With --guard.no-stop it goes on"
+            elif done == self.config.steps:
+                self.finished = f"all {done} steps are done"
         elif any(p.name != "lock" and p.suffix != PARTIAL for p in self.run_dir.iterdir()):
             raise UserError(f"{self.run_dir} exists and is no run: choose another --name or --run-dir")
 
@@ -175,9 +191,8 @@ class RunFolder:
             if step is None or int(samples.name.removeprefix("step_")) > step:
                 shutil.rmtree(samples)
         (self.run_dir / "finished.json").unlink(missing_ok=True)
-        if (self.run_dir / "metrics.jsonl").is_file():
-            kept = [line for line in read_metrics(self.run_dir) if step is not None and line["step"] <= step]
-            replace_file(self.run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self._keep_until(step, "metrics.jsonl")
+        self._keep_until(step, "alarms.jsonl")
         replace_file(self.run_dir / "config.yaml", to_yaml(self.config))
         environment: dict[str, Any] = {
             "command": sys.argv,
@@ -193,6 +208,15 @@ class RunFolder:
         replace_file(self.run_dir / "env.json", json.dumps(environment, indent=2) + "\n")
         settings = _flat(yaml.safe_load(to_yaml(self.config)))
         self._mirrors = [Mirror(name, partial(make_tracker, name, self.run_dir, settings)) for name in self.config.track]
+
+    def _keep_until(self, step: int | None, name: str) -> list[dict[str, Any]]:
+        """Forget the lines of a file after ``step``, which are made again; returns those that stay. None: forget all."""
+        file = self.run_dir / name
+        if not file.is_file():
+            return []
+        kept = [line for line in read_lines(file) if step is not None and line["step"] <= step]
+        replace_file(file, "".join(json.dumps(line) + "\n" for line in kept))
+        return kept
 
     def _compare_environment(self, now: dict[str, Any]) -> None:
         """Say what differs from when the run began: the rest may differ in rounding."""
@@ -210,19 +234,31 @@ class RunFolder:
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and print progress. Non-finite numbers are written as null."""
         finite = {k: v if v == v and abs(v) != float("inf") else None for k, v in metrics.items()}
-        with (self.run_dir / "metrics.jsonl").open("a") as lines:
-            lines.write(json.dumps(finite) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
+        append_line(self.run_dir / "metrics.jsonl", finite)
         samples = self.run_dir / "samples" / f"step_{metrics['step']:06d}"
         images = sorted(samples.glob("0*.png"))[:IMAGES] if "eval/reward" in metrics else []
         for mirror in self._mirrors:
             mirror.log(finite, images)
         self._progress.show(metrics)
 
-    def finish(self) -> None:
-        """All steps are done and exported."""
-        replace_file(self.run_dir / "finished.json", json.dumps({"steps": self.config.steps}) + "\n")
+    def alarm(self, step: int, kind: str, message: str) -> None:
+        """Warn on the terminal and append a line to alarms.jsonl. A run that is taken up before this step forgets it."""
+        append_line(self.run_dir / "alarms.jsonl", {"step": step, "kind": kind, "message": message})
+        self._progress.close()
+        with suppress(OSError):
+            print(f"warning: step {step}: {message}", file=sys.stderr, flush=True)
+
+    def finish(self, ending: dict[str, Any]) -> None:
+        """There is nothing left to do: "steps" are done, and what else is to be said of the end."""
+        replace_file(self.run_dir / "finished.json", json.dumps(ending) + "\n")
+
+
+def append_line(file: Path, entry: dict[str, Any]) -> None:
+    """Append an object to a JSONL file, down to the disk."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(entry) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
 
 
 def replace_file(path: Path, text: str) -> None:
