@@ -230,8 +230,8 @@ def test_a_rising_or_flat_held_out_score_is_left_alone() -> None:
     assert sunk[-1].alarm is not None, "all samples alike: no noise at all"
 
 
-@pytest.mark.parametrize(("kept", "rate"), [(0.0, 0.01), (0.9, 0.05), (1.0, 0.1)])
-def test_noise_alone_seldom_triggers(kept: float, rate: float) -> None:
+@pytest.mark.parametrize("kept", [0.0, 0.9, 1.0])
+def test_noise_alone_seldom_triggers(kept: float) -> None:
     """False alarms in 20 evaluations of 64 samples whose scores wander and lead nowhere: by noise that is new every time, that
     stays in part, and that adds up."""
     alarms, runs = 0, 100
@@ -242,7 +242,7 @@ def test_noise_alone_seldom_triggers(kept: float, rate: float) -> None:
             wander = kept * wander + draw
             series.append((draws[0], draws[0] + wander))
         alarms += any(v.alarm for v in replay(history(series)))
-    assert alarms <= rate * runs
+    assert alarms <= 0.03 * runs
 
 
 def test_missing_scores_are_passed_over() -> None:

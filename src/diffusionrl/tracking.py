@@ -143,7 +143,7 @@ class RunFolder:
                 raise UserError(f"{self.run_dir} is finished with {done} steps; {self.config.steps} were asked for")
             if "stopped" in ending and self.config.guard.stop:
                 self.finished = f"the guard stopped it at step {done}: {ending['stopped']}. With --guard.no-stop it goes on"
-            elif done == self.config.steps:
+            elif done == self.config.steps and (self.config.guard.stop or ending.get("exported_step", done) == done):
                 self.finished = f"all {done} steps are done"
         elif any(p.name != "lock" and p.suffix != PARTIAL for p in self.run_dir.iterdir()):
             raise UserError(f"{self.run_dir} exists and is no run: choose another --name or --run-dir")
