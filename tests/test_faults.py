@@ -306,6 +306,8 @@ def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, checkpoint.Checkpoint(step, {"policy": {"w": torch.zeros(2)}}, {"score": score}))
         checkpoint.prune(tmp_path, keep=2)
     assert checkpoint.complete_steps(tmp_path) == [2, 5, 6]
+    checkpoint.prune(tmp_path, keep=1, best=5)
+    assert checkpoint.complete_steps(tmp_path) == [5, 6], "the one that is named is the best, whatever the scores say"
 
 
 def test_a_corrupted_checkpoint_does_not_count_among_those_that_are_kept(two_checkpoints: Path, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ GLOBAL_GENERATORS = {"torch.manual_seed", "torch.seed", "np.random.seed", "rando
 # Imports point downwards: a room may import what stands in lines before its own.
 FLOORS = [
     {"errors", "seeds", "transitions", "images", "emoji", "interruption", "intervals", "progress"},
+    {"reward_config"},
     {"config", "prompts", "checkpoint", "hub", "trackers"},
-    {"policies", "rewards", "alarms"},
+    {"policies", "rewards", "alarms", "guard"},
     {"rollout", "advantages"},
-    {"algorithms"},
+    {"algorithms", "measures"},
     {"evaluation", "tracking", "optimization"},
-    {"state", "card"},
+    {"state", "card", "monitor"},
     {"trainer"},
     {"sampling", "report", "presets", "doctor", "emoji.recipe"},
     {"api", "assessment"},

@@ -19,6 +19,7 @@ from diffusionrl.presets import emoji
 from diffusionrl.prompts import Prompt, load_prompts
 from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
+from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.rollout import make_table
 from diffusionrl.tracking import RunFolder, TrainResult, read_result
 from diffusionrl.trainer import Trainer
@@ -50,7 +51,7 @@ def train(
     config = dataclasses.replace(config, **_described(policy, reward, prompts))
     with interruption.noted(), RunFolder(run_dir, config, keep_report) as folder:
         if folder.finished:
-            print(f"{run_dir} is finished: all {config.steps} steps are done")
+            print(f"{run_dir} is finished: {folder.finished}")
             return read_result(run_dir)
         trainer = _prepare(config, policy, reward, prompts, algorithm)
         groups = check_groups(trainer)
@@ -106,9 +107,10 @@ def _prepare(
         if not within(config.rewards.timeout, trial):
             seconds = f"{config.rewards.timeout:g} s (rewards.timeout)"
             raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(each.rewards)}")
+    embed = load_embedder(config.evaluation.embeddings, config.model)
     trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
     make_table(trained, config.sampling)
-    return Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out)
+    return Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out, embed)
 
 
 def _described(

@@ -91,13 +91,13 @@ def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
     return final
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the one with the best score."""
+def prune(run_dir: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the best one: that of step ``best``, or else with the best score."""
     steps = complete_steps(run_dir)
-    scores = {step: _score(folder_of(run_dir, step)) for step in steps}
-    best = max((score for score in scores.values() if score is not None), default=None)
+    scores = {step: _score(folder_of(run_dir, step)) for step in steps if best is None}
+    highest = max((score for score in scores.values() if score is not None), default=None)
     for step in steps[:-keep]:
-        if scores[step] is None or scores[step] != best:
+        if step != best and (scores.get(step) is None or scores[step] != highest):
             _remove(folder_of(run_dir, step))
 
 

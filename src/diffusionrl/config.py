@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from diffusionrl.errors import require
-from diffusionrl.reward_config import RewardsConfig
+from diffusionrl.reward_config import CLIPScoreConfig, RewardsConfig
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,9 @@ class RWRConfig:
         require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
 
 
+MIN_PAIRS = 10
+"""Fewer paired samples give no standard error to judge by."""
+
 AlgorithmConfig = DDPOConfig | RWRConfig
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {"ddpo": DDPOConfig, "rwr": RWRConfig}
 
@@ -191,12 +194,36 @@ class EvaluationConfig:
     """Steps between evaluations; 0 evaluates only before the first and after the last step."""
     num_samples: int = 64
     """Images, over the prompts in turn."""
+    samples_per_prompt: int = 1
+    """Images of a prompt before the next one's turn. Diversity is measured among the images of one prompt."""
     held_out: tuple[str, ...] = ()
     """Rewards that are measured at every evaluation and never trained on."""
+    embeddings: CLIPScoreConfig = field(default_factory=lambda: CLIPScoreConfig(model="auto"))
+    """The CLIP-type model behind the diversity: "auto" is the embedded one for the embedded model, and none for others;
+    "none" is none."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"evaluation.every must not be negative, not {self.every}")
         require(self.num_samples >= 2, f"evaluation.num_samples must be at least 2, not {self.num_samples}")
+        require(self.samples_per_prompt >= 1, "evaluation.samples_per_prompt must be at least 1")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Held-out scores that fall while the reward rises; see docs/guard.md."""
+
+    watch: tuple[str, ...] = ()
+    """Which of evaluation.held_out are watched; none named: all of them."""
+    noise: float = 3.0
+    """A score has fallen where it is this many standard errors below its peak."""
+    patience: int = 3
+    """Evaluations in a row with a fallen score before the warning."""
+    stop: bool = False
+    """Stop there; and export the best weights before any score had fallen, not the last ones."""
+
+    def __post_init__(self) -> None:
+        require(self.noise > 0, f"guard.noise must be positive, not {self.noise}")
+        require(self.patience >= 1, f"guard.patience must be at least 1, not {self.patience}")
 
 
 @dataclass(frozen=True)
@@ -232,11 +259,17 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def samples_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Names of the held-out rewards that the guard watches."""
+        return self.guard.watch or tuple(entry.partition("=")[0] for entry in self.evaluation.held_out)
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
@@ -246,6 +279,17 @@ class TrainConfig:
         require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
         if isinstance(self.algorithm, DDPOConfig):
             self._check_ddpo(self.algorithm)
+        self._check_guard()
+
+    def _check_guard(self) -> None:
+        held_out = [entry.partition("=")[0] for entry in self.evaluation.held_out]
+        for name in self.guard.watch:
+            require(name in held_out, f"guard.watch names {name!r}, which is not among evaluation.held_out")
+        require(
+            not self.guard.stop or (bool(held_out) and self.evaluation.every > 0 and self.evaluation.num_samples >= MIN_PAIRS),
+            "guard.stop needs something to watch: name evaluation.held_out, set evaluation.every above 0 and "
+            f"evaluation.num_samples to at least {MIN_PAIRS}",
+        )
 
     def _check_ddpo(self, algorithm: DDPOConfig) -> None:
         require(

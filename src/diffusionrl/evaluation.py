@@ -14,7 +14,7 @@ from diffusionrl.images import image_grid, to_pil
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores
-from diffusionrl.rollout import Rollout, collect
+from diffusionrl.rollout import Needs, Rollout, collect
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Evaluation:
     Attributes:
         rollout: with the scores of the reward that is trained on.
         held_out: by name, (N,), NaN where invalid.
+        statistics: of the images, by name, (N,).
     """
 
     rollout: Rollout
     held_out: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -45,16 +47,21 @@ class Evaluation:
 
     @property
     def beside(self) -> dict[str, Tensor]:
-        """What is known beside the reward, by name: its parts where it has several, and the held-out rewards."""
+        """What is known beside the reward, by name: its parts where it has several, the held-out rewards, the statistics."""
         parts = self.rollout.scores.parts
-        return (parts if len(parts) > 1 else {}) | self.held_out
+        return (parts if len(parts) > 1 else {}) | self.held_out | self.statistics
+
+    @property
+    def by_sample(self) -> dict[str, Tensor]:
+        """The reward, and what is known beside it, (N,) each, NaN where invalid."""
+        return {"reward": self._values} | self.beside
 
     def rescored(self, scores: Scores) -> "Evaluation":
         """The same samples with other scores."""
         return replace(self, rollout=replace(self.rollout, scores=scores))
 
     def metrics(self) -> dict[str, float]:
-        """For metrics.jsonl: the reward, each of its parts where there are several, and the held-out rewards."""
+        """For metrics.jsonl: the reward, and what is known beside it."""
         scores = self.rollout.scores
         metrics = {
             "eval/reward": self.mean,
@@ -82,10 +89,13 @@ def evaluate(
     seed: int,
     held_out: Mixture | None = None,
     timeout: float = 600.0,
+    samples_per_prompt: int = 1,
+    needs: Needs = "endpoints",
 ) -> Evaluation:
-    """Score ``num_samples`` images over the prompts in turn; ``timeout`` is for one call of the rewards, in seconds."""
-    asked = [prompts[i % len(prompts)] for i in range(num_samples)]
-    rollout = collect(policy, reward, asked, sampling, seed, "evaluation", 0, needs="endpoints", timeout=timeout)
+    """Score ``num_samples`` images over the prompts in turn, ``samples_per_prompt`` of each at a turn; ``timeout`` is for one
+    call of the rewards, in seconds, and ``needs`` says what is kept of a sample."""
+    asked = [prompts[i // samples_per_prompt % len(prompts)] for i in range(num_samples)]
+    rollout = collect(policy, reward, asked, sampling, seed, "evaluation", 0, needs=needs, timeout=timeout)
     if held_out is None:
         return Evaluation(rollout)
     call = RewardCall(held_out, rollout.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])

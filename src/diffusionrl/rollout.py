@@ -57,12 +57,10 @@ def make_table(policy: Policy, config: SamplingConfig) -> SamplerTable:
         raise UserError(f"sampling settings do not fit the model: {error}") from error
 
 
-def denoise_step(
+def predict(
     policy: Policy, table: SamplerTable, x: Tensor, steps: Tensor, embeddings: Tensor, guidance: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the next latent, for samples that may each be at a step of their own.
-
-    This is the policy of the paper, and the only place where it is evaluated: sampling and updates share it.
+    """Estimates of (x0, noise), for samples that may each be at a denoising step of their own.
 
     Args:
         x: (B, C, h, w).
@@ -72,8 +70,17 @@ def denoise_step(
     shape = (-1, *[1] * (x.ndim - 1))
     grid = table.grid
     timestep, alpha, sigma = (column[rows].to(x.device) for column in (grid.timesteps, grid.alpha, grid.sigma))
-    x0, noise = policy.denoise(x, timestep, alpha.view(shape), sigma.view(shape), embeddings, guidance)
-    return table.mean(steps, x0, noise), table.std(steps, x)
+    return policy.denoise(x, timestep, alpha.view(shape), sigma.view(shape), embeddings, guidance)
+
+
+def denoise_step(
+    policy: Policy, table: SamplerTable, x: Tensor, steps: Tensor, embeddings: Tensor, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the next latent; the arguments are those of ``predict``.
+
+    This is the policy of the paper, and the only place where it is evaluated: sampling and updates share it.
+    """
+    return table.mean(steps, *predict(policy, table, x, steps, embeddings, guidance)), table.std(steps, x)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from diffusionrl.trackers import IMAGES, Mirror, check_trackers, close_all, make
 
 _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
 PARTIAL = ".partial"  # what a killed process may leave behind
-SAFE_CHANGES = ("steps", "track", "evaluation.every", "checkpoint.")
+SAFE_CHANGES = ("steps", "track", "evaluation.every", "checkpoint.", "guard.")
 """Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
 
 
@@ -51,7 +51,7 @@ class Score:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made: its folder, and the evaluations before the first and after the last step."""
+    """What a run made: its folder, and the evaluations before the first step and of the weights that it exported."""
 
     run_dir: Path
     before: Score
@@ -70,10 +70,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def read_result(run_dir: Path) -> TrainResult:
     """Of a finished run."""
-    lines = [line for line in read_metrics(run_dir) if "eval/reward" in line]
+    lines = {line["step"]: line for line in read_metrics(run_dir) if "eval/reward" in line}
     before, after = (
         Score(*(float("nan") if line[key] is None else line[key] for key in ("eval/reward", "eval/reward_se")))
-        for line in (lines[0], lines[-1])
+        for line in (lines[min(lines)], lines[exported_step(run_dir, max(lines))])
     )
     return TrainResult(run_dir, before, after)
 
@@ -91,6 +91,13 @@ def is_held(run_dir: Path) -> bool:
         return False
 
 
+def exported_step(run_dir: Path, last: int) -> int:
+    """The step whose weights are in ``export``: the ``last`` one, unless the guard chose another."""
+    marker = run_dir / "finished.json"
+    exported = json.loads(marker.read_text()).get("exported_step") if marker.is_file() else None
+    return last if exported is None else exported
+
+
 class RunFolder:
     """A run's folder, held by one process: a new one, or one to go on with.
 
@@ -99,7 +106,8 @@ class RunFolder:
 
     Attributes:
         new: there is no run in it yet.
-        finished: all steps are done and exported.
+        finished: all steps are done and exported, or the guard has stopped the run; which of them is said in words. None where
+            there is something left to do.
 
     Raises:
         UserError: another process is at work there; it is no run; its settings differ in what changes the result; or it has
@@ -110,7 +118,8 @@ class RunFolder:
         self.run_dir, self.config, self._report = run_dir, config, report
         self._lock = FileLock(run_dir / "lock")
         self._progress = Progress(config.steps, config.samples_per_step)
-        self.new, self.finished, self._begun = True, False, False
+        self.new, self._begun = True, False
+        self.finished: str | None = None
         self._made: list[Path] = []
         self._mirrors: list[Mirror] = []
         self._watch = Watch(config)
@@ -146,6 +155,15 @@ class RunFolder:
         if self._report is not None:
             self._report(self.run_dir)
 
+    def check_disk(self, need: int) -> None:
+        """Raises UserError where the disk cannot hold ``need`` bytes more."""
+        free = checkpoint.free_bytes(self.run_dir)
+        if need > free:
+            raise UserError(
+                f"this run may need {need / 1e6:.0f} MB in {self.run_dir}, for checkpoints and samples, "
+                f"and {free / 1e6:.0f} MB are free: choose another --run-dir"
+            )
+
     def _let_go(self) -> None:
         """Release the folder; one that was held and nothing was written to is as if it had not been."""
         if self._lock.is_locked and self.new and not self._begun:
@@ -164,10 +182,14 @@ class RunFolder:
         if not self.new:
             self._compare_settings()
             marker = self.run_dir / "finished.json"
-            done = json.loads(marker.read_text())["steps"] if marker.is_file() else 0
+            ending = json.loads(marker.read_text()) if marker.is_file() else {"steps": 0}
+            done = ending["steps"]
             if done > self.config.steps:
                 raise UserError(f"{self.run_dir} is finished with {done} steps; {self.config.steps} were asked for")
-            self.finished = done == self.config.steps
+            if "stopped" in ending and self.config.guard.stop:
+                self.finished = f"the guard stopped it at step {done}: {ending['stopped']}. With --guard.no-stop it goes on"
+            elif done == self.config.steps and (self.config.guard.stop or ending.get("exported_step", done) == done):
+                self.finished = f"all {done} steps are done"
         elif any(p.name != "lock" and p.suffix != PARTIAL for p in self.run_dir.iterdir()):
             raise UserError(f"{self.run_dir} exists and is no run: choose another --name or --run-dir")
 
@@ -275,12 +297,13 @@ class RunFolder:
     def alarm(self, step: int, kind: str, message: str) -> None:
         """Warn on the terminal and append a line to alarms.jsonl. A run that is taken up before this step forgets it."""
         append_line(self.run_dir / "alarms.jsonl", {"step": step, "kind": kind, "message": message})
+        self._progress.close()
         with suppress(OSError):
             print(f"warning: step {step}: {message}", file=sys.stderr, flush=True)
 
-    def finish(self) -> None:
-        """All steps are done and exported."""
-        replace_file(self.run_dir / "finished.json", json.dumps({"steps": self.config.steps}) + "\n")
+    def finish(self, ending: dict[str, Any]) -> None:
+        """There is nothing left to do: "steps" are done, and what else is to be said of the end."""
+        replace_file(self.run_dir / "finished.json", json.dumps(ending) + "\n")
 
 
 def append_line(file: Path, entry: dict[str, Any]) -> None:

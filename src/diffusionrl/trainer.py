@@ -16,8 +16,8 @@ from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.card import write_card
 from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig
-from diffusionrl.errors import RunStopped, UserError
-from diffusionrl.evaluation import Evaluation, evaluate, write_samples
+from diffusionrl.errors import RunStopped
+from diffusionrl.monitor import Embed, Monitor
 from diffusionrl.optimization import NonFiniteError
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt
@@ -38,9 +38,11 @@ class Trainer:
         algorithm: Algorithm,
         config: TrainConfig,
         held_out: Mixture | None = None,
+        embed: Embed | None = None,
     ) -> None:
         self.policy, self.prompts, self.algorithm, self.config = policy, prompts, algorithm, config
-        self.reward, self.held_out = as_mixture(reward), held_out
+        self.reward = as_mixture(reward)
+        self.monitor = Monitor(policy, self.reward, prompts, config, held_out, embed)
         self.state = TrainingState(policy, algorithm, self.reward, prompts, config)
         self.at_start: Checkpoint | None = None  # what the step in progress began from; None before the first evaluation
 
@@ -54,17 +56,18 @@ class Trainer:
             Interrupted: a signal asked for it; the steps that were done are saved.
         """
         found = folder.find_checkpoint()
-        self._check_disk(folder.run_dir)
+        folder.check_disk(self.disk_need(folder.run_dir))
         if found is not None:
             self.state.restore(found)
             print(f"going on after step {found.step}", flush=True)
         self.at_start = found
         try:
             folder.begin(found.step if found else None, self.policy.device)
+            self.monitor.recall(folder.run_dir)
             interruption.begin_polling()
-            self._steps(folder)
+            done = self._steps(folder)
             self._export(folder)
-            folder.finish()
+            folder.finish(self.monitor.ending(done))
         except OSError as error:
             with suppress(OSError, RunStopped):
                 self._rescue(folder)
@@ -93,15 +96,20 @@ class Trainer:
         except OSError as error:
             raise RunStopped(f"the checkpoint is saved, but the weights cannot be exported: {error}") from error
 
-    def _steps(self, folder: RunFolder) -> None:
+    def _steps(self, folder: RunFolder) -> int:
+        """Returns how many steps are done at the end."""
         if self.at_start is None:
-            folder.log({"step": 0, "queries": 0} | self._evaluate(0, folder).metrics())
+            folder.log({"step": 0, "queries": 0} | self.monitor.evaluate(0, folder))
             self.at_start = self.state.capture(0)  # with the reward's normalisation
+            if self.monitor.verdict.best == 0:
+                checkpoint.save(folder.run_dir, self.at_start)
         steps, first = self.config.steps, self.at_start.step + 1
         if first > steps and self.at_start.state["score"] is None:  # stopped here, where it was not to be evaluated
             queries = steps * self.config.samples_per_step
-            folder.log({"step": steps, "queries": queries} | self._evaluate(steps, folder).metrics())
+            folder.log({"step": steps, "queries": queries} | self.monitor.evaluate(steps, folder))
         for step in range(first, steps + 1):
+            if self.monitor.verdict.stop:
+                break
             try:
                 metrics = self.step(step)
             except NonFiniteError as error:
@@ -112,20 +120,34 @@ class Trainer:
                 ) from error
             every, last = self.config.evaluation.every, step == steps
             if last or (every and step % every == 0):
-                metrics |= self._evaluate(step, folder).metrics()
+                metrics |= self.monitor.evaluate(step, folder)
             folder.log(metrics)
             self.at_start = self.state.capture(step, metrics.get("eval/reward"))
-            if last or step % self.config.checkpoint.every == 0:
+            verdict = self.monitor.verdict
+            if last or verdict.stop or verdict.best == step or step % self.config.checkpoint.every == 0:
                 checkpoint.save(folder.run_dir, self.at_start)
-                checkpoint.prune(folder.run_dir, self.config.checkpoint.keep)
+                checkpoint.prune(folder.run_dir, self.config.checkpoint.keep, verdict.best)
+        return self.at_start.step
 
     def _export(self, folder: RunFolder) -> None:
+        """The weights that the monitor chooses.
+
+        Raises:
+            RunStopped: they are the guard's best ones, and their checkpoint is corrupted or gone.
+        """
+        assert self.at_start is not None
+        chosen = self.monitor.exported_step(self.at_start.step)
         try:
+            if chosen != self.at_start.step:
+                self.state.restore(checkpoint.load(checkpoint.folder_of(folder.run_dir, chosen)))
             self.policy.export(folder.run_dir / "export")
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        if self.at_start is not None:
-            write_card(folder.run_dir, self.at_start.step)
+        except checkpoint.Corrupted as error:
+            raise RunStopped(
+                f"the guard's best weights cannot be exported: {error}. --guard.no-stop exports the last"
+            ) from error
+        write_card(folder.run_dir, chosen)
 
     def disk_need(self, run_dir: Path) -> int:
         """Bytes that the run may write, beyond what is there: checkpoints, the export, and the samples of evaluations."""
@@ -135,15 +157,6 @@ class Trainer:
         images = evaluations * config.evaluation.num_samples * 3 * self.policy.image_size**2
         there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
         return 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
-
-    def _check_disk(self, run_dir: Path) -> None:
-        """Raises UserError where the disk cannot hold what the run will write."""
-        need, free = self.disk_need(run_dir), checkpoint.free_bytes(run_dir)
-        if need > free:
-            raise UserError(
-                f"this run may need {need / 1e6:.0f} MB in {run_dir}, for checkpoints and samples, "
-                f"and {free / 1e6:.0f} MB are free: choose another --run-dir"
-            )
 
     def step(self, step: int) -> dict[str, float]:
         """Sample, score, weigh, update: one pass through the picture. Returns the step's metrics.
@@ -174,6 +187,7 @@ class Trainer:
         return {
             "step": step,
             "queries": step * config.samples_per_step,
+            "prompts/broken": len(getattr(self.prompts, "broken", ())),
             "reward/mean": scores.mean().item(),
             "reward/std": scores.std(correction=0).item() if len(scores) else math.nan,
             "reward/invalid": int((~rollout.scores.valid).sum()),
@@ -229,21 +243,3 @@ class Trainer:
         means = {key: torch.cat(values).mean().item() for key, values in logged.items()}
         norm = sum(norms) / max(1, len(norms))
         return first | means | {"grad_norm": norm, "grad_rms": self.state.optimization.rms(norm)}
-
-    def _evaluate(self, step: int, folder: RunFolder) -> Evaluation:
-        """Evaluate on the fixed seeds and keep the samples; the first time, normalise the reward by it if that is asked for."""
-        config = self.config
-        found = evaluate(
-            self.policy,
-            self.reward,
-            self.prompts,
-            config.evaluation.num_samples,
-            config.sampling,
-            config.seed,
-            self.held_out,
-            config.rewards.timeout,
-        )
-        if step == 0 and config.rewards.normalise:
-            found = found.rescored(self.reward.calibrate(found.rollout.scores))
-        write_samples(found, folder.run_dir / "samples" / f"step_{step:06d}")
-        return found

@@ -28,8 +28,8 @@ def ask(trainer: Trainer, reward: Mixture, rollout: Rollout, images: Tensor) -> 
 def check_scores(trainer: Trainer, rollout: Rollout) -> Finding:
     """Finite and in range; held-out rewards too."""
     found = {"": rollout.scores}
-    if trainer.held_out is not None:
-        found["held-out "] = ask(trainer, trainer.held_out, rollout, rollout.images)
+    if trainer.monitor.held_out is not None:
+        found["held-out "] = ask(trainer, trainer.monitor.held_out, rollout, rollout.images)
     for kind, scores in found.items():
         invalid, total = int((~scores.valid).sum()), len(scores.valid)
         if invalid:

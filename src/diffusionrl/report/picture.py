@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusionrl.images import image_grid
-from diffusionrl.tracking import read_metrics
+from diffusionrl.tracking import exported_step, read_metrics
 
 _ROWS, _COLUMNS = 3, 5
 
@@ -16,11 +16,12 @@ _ROWS, _COLUMNS = 3, 5
 def draw_before_after(run_dir: Path) -> Path:
     """Write ``before_after.png`` into the run folder, from its samples and metrics. Returns its path."""
     folders = sorted((run_dir / "samples").iterdir())
+    last = exported_step(run_dir, int(folders[-1].name.removeprefix("step_")))
     metrics = read_metrics(run_dir)
     figure = Figure(figsize=(12, 3.3), layout="constrained")
     FigureCanvasAgg(figure)
     before, curve, after = figure.subplots(1, 3, width_ratios=(5, 4.4, 5))
-    for axes, folder, title in ((before, folders[0], "before"), (after, folders[-1], "after")):
+    for axes, folder, title in ((before, folders[0], "before"), (after, folders[0].with_name(f"step_{last:06d}"), "after")):
         axes.imshow(_sheet(folder))
         axes.set_title(title)
         axes.axis("off")

@@ -4,7 +4,7 @@ The score is what the checkpoint was trained to put out, exp(logit scale) * cosi
 PickScore for PickScore. Everything is differentiable in the images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from diffusionrl.errors import UserError
 from diffusionrl.hub import cached_first, locate
-from diffusionrl.reward_config import RewardsConfig
+from diffusionrl.reward_config import CLIPScoreConfig, RewardsConfig
 from diffusionrl.rewards.base import Reward, register
 
 EMBEDDED_CLIP = Path(__file__).parent.parent / "emoji" / "weights" / "clip"
@@ -91,6 +91,20 @@ class CLIP:
         """exp(logit scale) * cosine of each image with its text, (B,); differentiable in the images."""
         scale = self.model.logit_scale.exp().item()
         return scale * (self.embed_images(images) * self.embed_texts(texts)).sum(-1)
+
+
+def load_embedder(settings: CLIPScoreConfig, model: str) -> Callable[[Tensor], Tensor] | None:
+    """``CLIP.embed_images`` of the model that the settings name. "auto" is the embedded CLIP where ``model``, the one that is
+    trained, is the embedded one, and None where it is another: nothing is downloaded unasked. "none" is None always.
+
+    Raises:
+        UserError: see ``CLIP``.
+    """
+    name = settings.model
+    if name == "none" or (name == "auto" and model != "emoji"):
+        return None
+    clip = CLIP("emoji" if name == "auto" else name, settings.revision, settings.processor, settings.processor_revision)
+    return clip.embed_images
 
 
 @register("clip-score")

@@ -1,0 +1,173 @@
+"""The evaluations of one run: on the fixed seeds, compared with the ones before, measured beside the reward, and judged.
+
+Nothing is remembered here that is not in the run folder, so a run that is taken up again goes on as if it had not stopped.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusionrl.config import MIN_PAIRS, TrainConfig
+from diffusionrl.errors import UserError
+from diffusionrl.evaluation import Evaluation, evaluate, finite_or_none, mean_and_error, write_samples
+from diffusionrl.guard import Verdict, judge, peak_of
+from diffusionrl.measures import distance_from_reference, diversity, image_statistics
+from diffusionrl.policies.base import Policy, chunks
+from diffusionrl.prompts import Prompt
+from diffusionrl.rewards import Mixture
+from diffusionrl.tracking import RunFolder, read_metrics
+
+Values = dict[str, Tensor]
+Embed = Callable[[Tensor], Tensor]
+"""Images (B, 3, H, W) to embeddings of length 1, (B, D)."""
+
+
+class Monitor:
+    """``evaluate`` at every evaluation; ``verdict`` is the guard's of the last one.
+
+    Args:
+        embed: for the diversity; None leaves it out.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Mixture,
+        prompts: Sequence[Prompt],
+        config: TrainConfig,
+        held_out: Mixture | None = None,
+        embed: Embed | None = None,
+    ) -> None:
+        self.policy, self.reward, self.prompts, self.config = policy, reward, prompts, config
+        self.held_out, self.embed = held_out, embed
+        self.verdict = Verdict()
+        try:
+            with policy.reference():
+                self.has_reference = True
+        except UserError:  # full fine-tuning keeps none
+            self.has_reference = False
+
+    def recall(self, run_dir: Path) -> None:
+        """Take the verdict from what the run folder says."""
+        if (run_dir / "metrics.jsonl").is_file():
+            self.verdict = judge(evaluations_in(run_dir), self.config.watched, self.config.guard)
+
+    def exported_step(self, last: int) -> int:
+        """Whose weights are to be exported: those of the ``last`` step; where the guard may stop the run, its best ones."""
+        best = self.verdict.best if self.config.guard.stop else None
+        return last if best is None else min(best, last)
+
+    def ending(self, last: int) -> dict[str, Any]:
+        """What finished.json says of a run whose ``last`` step is done."""
+        ending: dict[str, Any] = {"steps": last, "exported_step": self.exported_step(last)}
+        if not self.verdict.stop:
+            return ending
+        print(f"the guard stops the run: {self.verdict.message}; export/ holds step {ending['exported_step']}", flush=True)
+        return ending | {"stopped": self.verdict.message}
+
+    def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
+        """Evaluate on the fixed seeds, keep the samples, raise the guard's alarm if one is due. Returns the metrics.
+
+        The first time, the reward is normalised by it if that is asked for.
+        """
+        began = time.perf_counter()
+        config = self.config
+        found = evaluate(
+            self.policy,
+            self.reward,
+            self.prompts,
+            config.evaluation.num_samples,
+            config.sampling,
+            config.seed,
+            self.held_out,
+            config.rewards.timeout,
+            config.evaluation.samples_per_prompt,
+            "trajectories" if self.has_reference else "endpoints",
+        )
+        if step == 0 and config.rewards.normalise:
+            found = found.rescored(self.reward.calibrate(found.rollout.scores))
+        sampled = time.perf_counter()
+        found = replace(found, statistics=image_statistics(found.rollout.images))
+        metrics = found.metrics() | self._measures(found)
+        before = evaluations_in(folder.run_dir)
+        metrics |= compare(found.by_sample, before, lambda earlier: read_samples(folder.run_dir, earlier), config.watched)
+        measured = time.perf_counter()
+        write_samples(found, folder.run_dir / "samples" / f"step_{step:06d}")
+        line = {key: finite_or_none(value) for key, value in metrics.items()}
+        self.verdict = judge([*before, {"step": step} | line], config.watched, config.guard)
+        if self.verdict.alarm is not None:
+            folder.alarm(step, self.verdict.alarm, self.verdict.message)
+        if config.watched:
+            metrics |= {"guard/streak": self.verdict.streak}
+        if self.verdict.best is not None:
+            metrics |= {"guard/best_step": self.verdict.best}
+        return metrics | {"time/evaluation": time.perf_counter() - began, "time/measures": measured - sampled}
+
+    def _measures(self, found: Evaluation) -> dict[str, float]:
+        rollout, sampling = found.rollout, self.config.sampling
+        measures: dict[str, float] = {}
+        if self.embed is not None:
+            images = rollout.images
+            with torch.no_grad():
+                embeddings = torch.cat([self.embed(images[part]) for part in chunks(len(images), sampling.batch_size)])
+            measures |= diversity(embeddings, [prompt.text for prompt in rollout.prompts])
+        if self.has_reference:
+            measures |= distance_from_reference(self.policy, rollout, sampling.guidance, sampling.batch_size)
+        return {f"eval/{name}": value for name, value in measures.items()}
+
+
+def compare(
+    now: Values, before: Sequence[Mapping[str, Any]], samples_of: Callable[[int], Values], watched: Sequence[str]
+) -> dict[str, float]:
+    """Paired differences of the newest evaluation: of everything from the first one (``eval/NAME_change``), and of the watched
+    scores from their highest one so far (``eval/NAME_from_peak``), each with its standard error.
+
+    Args:
+        now: by name, (N,), NaN where invalid.
+        before: the metrics of the evaluations before this one, oldest first.
+        samples_of: the values of an earlier evaluation by its step.
+    """
+    if not before:
+        return {}
+    differences = {}
+    first = samples_of(before[0]["step"])
+    for name, values in now.items():
+        differences[f"eval/{name}_change"] = paired(values, first.get(name))
+    for name in watched:
+        peak = peak_of(before, name)
+        if peak is not None and name in now:
+            differences[f"eval/{name}_from_peak"] = paired(now[name], samples_of(peak["step"]).get(name))
+    return {f"{key}{end}": each for key, pair in differences.items() for end, each in zip(("", "_se"), pair, strict=True)}
+
+
+def paired(now: Tensor, then: Tensor | None) -> tuple[float, float]:
+    """Mean of the differences sample by sample, and its standard error; NaN with fewer than ``MIN_PAIRS`` valid pairs."""
+    if then is None or len(then) != len(now) or int((now - then).isfinite().sum()) < MIN_PAIRS:
+        return float("nan"), float("nan")
+    return mean_and_error(now.double() - then.double())
+
+
+def evaluations_in(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's evaluations, oldest first."""
+    if not (run_dir / "metrics.jsonl").is_file():
+        return []
+    return [line for line in read_metrics(run_dir) if "eval/reward" in line]
+
+
+def read_samples(run_dir: Path, step: int) -> Values:
+    """What samples.jsonl says of an evaluation; nothing where it is gone."""
+    file = run_dir / "samples" / f"step_{step:06d}" / "samples.jsonl"
+    if not file.is_file():
+        return {}
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    numbers = [name for name in entries[0] if name not in ("index", "prompt", "valid")]
+    return {
+        name: torch.tensor([float("nan") if entry[name] is None else entry[name] for entry in entries], dtype=torch.float64)
+        for name in numbers
+    }
