@@ -66,7 +66,7 @@ def _content(run: Run) -> dict[str, Any]:
         "run": run,
         "figures": _figures(run),
         "headline": _headline(run),
-        "tiles": [{"prompt": cut(stops[-1].samples[i].prompt), "index": i} for i in tiles],
+        "prompts": [cut(stops[-1].samples[i].prompt) for i in tiles],
         "num_samples": len(run.evaluations[-1].samples) if run.evaluations else 0,
         "num_evaluations": len(run.evaluations),
         "scrubber": scrubbed,
