@@ -201,5 +201,5 @@ def test_a_run_with_a_served_reward_is_that_with_the_reward_itself(tiny_folder: 
     failed = [line.pop(f"reward/{url}/failed", 0) for line in served["metrics"]]
     assert failed == [0] * len(failed)
     assert served["metrics"] == here["metrics"]
-    weights = [name for name in here["files"] if "export" in name or name == "policy.safetensors"]
+    weights = [name for name in here["files"] if name.endswith("weights.safetensors") or name == "policy.safetensors"]
     assert {name: served["files"][name] for name in weights} == {name: here["files"][name] for name in weights}

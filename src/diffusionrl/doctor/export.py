@@ -20,7 +20,7 @@ from diffusionrl.transitions import ode
 _STEPS = 4  # denoising steps of the images that are compared
 _SHIFT, _ATTEMPTS, _SHOWS = 0.1, 6, 8.0  # first shift of the weights, relative; doublings; mean change in levels that is enough
 _LEVELS = 1  # of 255: as README.md says, single values may round to the next
-_FINE, _COARSE = 0.01, 0.1  # of what was trained: in float32 on the CPU, and otherwise
+_FINE, _COARSE = 0.01, 0.25  # of what was trained: in float32 on the CPU, and otherwise
 
 
 def check_images(rollout: Rollout) -> Finding:
