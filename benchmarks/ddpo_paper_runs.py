@@ -31,7 +31,7 @@ BEST = {
     ("ddpo-is", "aesthetic"): 2.5e-3,
     ("ddpo-sf", "aesthetic"): 5e-3,
     ("rwr", "aesthetic"): 5e-3,
-    ("rwr-sparse", "aesthetic"): 5e-3,
+    ("rwr-sparse", "aesthetic"): 1e-2,
 }
 """What the grid chose; incompressibility takes compressibility's."""
 INVERSE_TEMPERATURES = {"compressibility": 0.67, "incompressibility": 0.67, "aesthetic": 3.2}
