@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 from ddpo_paper_runs import GRID_SEED, LEARNING_RATES, METHODS, POOLS, QUERIES, REWARDS, SEEDS
 
 from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, with_article
+from diffusionrl.intervals import LEVEL, student_t_quantile
 from diffusionrl.tracking import read_metrics
 
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by the number of seeds
 UNITS = {"compressibility": "minus kB", "incompressibility": "kB", "aesthetic": "rating", "clip-score": "similarity"}
 
 
@@ -34,7 +34,10 @@ class Curve:
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:
-    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    if len(values) > 1:
+        half = student_t_quantile(LEVEL, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    else:
+        half = math.nan
     return {"mean": statistics.mean(values), "half_width_95": half, "seeds": list(values)}
 
 
