@@ -176,7 +176,7 @@ def test_what_the_report_says(tmp_path: Path) -> None:
     page = Page(write_report(run_dir))
     assert "ddpo (is) on emoji towards compressibility, seed 0" in page.text
     # Samples 0 and 1 gained 4, sample 2 nothing, sample 3 has no score: 8 / 3 in 32 queries and 8 seconds.
-    assert "gain, paired +2.67 ± 5.7 (95 %), better in 2 of 3" in page.text
+    assert "gain, paired +2.7 ± 5.7 (95 %), better in 2 of 3" in page.text
     assert "gain per 1,000 queries +83.3 +1,333 per hour of training" in page.text
     assert "queries 32" in page.text and "training time 7 s 0.9 s a step" in page.text
     for title in ("reward", "reward over time", "judge held out: never trained on", "approximate KL", "seconds a step"):

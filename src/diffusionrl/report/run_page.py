@@ -16,8 +16,8 @@ from diffusionrl.report.page import (
     cut,
     decimals,
     duration,
-    half_width,
     number,
+    plus_minus,
     render,
     scrubber,
     signed,
@@ -133,9 +133,10 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
     found, prompts = gains(run)
     if found:
         gain = overall(found, prompts)
-        half = f"± {number(half_width(gain), 2)} (95 %), " if gain.units > 1 else ""
+        value, plus_or_minus, half = plus_minus(gain, sign=True).partition(" ± ")
+        said = f"± {half} (95 %), " if plus_or_minus else ""
         better = sum(each > 0 for each in found)
-        figures.append(("gain, paired", signed(gain.value), f"{half}better in {better} of {len(found)}"))
+        figures.append(("gain, paired", value, f"{said}better in {better} of {len(found)}"))
         if queries and hours:
             rates = signed(1000 * gain.value / queries), f"{signed(gain.value / hours)} per hour of training"
             figures.append(("gain per 1,000 queries", *rates))
