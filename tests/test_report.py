@@ -21,10 +21,10 @@ from synthetic import make_run, noise
 from diffusionrl import UserError, checkpoint
 from diffusionrl.cli import START_AGAIN, main
 from diffusionrl.config import DDPOConfig, EvaluationConfig, PolicyConfig, RWRConfig
+from diffusionrl.intervals import Estimate, mean_interval
 from diffusionrl.report import compare_page, curves, run_page, thumbnails
 from diffusionrl.report.curves import Line, draw
-from diffusionrl.report.intervals import interval, student_t
-from diffusionrl.report.page import MAX_IMAGES, Interval, plus_minus, thinned
+from diffusionrl.report.page import MAX_IMAGES, plus_minus, thinned
 from diffusionrl.report.record import Evaluated, read_run
 from diffusionrl.report.run_page import write_report
 
@@ -176,7 +176,7 @@ def test_what_the_report_says(tmp_path: Path) -> None:
     page = Page(write_report(run_dir))
     assert "ddpo (is) on emoji towards compressibility, seed 0" in page.text
     # Samples 0 and 1 gained 4, sample 2 nothing, sample 3 has no score: 8 / 3 in 32 queries and 8 seconds.
-    assert "gain, paired +2.67 ± 5.7 (95 %), better in 2 of 3" in page.text
+    assert "gain, paired +2.7 ± 5.7 (95 %), better in 2 of 3" in page.text
     assert "gain per 1,000 queries +83.3 +1,333 per hour of training" in page.text
     assert "queries 32" in page.text and "training time 7 s 0.9 s a step" in page.text
     for title in ("reward", "reward over time", "judge held out: never trained on", "approximate KL", "seconds a step"):
@@ -247,6 +247,11 @@ def test_warnings_stand_on_top(tmp_path: Path) -> None:
         ),
         ("stopped.json", {"reason": "failed", "message": "KeyError: 'x'"}, "failed KeyError: 'x'"),
         ("stopped.json", {"reason": "interrupted", "message": "SIGUSR1"}, "interrupted by SIGUSR1; 8 of 9"),
+        (
+            "finished.json",
+            {"steps": 8, "exported_step": 4, "stopped": "judge fell", "reason": "stopped"},
+            "stopped by the guard: judge fell (8 of 9 steps are done; export/ holds the weights of step 4)",
+        ),
         (None, None, "ended without a word, as a killed process does; 8 of 9 steps are done"),
     ],
 )
@@ -425,21 +430,10 @@ def test_tick_labels(value: float, said: str) -> None:
     assert curves.tick_label(value) == said
 
 
-@pytest.mark.parametrize(
-    ("degrees", "quantile"),
-    [(1, 12.7062), (2, 4.3027), (9, 2.2622), (11, 2.2010), (30, 2.0423), (89, 1.9870), (10_000, 1.9602)],
-)
-def test_students_t(degrees: int, quantile: float) -> None:
-    """Against the tables."""
-    assert student_t(degrees) == pytest.approx(quantile, abs=2e-4)
-
-
-def test_intervals() -> None:
-    found = interval([1.0, None, 2.0, 3.0])
-    assert found is not None and found.mean == 2.0 and found.half == pytest.approx(4.3027 / 3**0.5, abs=1e-3)
-    assert interval([None]) is None and interval([1.0]) == Interval(1.0, None, 1)
-    assert plus_minus(Interval(-26.5612, 0.4321, 3)) == "−26.56 ± 0.43"
-    assert plus_minus(Interval(9.073, 17.0, 3), sign=True) == "+9 ± 17"
+def test_a_mean_is_said_to_the_digits_that_its_interval_leaves() -> None:
+    assert plus_minus(Estimate(-26.5612, -26.9933, -26.1291, 3, "seeds")) == "−26.56 ± 0.43"
+    assert plus_minus(Estimate(9.073, -7.927, 26.073, 3, "seeds"), sign=True) == "+9 ± 17"
+    assert plus_minus(mean_interval([2.5])) == "2.5" and plus_minus(mean_interval([])) == "–"
 
 
 # Comparison
@@ -471,12 +465,27 @@ def test_runs_that_differ_in_the_seed_alone_are_taken_together(tmp_path: Path) -
     assert len(data_of(page)["cells"][0]) == 4 * 2, "a tile for each prompt and group"
 
 
-def test_a_measured_kl_is_taken_before_a_summed_one(tmp_path: Path) -> None:
+def test_what_the_guard_measures_has_its_place(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
     for run in runs:
-        (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("eval/judge", "eval/kl"))
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        measured = {
+            "eval/kl_per_step": 2.0,
+            "eval/vendi": 1.5,
+            "eval/saturation": 0.5,
+            "eval/judge_change": 0.1,
+            "guard/streak": 1,
+        }
+        lines = [line | measured if "eval/judge" in line else line for line in lines]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown, more = Page(write_report(runs[0])).text.split("Curves")[1].split("more")[:2]
+    assert "kl_per_step from the reference model" in shown and "vendi effective number" in shown
+    assert (
+        "eval/saturation" not in shown and "eval/saturation" in more and "eval/judge_change" in more and "guard/streak" in more
+    )
     text = Page(compare_page.write_comparison(runs, tmp_path / "compare.html")).text
-    assert "eval/kl, as measured at the evaluations" in text
+    assert "eval/kl_per_step, as measured at the evaluations" in text
+    assert "reward gain judge kl_per_step vendi queries" in text
 
 
 def test_one_seed_twice_is_no_second_seed(tmp_path: Path) -> None:

@@ -3,15 +3,16 @@
 import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from diffusionrl.errors import UserError
+from diffusionrl.intervals import Estimate, mean_interval, overall
 from diffusionrl.report.curves import COLOURS, Chart, Line, draw
-from diffusionrl.report.intervals import Interval, interval
 from diffusionrl.report.page import (
     MAX_IMAGES,
     Cell,
@@ -20,12 +21,13 @@ from diffusionrl.report.page import (
     cut,
     decimals,
     duration,
+    half_width,
     plus_minus,
     render,
     scrubber,
     write_page,
 )
-from diffusionrl.report.record import Evaluated, Run, read_run, time_unit
+from diffusionrl.report.record import Evaluated, Run, Sample, read_run, time_unit
 from diffusionrl.report.run_page import gains
 from diffusionrl.tracking import flat
 
@@ -45,11 +47,20 @@ class Group:
     colour: int
     runs: list[Run]
 
-    def mean(self, values: Callable[[Run], Values]) -> dict[int, Interval | None]:
-        """Over the runs, at the steps that all of them have."""
+    def mean(self, values: Callable[[Run], Values]) -> dict[int, Estimate]:
+        """Over the runs, at the steps that all of them have; NaN where none has a number."""
         found = [values(run) for run in self.runs]
         steps = sorted(set.intersection(*(set(each) for each in found)))
-        return {step: interval([each[step] for each in found]) for step in steps}
+        return {step: _over_seeds([each[step] for each in found]) for step in steps}
+
+
+def _over_seeds(values: Sequence[float | None]) -> Estimate:
+    return mean_interval([value for value in values if value is not None], "seeds")
+
+
+def _over_samples(samples: Iterable[Sample], score: Callable[[Sample], float | None]) -> Estimate:
+    scored = [(value, sample.prompt) for sample in samples if (value := score(sample)) is not None]
+    return overall([value for value, _ in scored], [prompt for _, prompt in scored])
 
 
 def write_comparison(folders: Sequence[Path], target: Path) -> Path:
@@ -79,7 +90,7 @@ def write_comparison(folders: Sequence[Path], target: Path) -> Path:
 def _content(runs: list[Run]) -> dict[str, Any]:
     groups = _grouped(runs)
     kl, kl_note = _kl_of(runs)
-    names = _held_out(runs)
+    names = [name for name in runs[0].scores() if all(name in run.scores() for run in runs)]
     return {
         "groups": groups,
         "num_runs": len(runs),
@@ -155,17 +166,6 @@ def _summed_kl(run: Run) -> Values:
     return summed
 
 
-def _held_out(runs: list[Run]) -> list[str]:
-    """Scores beside the reward that all runs have at their evaluations."""
-    keys = [{key for line in run.metrics for key in line if key.startswith("eval/")} for run in runs]
-    shared = set.intersection(*keys)
-    return [
-        key
-        for key in dict.fromkeys(key for line in runs[0].metrics for key in line)
-        if key in shared and key not in ("eval/reward", "eval/invalid") and not key.endswith("_se")
-    ]
-
-
 def _notices(groups: list[Group]) -> list[str]:
     notices = []
     for key, what in (("reward", "the reward"), ("prompts", "the prompts")):
@@ -179,30 +179,32 @@ def _notices(groups: list[Group]) -> list[str]:
 
 
 def _row(group: Group, names: list[str]) -> dict[str, Any]:
-    """Over the seeds where there are several; else over the samples of the last evaluation."""
-    last = [run.evaluations[-1] for run in group.runs]
-    hours = interval([run.metrics[-1]["hours"] for run in group.runs])
-    several = len(group.runs) > 1
-    found = [gains(run) for run in group.runs]
-    gain = interval([each.mean for one in found if (each := interval(one))]) if several else interval(found[0])
-    rewards = [run.last("eval/reward") for run in group.runs]
-    samples = last[0].samples.values()
-    reward = interval(rewards) if several else interval([sample.reward for sample in samples])
-    scores = []
-    for name in names:
-        of_samples = [sample.scores.get(name.removeprefix("eval/")) for sample in samples]
-        whole = interval([run.last(name) for run in group.runs])
-        scores.append(plus_minus(whole if several else interval(of_samples) or whole))
+    """Over the seeds where there are several; else over the samples of the last evaluation, or their prompts."""
+    runs = group.runs
+    if len(runs) > 1:
+        reward = _over_seeds([run.last("eval/reward") for run in runs])
+        gain = _over_seeds([overall(*found).value for run in runs if (found := gains(run))[0]])
+        scores = [_over_seeds([run.last(name) for run in runs]) for name in names]
+    else:
+        samples = runs[0].evaluations[-1].samples.values()
+        reward, gain = _over_samples(samples, lambda sample: sample.reward), overall(*gains(runs[0]))
+        scores = [_over_samples(samples, partial(_score, name=name.removeprefix("eval/"))) for name in names]
+        whole = [_over_seeds([runs[0].last(name)]) for name in names]  # what no single sample has, such as the diversity
+        scores = [one if one.units else other for one, other in zip(scores, whole, strict=True)]
     return {
         "label": group.label,
         "colour": f"c{group.colour}",
-        "over": f"{len(group.runs)} seeds" if several else f"{len(samples)} samples",
-        "queries": " / ".join(dict.fromkeys(f"{run.metrics[-1]['queries']:,}" for run in group.runs)),
-        "hours": duration(hours.mean if hours else 0.0),
+        "over": f"{reward.units} {reward.unit}",
+        "queries": " / ".join(dict.fromkeys(f"{run.metrics[-1]['queries']:,}" for run in runs)),
+        "hours": duration(fmean(run.metrics[-1]["hours"] for run in runs)),
         "reward": plus_minus(reward),
         "gain": plus_minus(gain, sign=True),
-        "scores": scores,
+        "scores": [plus_minus(score) for score in scores],
     }
+
+
+def _score(sample: Sample, name: str) -> float | None:
+    return sample.scores.get(name)
 
 
 def _charts(groups: list[Group], names: list[str], kl: Callable[[Run], Values], kl_note: str) -> list[Chart]:
@@ -211,11 +213,11 @@ def _charts(groups: list[Group], names: list[str], kl: Callable[[Run], Values], 
     def lines(key: str, x: Callable[[Run], Values], per: float = 1.0, training: bool = False) -> list[Line]:
         drawn = []
         for group in groups:
-            places = {step: at.mean * per for step, at in group.mean(x).items() if at is not None}
+            places = {step: at.value * per for step, at in group.mean(x).items() if at.units}
             for one, dots in ((("reward/mean", False),) if training else ()) + ((key, True),):
                 means = {s: v for s, v in group.mean(lambda run, one=one: _values(run, one)).items() if s in places}  # type: ignore[misc]
-                y = [None if v is None else v.mean for v in means.values()]
-                spread = [v.half if dots and v is not None else 0.0 for v in means.values()]
+                y = [v.value if v.units else None for v in means.values()]
+                spread = [half_width(v) if dots and v.units > 1 else 0.0 for v in means.values()]
                 name = group.label if dots else ""
                 shift = 3.0 * (group.colour - (len(groups) - 1) / 2) * dots
                 drawn.append(Line(name, [places[s] for s in means], y, spread, group.colour, dots, not dots, shift))

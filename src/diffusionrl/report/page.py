@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from diffusionrl import checkpoint
+from diffusionrl.intervals import Estimate
 from diffusionrl.report.curves import tick_label
-from diffusionrl.report.intervals import Interval
 from diffusionrl.report.record import Evaluated, Sample
 from diffusionrl.report.thumbnails import data_uri
 from diffusionrl.tracking import PARTIAL
@@ -169,14 +169,20 @@ def signed(value: float, digits: int = 3) -> str:
     return ("+" if value >= 0 else "") + number(value, digits)
 
 
-def plus_minus(value: Interval | None, sign: bool = False) -> str:
+def half_width(estimate: Estimate) -> float:
+    """Of its interval; NaN where there is none."""
+    return (estimate.high - estimate.low) / 2
+
+
+def plus_minus(estimate: Estimate, sign: bool = False) -> str:
     """A mean and half the width of its interval, two digits of that and the mean to the same place."""
-    if value is None:
+    if math.isnan(estimate.value):
         return "–"
-    if not value.half:
-        return signed(value.mean, 4) if sign else number(value.mean)
-    places = min(9, max(0, 1 - math.floor(math.log10(value.half))))
-    return f"{value.mean:{'+' if sign else ''},.{places}f} ± {value.half:,.{places}f}".replace("-", "−")
+    half = half_width(estimate)
+    if not half > 0:
+        return signed(estimate.value, 4) if sign else number(estimate.value)
+    places = min(9, max(0, 1 - math.floor(math.log10(half))))
+    return f"{estimate.value:{'+' if sign else ''},.{places}f} ± {half:,.{places}f}".replace("-", "−")
 
 
 def cut(text: str, length: int = MAX_TEXT) -> str:

@@ -13,6 +13,11 @@ import yaml
 from diffusionrl.errors import UserError
 from diffusionrl.tracking import is_held, read_metrics
 
+DERIVED = ("_se", "_change", "_from_peak")
+"""Ends of the names of metrics that say more of another one."""
+ASIDE = ("reward", "invalid", "prediction_distance", "saturation", "sharpness", "high_frequency")
+"""Measures of an evaluation that are no scores, or shown elsewhere."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -82,6 +87,11 @@ class Run:
         """The lines of the metrics that have ``key``, and its values."""
         lines = [line for line in self.metrics if key in line]
         return lines, [number_or_none(line[key]) for line in lines]
+
+    def scores(self) -> list[str]:
+        """The metrics of evaluations that have a place of their own: held-out scores, parts of the reward, diversity and KL."""
+        keys = dict.fromkeys(key for line in self.metrics for key in line if key.startswith("eval/"))
+        return [key for key in keys if not key.endswith(DERIVED) and key.removeprefix("eval/") not in ASIDE]
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric."""
@@ -155,7 +165,7 @@ def _sample(entry: dict[str, Any], folder: Path) -> Sample | None:
     if not isinstance(index, int):
         return None
     reward = number_or_none(entry.get("reward")) if entry.get("valid") else None
-    known = {"index", "prompt", "reward", "valid"}
+    known = {"index", "prompt", "valid", *ASIDE}
     scores = {str(name): number_or_none(value) for name, value in entry.items() if name not in known}
     return Sample(index, str(entry.get("prompt", "")), reward, scores, folder / f"{index:05d}.png")
 
@@ -163,7 +173,12 @@ def _sample(entry: dict[str, Any], folder: Path) -> Sample | None:
 def _ending(folder: Path, done: int, steps: int) -> Ending:
     at = f"{done:,} of {steps:,} steps are done"
     if (folder / "finished.json").is_file():
-        return Ending("finished", f"all {steps:,} steps are done")
+        marker = next(_objects(folder / "finished.json", whole=True), {})
+        exported = marker.get("exported_step", done)
+        weights = "" if exported == done else f"; export/ holds the weights of step {exported}"
+        if "stopped" in marker:
+            return Ending("stopped", f"by the guard: {marker['stopped']} ({at}{weights})")
+        return Ending("finished", f"all {steps:,} steps are done{weights}")
     stopped = next(_objects(folder / "stopped.json", whole=True), None)
     if stopped is not None:
         message = str(stopped.get("message", ""))

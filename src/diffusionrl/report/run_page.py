@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusionrl.intervals import overall
 from diffusionrl.report.curves import Chart, Line, draw
-from diffusionrl.report.intervals import interval
 from diffusionrl.report.page import (
     MAX_IMAGES,
     MAX_TEXT,
@@ -17,6 +17,7 @@ from diffusionrl.report.page import (
     decimals,
     duration,
     number,
+    plus_minus,
     render,
     scrubber,
     signed,
@@ -31,6 +32,11 @@ MAX_CHARTS = 40
 MAX_CONFIG = 20_000  # characters
 MAX_ALARMS = 20
 KL = "policy/approx_kl"
+NOTES = {
+    "kl_per_step": "from the reference model, nats a denoising step",
+    "diversity": "cosine distance within a prompt",
+    "vendi": "effective number of different images of a prompt",
+}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -103,13 +109,15 @@ def _headline(run: Run) -> str:
     return cut(f"{what} on {run.config.get('model')} towards {named}")
 
 
-def gains(run: Run) -> list[float]:
-    """Of each sample of the last evaluation, over the same prompt and seed before training; where both are valid."""
+def gains(run: Run) -> tuple[list[float], list[str]]:
+    """Of each sample of the last evaluation, over the same prompt and seed before training, where both are valid; and its
+    prompt."""
     if len(run.evaluations) < 2:
-        return []
+        return [], []
     before, after = run.evaluations[0].samples, run.evaluations[-1].samples
-    pairs = ((before[i].reward, sample.reward) for i, sample in after.items() if i in before)
-    return [b - a for a, b in pairs if a is not None and b is not None]
+    pairs = [(before[i].reward, sample) for i, sample in after.items() if i in before]
+    paired = [(sample.reward - a, sample.prompt) for a, sample in pairs if a is not None and sample.reward is not None]
+    return [gain for gain, _ in paired], [prompt for _, prompt in paired]
 
 
 def _figures(run: Run) -> list[tuple[str, str, str]]:
@@ -122,14 +130,15 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
     if rewards:
         said = f"from {number(rewards[0])}" if len(rewards) > 1 else "before training"
         figures.append(("reward, fixed seeds", number(rewards[-1]), said))
-    found = gains(run)
-    gain = interval(found)
-    if gain is not None:
-        half = f"± {number(gain.half, 2)} (95 %), " if gain.half is not None else ""
+    found, prompts = gains(run)
+    if found:
+        gain = overall(found, prompts)
+        value, plus_or_minus, half = plus_minus(gain, sign=True).partition(" ± ")
+        said = f"± {half} (95 %), " if plus_or_minus else ""
         better = sum(each > 0 for each in found)
-        figures.append(("gain, paired", signed(gain.mean), f"{half}better in {better} of {len(found)}"))
+        figures.append(("gain, paired", value, f"{said}better in {better} of {len(found)}"))
         if queries and hours:
-            rates = signed(1000 * gain.mean / queries), f"{signed(gain.mean / hours)} per hour of training"
+            rates = signed(1000 * gain.value / queries), f"{signed(gain.value / hours)} per hour of training"
             figures.append(("gain per 1,000 queries", *rates))
     figures.append(("queries", f"{queries:,}", "rewards computed for training"))
     figures.append(("training time", duration(hours), _seconds_a_step(run)))
@@ -158,21 +167,15 @@ def _reward_lines(run: Run, x: str) -> list[Line]:
     ]
 
 
-def _evaluated(run: Run) -> list[str]:
-    """The metrics of evaluations beside the reward: held-out scores, parts of the reward, and what else is measured there."""
-    keys = dict.fromkeys(key for line in run.metrics for key in line if key.startswith("eval/"))
-    return [key for key in keys if not key.endswith("_se") and key not in ("eval/reward", "eval/invalid")]
-
-
 def _main_charts(run: Run, marks: list[float]) -> list[Chart]:
     held_out = [str(name).partition("=")[0] for name in (run.config.get("evaluation") or {}).get("held_out") or []]
     charts = [
         draw("reward", "queries", _reward_lines(run, "queries"), marks=marks),
         draw("reward over time", f"{time_unit([run])[0]} of training", _reward_lines(run, "hours")),
     ]
-    for key in _evaluated(run):
+    for key in run.scores():
         name = key.removeprefix("eval/")
-        note = "held out: never trained on" if name in held_out else ""
+        note = "held out: never trained on" if name in held_out else NOTES.get(name, "")
         charts.append(draw(name, "queries", [_line(run, key, "fixed seeds ± s.e.", colour=2, dots=True)], note, marks))
     if any(run.column(KL)[1]):  # 0 throughout where every update is on-policy
         line = _line(run, KL, KL, colour=3)
@@ -190,7 +193,7 @@ def _other_charts(run: Run, marks: list[float]) -> list[Chart]:
         "hours",
         "reward/mean",
         "eval/reward",
-        *_evaluated(run),
+        *run.scores(),
         *([KL] if any(run.column(KL)[1]) else []),
     }
     keys = dict.fromkeys(key for line in run.metrics for key in line)
