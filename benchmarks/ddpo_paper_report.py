@@ -16,6 +16,7 @@ from ddpo_paper_runs import GRID_SEED, LEARNING_RATES, METHODS, POOLS, QUERIES, 
 
 from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, with_article
 from diffusionrl.intervals import LEVEL, student_t_quantile
+from diffusionrl.report.compare_page import write_comparison
 from diffusionrl.tracking import read_metrics
 
 UNITS = {"compressibility": "minus kB", "incompressibility": "kB", "aesthetic": "rating", "clip-score": "similarity"}
@@ -142,6 +143,7 @@ def report(folder: Path, out: Path) -> None:
         report_variants(made, f"Advantages with {size} prompts, DDPO-IS on compressibility", f"advantages_{size}", pool)
     report_time(made)
     made.write()
+    compare(folder)
 
 
 def report_grid(made: Report) -> None:
@@ -265,6 +267,14 @@ def report_variants(made: Report, title: str, tag: str, groups: dict[str, str]) 
     made.gains(title, tag, "minus kB", curves)
     if len(curves) == len(groups):
         draw([(tag, "minus kB", curves)], made.out / f"{tag}.png")
+
+
+def compare(folder: Path) -> None:
+    """``compare_REWARD.html`` beside the runs of figure 4, with all methods and seeds on one page each."""
+    for reward in REWARDS:
+        runs = sorted(file.parent for file in (folder / "fig4" / reward).rglob("seconds.json"))
+        if len(runs) > 1:
+            print(f"side by side: {write_comparison(runs, folder / f'compare_{reward}.html')}")
 
 
 def report_time(made: Report) -> None:
