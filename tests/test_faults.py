@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 from faults import die_at, finish, flip_bit, kill, start, tiny_run, wait_for, what_it_made
 
 from diffusionrl import TrainConfig, UserError, checkpoint, evaluation, interruption, rollout, train
-from diffusionrl.algorithms import DDPO
+from diffusionrl.algorithms import DDPO, make_algorithm
 from diffusionrl.cli import START_AGAIN
 from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, SamplingConfig
 from diffusionrl.interruption import Interrupted
-from diffusionrl.rewards import Mixture
+from diffusionrl.prompts import load_prompts
+from diffusionrl.rewards import Mixture, as_mixture
+from diffusionrl.state import TrainingState
 from diffusionrl.tracking import RunFolder
 
 
@@ -327,6 +330,30 @@ def test_other_prompts_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     prompts.write_text("a cat\nan ant\n")
     assert finish(arguments, log) == 2
     assert "the prompts are not those that the run began with" in log.read_text()
+
+
+def test_broken_prompts_that_were_drawn_are_remembered(
+    make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusionrl.prompts.CHECKED", 1)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\nbroken\n')
+    config = TrainConfig(
+        steps=4,
+        prompts=str(tmp_path / "p.jsonl"),
+        max_broken_prompts=1,
+        prompts_per_step=8,
+        sampling=SamplingConfig(num_steps=2, batch_size=8),
+        algorithm=DDPOConfig(updates_per_step=1, min_count=1),
+        evaluation=EvaluationConfig(every=0, num_samples=2),
+        checkpoint=CheckpointConfig(every=1),
+    )
+    for steps in (2, 4):
+        train(replace(config, steps=steps, run_dir=tmp_path / "halves"), policy=make_policy(), reward=in_reward)
+    found = checkpoint.load_newest(tmp_path / "halves", exact=True)
+    assert found is not None and [place for place, _ in found.state["broken"]] == [1]
+    fresh = load_prompts(config.prompts, 1)
+    TrainingState(make_policy(), make_algorithm(config), as_mixture(in_reward), fresh, config).restore(found)
+    assert list(fresh.broken) == [1]  # type: ignore[attr-defined]
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_corrupted_one(

@@ -31,6 +31,7 @@ class TrainingState:
         self.optimization = Optimization(policy.trainable(), config.optimizer)
         self.invalid: deque[tuple[int, int]] = deque(maxlen=config.rewards.invalid_window)
         self._prompts = fingerprint(prompts)
+        self._broken: dict[int, str] = getattr(prompts, "broken", {})  # of a file whose lines are read as they are drawn
 
     def capture(self, step: int, score: float | None = None) -> Checkpoint:
         """A copy of it all, on the CPU; ``score`` is the evaluation's after this step, if there was one."""
@@ -45,6 +46,7 @@ class TrainingState:
             "reward": dict(self.reward.statistics),
             "counts": self.reward.counts(),
             "prompts": self._prompts,
+            "broken": list(self._broken.items()),
             "score": score,
         }
         copies = {
@@ -75,3 +77,5 @@ class TrainingState:
         self.algorithm.load_state_dict(copy.deepcopy(found.state["algorithm"]))
         self.reward.statistics = {name: (mean, std) for name, (mean, std) in found.state["reward"].items()}
         self.reward.go_on_counting(found.state["counts"])
+        self._broken.clear()
+        self._broken.update((place, said) for place, said in found.state["broken"])

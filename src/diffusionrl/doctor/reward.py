@@ -51,7 +51,7 @@ def check_repeats(trainer: Trainer, rollout: Rollout) -> Finding:
     if worst <= _ROUNDING:
         return Finding("pass", "repeatable", "the same image twice gets the same score")
     told = f"{_of(name, rollout)}the same image twice gets different scores: noise is {worst:.0%} of what tells images apart"
-    remedy = "seed whatever the reward draws, use eval() and no dropout, and set a judge's temperature to 0"
+    remedy = "seed whatever the reward draws, switch dropout off, and set a judge's temperature to 0"
     return Finding("fail" if worst > _NOISE else "warn", "repeatable", told, remedy)
 
 
