@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusionrl import interruption
+from diffusionrl import interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import TrainConfig
 from diffusionrl.doctor import Finding, check_groups, examine
@@ -21,7 +21,7 @@ from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
 from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.rollout import make_table
-from diffusionrl.tracking import RunFolder, TrainResult, read_result
+from diffusionrl.tracking import NoFolder, RunFolder, TrainResult, tell_result
 from diffusionrl.trainer import Trainer
 
 
@@ -32,7 +32,8 @@ def train(
     prompts: Sequence[str | Prompt] | None = None,
     algorithm: Algorithm | None = None,
 ) -> TrainResult:
-    """Train a policy towards a reward; a run that was begun in the same folder goes on from its newest checkpoint.
+    """Train a policy towards a reward; a run that was begun in the same folder goes on from its newest checkpoint. Started on
+    several processes (``torchrun``, ``accelerate launch``), they train together; see docs/processes.md.
 
     Args:
         config: everything; by default the preset "emoji". The parts below take the place of what it names.
@@ -49,13 +50,16 @@ def train(
     config = config or emoji()
     run_dir = config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S"))
     config = dataclasses.replace(config, **_described(policy, reward, prompts))
-    with interruption.noted(), RunFolder(run_dir, config, keep_report) as folder:
-        if folder.finished:
-            print(f"{run_dir} is finished: {folder.finished}")
-            return read_result(run_dir)
+    processes.start(config.policy.device, config.rewards.timeout)
+    with interruption.noted(), RunFolder(run_dir, config, keep_report) if processes.is_main() else NoFolder(config) as folder:
+        finished = processes.tell(folder.finished)
+        if finished:
+            if processes.is_main():
+                print(f"{run_dir} is finished: {finished}")
+            return tell_result(run_dir)
         trainer = _prepare(config, policy, reward, prompts, algorithm)
         groups = check_groups(trainer)
-        if groups.verdict != "pass":
+        if groups.verdict != "pass" and processes.is_main():
             print(f"warning: {groups.said}: {groups.remedy}", file=sys.stderr)
         try:
             return trainer.run(folder)
@@ -110,6 +114,8 @@ def _prepare(
     embed = load_embedder(config.evaluation.embeddings, config.model)
     trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
     make_table(trained, config.sampling)
+    if processes.count() > 1 and config.policy.training == "full":
+        trained.shard()
     return Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out, embed)
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffusionrl import processes
 from diffusionrl.errors import RunStopped, UserError
 
 FORMAT = 1
@@ -156,6 +157,14 @@ def load_newest(run_dir: Path, exact: bool) -> Checkpoint | None:
         folder = folder_of(run_dir, step)
         folder.rename(folder.with_name(f"corrupted_{folder.name}"))  # so that it is not counted among those that are kept
     return None
+
+
+def tell(found: Checkpoint | None) -> Checkpoint | None:
+    """What the main process has found, on all of them."""
+    if processes.count() == 1:
+        return found
+    said = processes.tell(None if found is None else [found.step, found.state])
+    return None if said is None else Checkpoint(said[0], processes.tell_tensors(found.tensors if found else None), said[1])
 
 
 def verify(folder: Path) -> dict[str, Any]:

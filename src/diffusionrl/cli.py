@@ -250,10 +250,13 @@ def _configured(arguments: Sequence[str], command: str) -> TrainConfig:
 def _train(arguments: Sequence[str]) -> None:
     config = _configured(arguments, "train")
     _quiet_libraries()
+    from diffusionrl import processes
     from diffusionrl.api import train
     from diffusionrl.report.picture import draw_before_after
 
     result = train(config)
+    if not processes.is_main():
+        return
     picture = draw_before_after(result.run_dir)
     before, after = result.before, result.after
     print(f"\nreward on the same {config.evaluation.num_samples} fixed seeds and prompts, mean ± standard error")

@@ -14,7 +14,7 @@ from diffusionrl.images import image_grid, to_pil
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores
-from diffusionrl.rollout import Needs, Rollout, collect
+from diffusionrl.rollout import Needs, Rollout, collect, gather_scores
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ def evaluate(
     asked = [prompts[i // samples_per_prompt % len(prompts)] for i in range(num_samples)]
     rollout = collect(policy, reward, asked, sampling, seed, "evaluation", 0, needs=needs, timeout=timeout)
     if held_out is None:
-        return Evaluation(rollout)
-    call = RewardCall(held_out, rollout.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+        return Evaluation(rollout.whole())
+    own = [asked[i] for i in rollout.own]
+    call = RewardCall(held_out, rollout.images, [prompt.text for prompt in own], [prompt.metadata for prompt in own])
     call.start()
-    return Evaluation(rollout, call.result(timeout).parts)
+    return Evaluation(rollout.whole(), gather_scores(call.result(timeout), rollout.shares).parts)
 
 
 def write_samples(evaluation: Evaluation, folder: Path) -> None:

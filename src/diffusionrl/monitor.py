@@ -6,13 +6,14 @@ Nothing is remembered here that is not in the run folder, so a run that is taken
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusionrl import processes
 from diffusionrl.config import MIN_PAIRS, TrainConfig
 from diffusionrl.errors import UserError
 from diffusionrl.evaluation import Evaluation, evaluate, finite_or_none, mean_and_error, write_samples
@@ -57,6 +58,12 @@ class Monitor:
         """Take the verdict from what the run folder says."""
         if (run_dir / "metrics.jsonl").is_file():
             self.verdict = judge(evaluations_in(run_dir), self.config.watched, self.config.guard)
+        self._tell_verdict()
+
+    def _tell_verdict(self) -> None:
+        """The main process judges, and all stop by it."""
+        said = processes.tell(asdict(self.verdict))
+        self.verdict = Verdict(**said | {"fallen": tuple(said["fallen"])})
 
     def exported_step(self, last: int) -> int:
         """Whose weights are to be exported: those of the ``last`` step; where the guard may stop the run, its best ones."""
@@ -68,11 +75,13 @@ class Monitor:
         ending: dict[str, Any] = {"steps": last, "exported_step": self.exported_step(last)}
         if not self.verdict.stop:
             return ending
-        print(f"the guard stops the run: {self.verdict.message}; export/ holds step {ending['exported_step']}", flush=True)
+        if processes.is_main():
+            print(f"the guard stops the run: {self.verdict.message}; export/ holds step {ending['exported_step']}", flush=True)
         return ending | {"stopped": self.verdict.message}
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
-        """Evaluate on the fixed seeds, keep the samples, raise the guard's alarm if one is due. Returns the metrics.
+        """Evaluate on the fixed seeds, keep the samples, raise the guard's alarm if one is due. Returns the metrics; beside the
+        main process, the reward's mean alone.
 
         The first time, the reward is normalised by it if that is asked for.
         """
@@ -92,7 +101,17 @@ class Monitor:
         )
         if step == 0 and config.rewards.normalise:
             found = found.rescored(self.reward.calibrate(found.rollout.scores))
-        sampled = time.perf_counter()
+        if not processes.is_main():
+            self._tell_verdict()
+            return {"eval/reward": processes.tell(None)}
+        metrics = self._record(step, folder, found, began)
+        self._tell_verdict()
+        processes.tell(metrics["eval/reward"])
+        return metrics
+
+    def _record(self, step: int, folder: RunFolder, found: Evaluation, began: float) -> dict[str, float]:
+        """Measure, compare, judge and write."""
+        config, sampled = self.config, time.perf_counter()
         found = replace(found, statistics=image_statistics(found.rollout.images))
         metrics = found.metrics() | self._measures(found)
         before = evaluations_in(folder.run_dir)

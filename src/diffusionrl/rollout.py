@@ -1,14 +1,15 @@
 """Prompts to trajectories, chunk by chunk; rewards are computed while the next chunk is sampled."""
 
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffusionrl import interruption, seeds
+from diffusionrl import interruption, processes, seeds
 from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import Policy, chunks
@@ -23,16 +24,20 @@ Needs = Literal["trajectories", "endpoints"]
 class Rollout:
     """Trajectories of N samples over T denoising steps, on the policy's device, and what they scored.
 
+    Prompts and scores are of all samples; tensors are of the n that this process drew, all of them where it is alone.
+
     Attributes:
         table: the sampler that made them.
         prompts: N prompts.
-        embeddings: (N, L, D).
-        latents: float32, (N, T + 1, C, h, w), from pure noise to the endpoint; (N, 1, C, h, w) where only endpoints are kept.
-        log_probs: float32, (N, T), of the stored latents under the policy that drew them; 0 on deterministic rows; (N, 0) where
+        embeddings: (n, L, D).
+        latents: float32, (n, T + 1, C, h, w), from pure noise to the endpoint; (n, 1, C, h, w) where only endpoints are kept.
+        log_probs: float32, (n, T), of the stored latents under the policy that drew them; 0 on deterministic rows; (n, 0) where
             only endpoints are kept.
-        images: float32 in [0, 1], (N, 3, H, W), on the CPU.
+        images: float32 in [0, 1], (n, 3, H, W), on the CPU.
         scores: N scores.
         seconds: time spent in "rollout" and, overlapping it, in "reward".
+        group_size: samples in a row that one process drew.
+        batch_size: samples that were drawn at once.
     """
 
     table: SamplerTable
@@ -43,6 +48,34 @@ class Rollout:
     images: Tensor
     scores: Scores
     seconds: dict[str, float]
+    group_size: int = 1
+    batch_size: int = sys.maxsize
+
+    @property
+    def shares(self) -> list[range]:
+        """Which samples each process drew."""
+        return [processes.share(len(self.prompts), self.group_size, process) for process in range(processes.count())]
+
+    @property
+    def own(self) -> range:
+        """Which samples this process drew."""
+        return self.shares[processes.index()]
+
+    def batches(self, process: int) -> list[range]:
+        """The samples that a process drew at once, batch by batch."""
+        share = self.shares[process]
+        return [share[part] for part in chunks(len(share), self.batch_size)]
+
+    def whole(self) -> "Rollout":
+        """With the tensors of all samples, on every process."""
+        sizes = list(map(len, self.shares))
+        return replace(
+            self,
+            embeddings=processes.gather(self.embeddings, sizes),
+            latents=processes.gather(self.latents, sizes),
+            log_probs=processes.gather(self.log_probs, sizes),
+            images=processes.gather(self.images, sizes),
+        )
 
 
 def make_table(policy: Policy, config: SamplingConfig) -> SamplerTable:
@@ -111,15 +144,19 @@ def collect(
     reduction: Reduction = "mean",
     needs: Needs = "trajectories",
     timeout: float = 600.0,
+    group_size: int = 1,
 ) -> Rollout:
-    """Sample one image a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone.
+    """Sample one image a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone. Of several
+    processes, each samples and scores its share, and all know the scores.
 
     Args:
         reduction: of the log-probabilities over the latent dimensions.
         needs: what is kept of a sample, its trajectory or its endpoint.
         timeout: seconds for one call of the reward.
+        group_size: samples in a row that belong together: one process draws them all.
 
     Raises:
+        UserError: there are more processes than groups.
         Interrupted: the run was asked to stop.
     """
     table = make_table(policy, sampling)
@@ -128,9 +165,11 @@ def collect(
     embeddings, latents, log_probs, images = [], [], [], []
     calls: list[RewardCall] = []
     began = time.perf_counter()
-    for part in chunks(len(prompts), sampling.batch_size):
-        chunk = prompts[part]
-        noise = seeds.normal(seed, purpose, step, list(range(part.start, part.stop)), shape).to(policy.device)
+    own = processes.share(len(prompts), group_size)
+    for part in chunks(len(own), sampling.batch_size):
+        indices = own[part]
+        chunk = prompts[indices.start : indices.stop]
+        noise = seeds.normal(seed, purpose, step, list(indices), shape).to(policy.device)
         texts, metadata = [prompt.text for prompt in chunk], [prompt.metadata for prompt in chunk]
         embeddings.append(policy.embed(texts))
         path, densities = sample_trajectories(policy, table, embeddings[-1], noise, sampling.guidance, reduction)
@@ -142,7 +181,7 @@ def collect(
         calls[-1].start()
     rollout_seconds = time.perf_counter() - began
     scores = Scores.join([call.result(timeout) for call in calls])
-    return Rollout(
+    found = Rollout(
         table,
         list(prompts),
         torch.cat(embeddings),
@@ -151,4 +190,16 @@ def collect(
         torch.cat(images),
         scores,
         {"rollout": rollout_seconds, "reward": sum(call.seconds for call in calls)},
+        group_size,
+        sampling.batch_size,
     )
+    return replace(found, scores=gather_scores(scores, found.shares))
+
+
+def gather_scores(own: Scores, shares: Sequence[range]) -> Scores:
+    """The scores of all processes, in the order of the samples; what a reward says on one of them, all know."""
+    errors = [error for error in processes.ask(own.error) if error]
+    sizes = list(map(len, shares))
+    values, valid = processes.gather(own.values, sizes), processes.gather(own.valid, sizes)
+    parts = {name: processes.gather(part, sizes) for name, part in own.parts.items()}
+    return Scores(values, valid, errors[-1] if errors else None, parts)

@@ -1,18 +1,22 @@
 """Everything that a training step changes, in one place, so that nothing of it is missing from a checkpoint."""
 
 import copy
-from collections import deque
+import hashlib
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from diffusionrl import processes
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig
-from diffusionrl.errors import UserError
+from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.optimization import Optimization
 from diffusionrl.policies.base import Policy
+from diffusionrl.processes import like, whole
 from diffusionrl.prompts import Prompt, fingerprint
 from diffusionrl.rewards import Mixture
 
@@ -34,17 +38,26 @@ class TrainingState:
         self._broken: dict[int, str] = getattr(prompts, "broken", {})  # of a file whose lines are read as they are drawn
 
     def capture(self, step: int, score: float | None = None) -> Checkpoint:
-        """A copy of it all, on the CPU; ``score`` is the evaluation's after this step, if there was one."""
+        """A copy of it all, on the CPU; ``score`` is the evaluation's after this step, if there was one. Of several processes,
+        the main one has the copy; the others help.
+
+        Raises:
+            RunStopped: the processes have different weights.
+        """
         tensors: dict[str, dict[str, Tensor]] = {
-            "policy": dict(self.optimization.parameters),
+            "policy": {name: whole(parameter) for name, parameter in self.optimization.parameters.items()},
             "optimizer": self.optimization.tensors(),
         }
+        self._compare(step)
+        counts: Counter[str] = Counter()
+        for each in processes.ask(self.reward.counts()):
+            counts.update(each)
         state = {
             "updates": self.optimization.updates,
             "invalid": list(self.invalid),
             "algorithm": copy.deepcopy(self.algorithm.state_dict()),
             "reward": dict(self.reward.statistics),
-            "counts": self.reward.counts(),
+            "counts": dict(counts),
             "prompts": self._prompts,
             "broken": list(self._broken.items()),
             "score": score,
@@ -52,8 +65,20 @@ class TrainingState:
         copies = {
             file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in each.items()}
             for file, each in tensors.items()
+            if processes.is_main()
         }
         return Checkpoint(step, copies, state)
+
+    def _compare(self, step: int) -> None:
+        """Processes that take the same steps from the same weights have the same weights, to the bit. Raises RunStopped."""
+        weights = [weight for weight in self.optimization.parameters.values() if not isinstance(weight, DTensor)]
+        if processes.count() == 1:
+            return
+        digest = hashlib.sha256()
+        for weight in weights:
+            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        if len(set(processes.ask(digest.hexdigest()))) > 1:
+            raise RunStopped(f"the processes have different weights after step {step}; the newest checkpoint is from before")
 
     @torch.no_grad()
     def restore(self, found: Checkpoint) -> None:
@@ -71,11 +96,12 @@ class TrainingState:
                 "or go on all the same with --checkpoint.allow-changes"
             )
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(like(parameter, weights[name]))
         self.optimization.load_tensors(found.tensors["optimizer"], found.state["updates"])
         self.invalid = deque(map(tuple, found.state["invalid"]), self.config.rewards.invalid_window)
         self.algorithm.load_state_dict(copy.deepcopy(found.state["algorithm"]))
         self.reward.statistics = {name: (mean, std) for name, (mean, std) in found.state["reward"].items()}
-        self.reward.go_on_counting(found.state["counts"])
+        counts = found.state["counts"]  # of all processes
+        self.reward.go_on_counting(counts if processes.is_main() else dict.fromkeys(counts, 0))
         self._broken.clear()
         self._broken.update((place, said) for place, said in found.state["broken"])

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from diffusionrl import checkpoint
+from diffusionrl import checkpoint, processes
 from diffusionrl.alarms import Watch
 from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig, to_yaml
@@ -76,6 +76,14 @@ def read_result(run_dir: Path) -> TrainResult:
         for line in (lines[min(lines)], lines[exported_step(run_dir, max(lines))])
     )
     return TrainResult(run_dir, before, after)
+
+
+def tell_result(run_dir: Path) -> TrainResult:
+    """``read_result``, on all processes."""
+    if processes.count() == 1:
+        return read_result(run_dir)
+    found = processes.tell(asdict(read_result(run_dir)) | {"run_dir": str(run_dir)} if processes.is_main() else None)
+    return TrainResult(Path(found["run_dir"]), Score(**found["before"]), Score(**found["after"]))
 
 
 def is_held(run_dir: Path) -> bool:
@@ -250,6 +258,7 @@ class RunFolder:
             "platform": platform.platform(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),
+            "processes": processes.count(),
         }
         self._compare_environment(environment)
         replace_file(self.run_dir / "env.json", json.dumps(environment, indent=2) + "\n")
@@ -273,12 +282,20 @@ class RunFolder:
         if now["resumed_from_step"] is None or not file.is_file():
             return
         then = json.loads(file.read_text())
-        for key in ("python", "versions", "platform", "device", "threads"):
+        for key in ("python", "versions", "platform", "device", "threads", "processes"):
             if then.get(key) != now[key]:
                 print(
                     f"warning: {key} differs, so the rest may differ in rounding: {then.get(key)} -> {now[key]}",
                     file=sys.stderr,
                 )
+
+    def save(self, found: Checkpoint) -> None:
+        """See ``checkpoint.save``."""
+        checkpoint.save(self.run_dir, found)
+
+    def prune(self, best: int | None) -> None:
+        """See ``checkpoint.prune``."""
+        checkpoint.prune(self.run_dir, self.config.checkpoint.keep, best)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and print progress. Non-finite numbers are written as null."""
@@ -304,6 +321,40 @@ class RunFolder:
     def finish(self, ending: dict[str, Any]) -> None:
         """There is nothing left to do: "steps" are done, and what else is to be said of the end."""
         replace_file(self.run_dir / "finished.json", json.dumps(ending) + "\n")
+
+
+class NoFolder(RunFolder):
+    """The run folder as all processes but the main one see it: there is nothing in it, and nothing is written."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(Path(os.devnull), config)
+
+    def __enter__(self) -> "NoFolder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        pass
+
+    def check_disk(self, need: int) -> None:
+        pass
+
+    def begin(self, step: int | None, device: torch.device) -> None:
+        pass
+
+    def save(self, found: Checkpoint) -> None:
+        pass
+
+    def prune(self, best: int | None) -> None:
+        pass
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        pass
+
+    def alarm(self, step: int, kind: str, message: str) -> None:
+        pass
+
+    def finish(self, ending: dict[str, Any]) -> None:
+        pass
 
 
 def append_line(file: Path, entry: dict[str, Any]) -> None:

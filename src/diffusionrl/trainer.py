@@ -4,13 +4,14 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusionrl import checkpoint, interruption, seeds
+from diffusionrl import checkpoint, interruption, processes, seeds
 from diffusionrl.advantages import members_of
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.card import write_card
@@ -24,7 +25,7 @@ from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Mixture, Reward, as_mixture
 from diffusionrl.rollout import Rollout, collect
 from diffusionrl.state import TrainingState
-from diffusionrl.tracking import RunFolder, TrainResult, peak_memory_gb, read_result
+from diffusionrl.tracking import RunFolder, TrainResult, peak_memory_gb, tell_result
 
 
 class Trainer:
@@ -55,11 +56,12 @@ class Trainer:
                 written to. What was done before the step that failed is saved.
             Interrupted: a signal asked for it; the steps that were done are saved.
         """
-        found = folder.find_checkpoint()
+        found = checkpoint.tell(folder.find_checkpoint())
         folder.check_disk(self.disk_need(folder.run_dir))
         if found is not None:
             self.state.restore(found)
-            print(f"going on after step {found.step}", flush=True)
+            if processes.is_main():
+                print(f"going on after step {found.step}", flush=True)
         self.at_start = found
         try:
             folder.begin(found.step if found else None, self.policy.device)
@@ -79,7 +81,7 @@ class Trainer:
         except BaseException:
             self._rescue(folder)
             raise
-        return read_result(folder.run_dir)
+        return tell_result(folder.run_dir)
 
     def _rescue(self, folder: RunFolder) -> None:
         """Whatever ended the run, the steps that were done are kept.
@@ -87,10 +89,12 @@ class Trainer:
         Raises:
             RunStopped: they cannot be written.
         """
-        if self.at_start is None:
+        if self.at_start is None or not processes.is_main():
+            return
+        folder.save(self.at_start)
+        if self.state.optimization.sharded:  # and the other processes may be gone; the run that goes on from here exports
             return
         self.state.restore(self.at_start)
-        checkpoint.save(folder.run_dir, self.at_start)
         try:
             self._export(folder)
         except OSError as error:
@@ -102,7 +106,7 @@ class Trainer:
             folder.log({"step": 0, "queries": 0} | self.monitor.evaluate(0, folder))
             self.at_start = self.state.capture(0)  # with the reward's normalisation
             if self.monitor.verdict.best == 0:
-                checkpoint.save(folder.run_dir, self.at_start)
+                folder.save(self.at_start)
         steps, first = self.config.steps, self.at_start.step + 1
         if first > steps and self.at_start.state["score"] is None:  # stopped here, where it was not to be evaluated
             queries = steps * self.config.samples_per_step
@@ -125,8 +129,8 @@ class Trainer:
             self.at_start = self.state.capture(step, metrics.get("eval/reward"))
             verdict = self.monitor.verdict
             if last or verdict.stop or verdict.best == step or step % self.config.checkpoint.every == 0:
-                checkpoint.save(folder.run_dir, self.at_start)
-                checkpoint.prune(folder.run_dir, self.config.checkpoint.keep, verdict.best)
+                folder.save(self.at_start)
+                folder.prune(verdict.best)
         return self.at_start.step
 
     def _export(self, folder: RunFolder) -> None:
@@ -136,10 +140,16 @@ class Trainer:
             RunStopped: they are the guard's best ones, and their checkpoint is corrupted or gone.
         """
         assert self.at_start is not None
+        sharded, main = self.state.optimization.sharded, processes.is_main()
+        if not (main or sharded):
+            return
         chosen = self.monitor.exported_step(self.at_start.step)
         try:
             if chosen != self.at_start.step:
-                self.state.restore(checkpoint.load(checkpoint.folder_of(folder.run_dir, chosen)))
+                best = checkpoint.load(checkpoint.folder_of(folder.run_dir, chosen)) if main else None
+                best = checkpoint.tell(best) if sharded else best
+                assert best is not None
+                self.state.restore(best)
             self.policy.export(folder.run_dir / "export")
         except SafetensorError as error:
             raise OSError(str(error)) from error
@@ -147,7 +157,8 @@ class Trainer:
             raise RunStopped(
                 f"the guard's best weights cannot be exported: {error}. --guard.no-stop exports the last"
             ) from error
-        write_card(folder.run_dir, chosen)
+        if main:
+            write_card(folder.run_dir, chosen)
 
     def disk_need(self, run_dir: Path) -> int:
         """Bytes that the run may write, beyond what is there: checkpoints, the export, and the samples of evaluations."""
@@ -165,7 +176,7 @@ class Trainer:
             RunStopped: too many samples without a valid score.
             NonFiniteError: a loss or a gradient is not finite.
         """
-        config = self.config
+        config, traffic = self.config, replace(processes.traffic)
         rollout = collect(
             self.policy,
             self.reward,
@@ -177,6 +188,7 @@ class Trainer:
             self.algorithm.logprob_reduction,
             self.algorithm.needs,
             config.rewards.timeout,
+            config.samples_per_prompt,
         )
         self._check_scores(rollout)
         advantages = self.algorithm.advantages(rollout)
@@ -195,6 +207,7 @@ class Trainer:
             "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),
             "advantage/prompts": len(groups),
             **update,
+            **processes.metrics(traffic),
             "time/rollout": rollout.seconds["rollout"],
             "time/reward": rollout.seconds["reward"],
             "time/update": time.perf_counter() - began,

@@ -62,8 +62,13 @@ class Policy(Protocol):
         """Within it, the policy is the model that training began from."""
         ...
 
+    def shard(self) -> None:
+        """Keep a part of the trained weights on each process. Called for full fine-tuning on several, before the first use."""
+        ...
+
     def export(self, folder: Path) -> None:
-        """Write what was trained in the format that plain diffusers loads."""
+        """Write what was trained in the format that plain diffusers loads. The main process writes; where the weights are
+        sharded, the others are needed too."""
         ...
 
 

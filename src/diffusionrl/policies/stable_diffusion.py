@@ -19,8 +19,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
-from diffusionrl import seeds
+from diffusionrl import processes, seeds
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import chunks
 from diffusionrl.transitions import Grid, to_x0_and_noise, variance_preserving_grid
@@ -176,11 +177,25 @@ class StableDiffusionPolicy:
             else:
                 self.unet.enable_adapters()
 
+    def shard(self) -> None:
+        """FSDP2, a block of the UNet at a time; gradients are added up, not averaged."""
+        self.memory_format = torch.contiguous_format  # which is what it takes
+        self.unet.to(memory_format=self.memory_format)
+        for module in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks, self.unet):
+            fully_shard(module)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
     def export(self, folder: Path) -> None:
         """A LoRA for ``pipe.load_lora_weights(folder)`` and under kohya's names; after full fine-tuning, a ``unet`` folder."""
         if not self._adapted:
-            self.unet.register_to_config(_name_or_path="")  # else the base model's folder on this machine is written down
-            self.unet.save_pretrained(folder / "unet")
+            weights = {name: processes.whole(weight.detach()) for name, weight in self.unet.state_dict().items()}
+            if processes.is_main():
+                with torch.device("meta"):
+                    unet = type(self.unet).from_config(self.unet.config)
+                unet.load_state_dict(weights, assign=True)
+                unet.register_to_config(_name_or_path="")  # else the base model's folder on this machine is written down
+                unet.save_pretrained(folder / "unet")
             return
         weights = {name: weight.contiguous() for name, weight in get_peft_model_state_dict(self.unet).items()}
         settings = self.unet.peft_config["default"].to_dict()

@@ -1,0 +1,188 @@
+"""Several processes are one run: the same samples, the same weights, and no hang where one of them dies.
+
+Two processes on the CPU (gloo), started by torchrun as a user starts them. Each start takes some ten seconds on a slow core,
+which is why tests here take longer than others.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from diffusionrl import processes
+from diffusionrl.algorithms import DDPO
+from diffusionrl.checkpoint import load_newest
+from diffusionrl.config import DDPOConfig, TrainConfig
+from diffusionrl.errors import RunStopped, UserError
+from diffusionrl.optimization import micro_batches
+from diffusionrl.policies import StableDiffusionPolicy
+from diffusionrl.prompts import Prompt
+from diffusionrl.rewards import as_mixture
+from diffusionrl.rollout import Rollout
+from diffusionrl.state import TrainingState
+from diffusionrl.tracking import read_metrics
+
+SMALL = (
+    *("--model", "./tiny", "--policy.device", "cpu", "--steps", "3", "--prompts-per-step", "4", "--samples-per-prompt", "2"),
+    *("--sampling.num-steps", "3", "--sampling.batch-size", "4", "--evaluation.num-samples", "8"),
+    *("--evaluation.held-out", "clip-score", "--checkpoint.every", "1"),
+)
+REWARD = """
+import os, signal
+
+calls = 0
+first = os.environ.get("RANK", "0") == "0"
+
+
+def dies(images, prompts, metadata):  # the trial is the first call, the evaluation the second
+    global calls
+    calls += 1
+    if calls == 4 and not first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return images.mean((1, 2, 3))
+
+
+def fails(images, prompts, metadata):
+    global calls
+    calls += 1
+    if calls == 3 and not first:
+        raise ValueError("only here")
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_folder: Path) -> Path:
+    """With the tiny model and the rewards above in it."""
+    (tmp_path / "tiny").symlink_to(tiny_folder)
+    (tmp_path / "ours.py").write_text(REWARD)
+    return tmp_path
+
+
+def start(folder: Path, count: int, *options: str) -> subprocess.Popen[str]:
+    """``diffusionrl train`` on so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    command = [sys.executable, *launcher, "-m", "diffusionrl", "train", *SMALL, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    said = process.communicate(timeout=110)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def weights(run_dir: Path) -> torch.Tensor:
+    found = load_newest(run_dir, exact=True)
+    assert found is not None
+    return torch.cat([found.tensors["policy"][name].flatten() for name in sorted(found.tensors["policy"])])
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / a.norm())
+
+
+def test_two_processes_make_the_run_of_one(folder: Path) -> None:
+    runs = [start(folder, count, "--run-dir", name) for count, name in ((1, "one"), (2, "two"))]
+    for run in runs:
+        end(run)
+    one, two = folder / "one", folder / "two"
+    assert apart(weights(one), weights(two)) < 1e-5
+    for step in ("step_000000", "step_000003"):
+        for image in sorted((one / "samples" / step).glob("0*.png")):
+            assert image.read_bytes() == (two / "samples" / step / image.name).read_bytes()
+    for alone, together in zip(read_metrics(one), read_metrics(two), strict=True):
+        for key in alone:
+            if alone[key] is not None and not key.startswith(("time/", "peak")):
+                assert together[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-9), key
+    line = read_metrics(two)[-1]
+    assert line["processes"] == 2 and line["communication/bytes"] > 0 and line["time/communication"] > 0
+    exported = [load_file(run / "export" / "pytorch_lora_weights.safetensors") for run in (one, two)]
+    assert all(apart(exported[0][name], exported[1][name]) < 1e-5 for name in exported[0])
+
+
+def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
+    options = ("--policy.training", "full", "--optimizer.learning-rate", "1e-4", "--steps", "2")
+    runs = [start(folder, count, *options, "--run-dir", name) for count, name in ((1, "one"), (2, "two"))]
+    for run in runs:
+        end(run)
+    assert apart(weights(folder / "one"), weights(folder / "two")) < 1e-4  # the sum is rounded in another order
+    said = end(start(folder, 2, *options, "--run-dir", "two", "--steps", "3"))
+    assert "going on after step 2" in said
+    assert said.count("going on after") == 1
+    assert len(load_file(next((folder / "two" / "export" / "unet").glob("*.safetensors")))) > 100
+
+
+def test_a_process_that_dies_ends_the_run_and_loses_nothing(folder: Path) -> None:
+    options = ("--reward", "ours:dies", "--run-dir", "two")
+    run = start(folder, 2, *options)
+    said = run.communicate(timeout=110)[0]
+    assert run.returncode != 0
+    assert "another process has ended or does not answer" in said
+    found = load_newest(folder / "two", exact=True)
+    assert found is not None
+    assert found.step < 3
+    went_on = start(folder, 1, *options)
+    straight = start(folder, 1, "--reward", "ours:dies", "--run-dir", "one")
+    assert "warning: processes differs" in end(went_on)
+    end(straight)
+    assert apart(weights(folder / "one"), weights(folder / "two")) < 1e-5
+
+
+def test_a_reward_that_fails_on_one_process_has_failed_for_all(folder: Path) -> None:
+    end(start(folder, 2, "--reward", "ours:fails", "--run-dir", "two", "--steps", "2"))
+    lines = read_metrics(folder / "two")
+    assert [line.get("reward/invalid") for line in lines] == [None, 4, 0]
+    assert json.loads((folder / "two" / "finished.json").read_text())["steps"] == 2
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 5))
+def test_shares_are_whole_units_in_order_and_even(count: int, units: int, unit: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "count", lambda: count)
+        total = units * unit
+        if units < count:
+            with pytest.raises(UserError, match="cannot be shared"):
+                processes.share(total, unit, 0)
+            return
+        shares = [processes.share(total, unit, process) for process in range(count)]
+    assert [i for share in shares for i in share] == list(range(total))
+    assert all(len(share) % unit == 0 for share in shares)
+    assert max(map(len, shares)) - min(map(len, shares)) <= unit
+
+
+@given(st.sampled_from([1, 2, 4]), st.integers(1, 9), st.integers(0, 1000))
+def test_micro_batches_are_the_same_on_any_number_of_processes(count: int, size: int, seed: int) -> None:
+    rows = torch.randint(0, 32, (50, 2), generator=torch.Generator().manual_seed(seed))
+    empty = torch.zeros(32, 1)
+    rollout = Rollout(None, [Prompt("")] * 32, empty, empty, empty, empty, None, {}, batch_size=8)  # type: ignore[arg-type]
+    alone = micro_batches(rollout, rows, size, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "count", lambda: count)
+        shared = [micro for process in range(count) for micro in micro_batches(rollout, rows, size, process)]
+    assert [micro.tolist() for micro in shared] == [micro.tolist() for micro in alone]
+    assert sorted(row for micro in alone for row in micro.tolist()) == sorted(rows.tolist())
+    assert all(len(micro) <= size for micro in alone)
+
+
+def test_processes_with_different_weights_are_stopped(
+    monkeypatch: pytest.MonkeyPatch, make_policy: Callable[..., StableDiffusionPolicy]
+) -> None:
+    state = TrainingState(
+        make_policy(), DDPO(DDPOConfig(), 1.0), as_mixture(lambda *_: [0.0]), [Prompt("a cat")], TrainConfig()
+    )
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "ask", lambda said: [said, said])
+    assert state.capture(4).step == 4
+    monkeypatch.setattr(processes, "ask", lambda said: [said, f"not {said}"])
+    with pytest.raises(RunStopped, match="different weights after step 4"):
+        state.capture(4)
