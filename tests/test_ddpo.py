@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusionrl import seeds
@@ -149,6 +151,21 @@ def test_policy_gradient_of_a_gaussian_chain_matches_its_closed_form() -> None:
         score = (latents[:, 1:] - alpha_next.view(3, 1, 1, 1) * 0.3 - kept.view(3, 1, 1, 1) * latents[:, :-1]).flatten(1)
         terms = (score * alpha_next / fresh**2).sum(1) * (reward - reward.mean())
         assert abs(estimate - exact) < 4 * terms.std().item() / math.sqrt(count)
+
+
+@given(st.integers(1, 8), st.integers(1, 40), st.integers(0, 99))
+def test_each_update_takes_one_of_so_many_samples_in_a_row(count: int, total: int, seed: int) -> None:
+    grid = Grid(*[torch.ones(2)] * 5)
+    scores = Scores(torch.zeros(total), torch.arange(total) % 5 > 0)
+    none = torch.zeros(0)
+    rollout = Rollout(SamplerTable(grid, *[torch.ones(2)] * 2), [Prompt("")] * total, none, none, none, none, scores, {})
+    updates = list(DDPO(DDPOConfig(updates_per_step=count), 1.0).updates(rollout, none, seed, 1))
+    samples = [set(rows[:, 0].tolist()) for rows in updates]
+    assert len(updates) == count
+    assert sorted(i for taken in samples for i in taken) == scores.valid.nonzero().flatten().tolist()
+    for first in range(0, total - count + 1, count):
+        block = range(first, first + count)
+        assert all(len(taken.intersection(block)) <= 1 for taken in samples)
 
 
 # Clip

@@ -14,6 +14,9 @@ Where the paper is silent or its code departs from it, this file follows the cod
 - advantages are clamped (at 5, as in the PyTorch release; 10 in JAX);
 - steps whose fresh noise is 0 carry no log-probability and are left out.
 
+Where its code shuffles the samples and cuts them into updates, every ``updates_per_step`` samples in a row are shared out at
+random here, one to each update: so each has its part of every prompt's samples, and of every process's.
+
 An option that is not in the paper: ``step_weight_power`` weighs denoising steps by a power of their fresh noise (1 as in
 TempFlow-GRPO). A step's gradient is residual / fresh^2 * dmean, about as long as 1 / fresh, so on coarse grids the noise of the
 last steps drowns the rest.
@@ -58,8 +61,11 @@ class DDPO:
         return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
     def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
-        order = torch.randperm(len(rollout.prompts), generator=seeds.torch_generator(seed, "update_order", step))
-        for part in order.chunk(self.config.updates_per_step):
+        total, count = len(rollout.prompts), self.config.updates_per_step
+        blocks = -(-total // count)
+        draws = torch.rand(blocks, count, generator=seeds.torch_generator(seed, "update_order", step)).argsort(1)
+        for part in (torch.arange(blocks)[:, None] * count + draws).unbind(1):
+            part = part[part < total]
             yield self.pairs(rollout, part[rollout.scores.valid[part]], seed, step)
 
     def pairs(self, rollout: Rollout, samples: Tensor, seed: int, step: int) -> Tensor:
