@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusionrl import interruption
 from diffusionrl.algorithms import Algorithm, make_algorithm
-from diffusionrl.config import TrainConfig
+from diffusionrl.config import DiffusionRLConfig, TrainConfig
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
@@ -109,7 +109,9 @@ def _prepare(
             raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(each.rewards)}")
     embed = load_embedder(config.evaluation.embeddings, config.model)
     trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
-    make_table(trained, config.sampling)
+    table = make_table(trained, config.sampling)
+    if isinstance(config.algorithm, DiffusionRLConfig):
+        config.algorithm.check_steps(int((table.fresh > 0).sum()))
     return Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out, embed)
 
 

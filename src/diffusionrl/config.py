@@ -10,6 +10,11 @@ from typing import Any, Literal
 
 import yaml
 
+from diffusionrl.algorithm_config import ALGORITHMS as ALGORITHMS
+from diffusionrl.algorithm_config import AlgorithmConfig as AlgorithmConfig
+from diffusionrl.algorithm_config import DDPOConfig as DDPOConfig
+from diffusionrl.algorithm_config import DiffusionRLConfig as DiffusionRLConfig
+from diffusionrl.algorithm_config import RWRConfig as RWRConfig
 from diffusionrl.errors import require
 from diffusionrl.reward_config import CLIPScoreConfig, RewardsConfig
 
@@ -71,7 +76,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm when it is longer."""
+    """The gradient is scaled down to this norm when it is longer; inf leaves it as it is."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
@@ -82,90 +87,8 @@ class OptimizerConfig:
         require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
 
 
-@dataclass(frozen=True)
-class DDPOConfig:
-    """DDPO; see docs/ddpo.md."""
-
-    name: Literal["ddpo"] = "ddpo"
-    """The algorithm."""
-    variant: Literal["is", "sf"] = "is"
-    """Importance sampling with clipping, several updates a step; or score function (REINFORCE), one update a step."""
-    clip_range: float = 1e-4
-    """Clip of the per-step ratio, in units of ``logprob_reduction``: with the mean, clip_range * latent dimensions is the
-    clip of the true log-ratio, 1.6 in the paper's setting of 16,384 dimensions."""
-    logprob_reduction: Literal["mean", "sum"] = "mean"
-    """How a log-probability runs over the latent dimensions."""
-    advantage_clip: float = 5.0
-    """Advantages are clamped to plus or minus this."""
-    normalisation: Literal["prompt", "batch", "group"] = "prompt"
-    """Advantages relative to a prompt's recent rewards, to the whole step, or to the samples of one prompt in the step."""
-    buffer_size: int = 32
-    """Rewards remembered for each prompt ("prompt" only)."""
-    min_count: int = 16
-    """A prompt with fewer remembered rewards uses the statistics of the whole step ("prompt" only)."""
-    updates_per_step: int = 4
-    """Optimizer steps on the samples of one step. "sf" takes exactly 1."""
-    train_fraction: float = 1.0
-    """Share of the denoising steps that is trained, drawn anew for every sample; less is faster and noisier."""
-    step_weight_power: float = 0.0
-    """A denoising step counts in proportion to (its fresh noise) ** this: 0, as published, all alike; 1, their gradients
-    are about equally long; 2, the last steps, which have hardly any fresh noise, hardly count."""
-    micro_batch_size: int = 32
-    """(sample, denoising step) pairs in one forward pass of an update: memory and speed, not results."""
-
-    def __post_init__(self) -> None:
-        require(self.clip_range > 0, f"algorithm.clip_range must be positive, not {self.clip_range}")
-        require(self.advantage_clip > 0, f"algorithm.advantage_clip must be positive, not {self.advantage_clip}")
-        require(0 < self.train_fraction <= 1, f"algorithm.train_fraction must lie in (0, 1], not {self.train_fraction}")
-        require(self.step_weight_power >= 0, f"algorithm.step_weight_power must not be negative, not {self.step_weight_power}")
-        require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
-        require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
-        require(
-            1 <= self.min_count <= self.buffer_size,
-            f"algorithm.min_count must lie between 1 and buffer_size ({self.buffer_size}), not {self.min_count}",
-        )
-        require(
-            self.variant == "is" or self.updates_per_step == 1,
-            f"algorithm.variant 'sf' is on-policy: set algorithm.updates_per_step to 1, not {self.updates_per_step}",
-        )
-
-
-@dataclass(frozen=True)
-class RWRConfig:
-    """Reward-weighted regression; see docs/rwr.md."""
-
-    name: Literal["rwr"] = "rwr"
-    """The algorithm."""
-    variant: Literal["rwr", "sparse"] = "rwr"
-    """Samples weighted by exp(inverse_temperature * reward); or the best ones alone, all alike."""
-    inverse_temperature: float = 0.2
-    """In units of 1 / reward: 0.2 is for kilobytes ("rwr" only)."""
-    percentile: float = 0.9
-    """Rewards at or above it are trained on ("sparse" only)."""
-    normalisation: Literal["prompt", "batch"] = "prompt"
-    """Weights over the samples of one prompt, or of the whole step. One sample alone always has weight 1."""
-    updates_per_step: int = 400
-    """Optimizer steps on the samples of one step."""
-    batch_size: int = 128
-    """Samples in one optimizer step, each at a time of its own."""
-    train_guided: bool = True
-    """Train the guided prediction; False trains the one with the prompt alone, and still samples with guidance."""
-    micro_batch_size: int = 32
-    """Samples in one forward pass of an update: memory and speed, not results."""
-
-    def __post_init__(self) -> None:
-        require(self.inverse_temperature > 0, f"algorithm.inverse_temperature must be positive, not {self.inverse_temperature}")
-        require(0 <= self.percentile <= 1, f"algorithm.percentile must lie in [0, 1], not {self.percentile}")
-        require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
-        require(self.batch_size >= 1, f"algorithm.batch_size must be at least 1, not {self.batch_size}")
-        require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
-
-
 MIN_PAIRS = 10
 """Fewer paired samples give no standard error to judge by."""
-
-AlgorithmConfig = DDPOConfig | RWRConfig
-ALGORITHMS: dict[str, type[AlgorithmConfig]] = {"ddpo": DDPOConfig, "rwr": RWRConfig}
 
 
 @dataclass(frozen=True)
@@ -277,8 +200,8 @@ class TrainConfig:
         require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
         require(len(self.reward) >= 1, "reward names no reward")
         require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
-        if isinstance(self.algorithm, DDPOConfig):
-            self._check_ddpo(self.algorithm)
+        if not isinstance(self.algorithm, RWRConfig):
+            self._check_policy_gradient(self.algorithm)
         self._check_guard()
 
     def _check_guard(self) -> None:
@@ -291,9 +214,9 @@ class TrainConfig:
             f"evaluation.num_samples to at least {MIN_PAIRS}",
         )
 
-    def _check_ddpo(self, algorithm: DDPOConfig) -> None:
+    def _check_policy_gradient(self, algorithm: DDPOConfig | DiffusionRLConfig) -> None:
         require(
-            self.samples_per_step % algorithm.updates_per_step == 0,
+            isinstance(algorithm, DiffusionRLConfig) or self.samples_per_step % algorithm.updates_per_step == 0,
             f"{self.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut into "
             f"algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
         )
