@@ -17,7 +17,7 @@ FLOORS = [
     {"policies", "rewards", "alarms", "guard"},
     {"rollout", "advantages"},
     {"algorithms", "measures"},
-    {"evaluation", "tracking", "optimization"},
+    {"evaluation", "tracking", "optimization", "tasks"},
     {"state", "card", "monitor"},
     {"trainer"},
     {"sampling", "report", "presets", "doctor", "emoji.recipe"},

@@ -4,6 +4,7 @@ Nothing here imports torch, so that the command line answers at once.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -149,6 +150,39 @@ class GuardConfig:
         require(self.patience >= 1, f"guard.patience must be at least 1, not {self.patience}")
 
 
+_ROOMS = ("advantage", "eval", "guard", "policy", "pretraining", "prompts", "ratio", "reward", "time")
+"""Where metrics of a run's own are: no task may have such a name."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A further task: another reward, on prompts of its own; see docs/diffusionrl.md."""
+
+    name: str = ""
+    """Letters, digits, - and _: its metrics are NAME/reward/mean and so on."""
+    reward: tuple[str, ...] = ("compressibility",)
+    """As in the run's own ``reward``."""
+    prompts: str = "ddpo-animals"
+    """As in the run's own ``prompts``."""
+    prompts_per_step: int = 256
+    samples_per_prompt: int = 1
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def whose(self) -> str:
+        """Before an error about it; nothing for the first task, which has no name."""
+        return f"task {self.name}: " if self.name else ""
+
+    def check(self) -> None:
+        """Raises UserError where it cannot be trained on."""
+        require(len(self.reward) >= 1, f"{self.whose}reward names no reward")
+        for what in ("prompts_per_step", "samples_per_prompt"):
+            require(getattr(self, what) >= 1, f"{self.whose}{what} must be at least 1, not {getattr(self, what)}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A whole run."""
@@ -184,10 +218,23 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tasks: tuple[TaskConfig, ...] = ()
+    """Further tasks, trained in turn after the one above in every step; a list in YAML, then --tasks.0.reward and so on."""
 
     @property
     def samples_per_step(self) -> int:
+        """Of the first task."""
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def all_tasks(self) -> tuple[TaskConfig, ...]:
+        """The one that the fields above describe, which has no name, and the further ones."""
+        return (TaskConfig("", self.reward, self.prompts, self.prompts_per_step, self.samples_per_prompt), *self.tasks)
+
+    @property
+    def queries_per_step(self) -> int:
+        """Samples a step of all tasks."""
+        return sum(task.samples_per_step for task in self.all_tasks)
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -197,12 +244,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         require(self.max_broken_prompts >= 0, f"max_broken_prompts must not be negative, not {self.max_broken_prompts}")
-        require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
-        require(len(self.reward) >= 1, "reward names no reward")
-        require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        self._check_tasks()
         if not isinstance(self.algorithm, RWRConfig):
             self._check_policy_gradient(self.algorithm)
         self._check_guard()
+
+    def _check_tasks(self) -> None:
+        names = [task.name for task in self.tasks]
+        for index, name in enumerate(names):
+            require(
+                re.fullmatch("[A-Za-z0-9_-]+", name) is not None,
+                f"tasks.{index}.name must be made of letters, digits, - and _, not {name!r}",
+            )
+            require(name not in _ROOMS, f"tasks.{index}.name is {name!r}, where metrics of the run's own are: choose another")
+            require(names.count(name) == 1, f"two tasks are named {name!r}")
+        for task in self.all_tasks:
+            task.check()
 
     def _check_guard(self) -> None:
         held_out = [entry.partition("=")[0] for entry in self.evaluation.held_out]
@@ -215,15 +272,17 @@ class TrainConfig:
         )
 
     def _check_policy_gradient(self, algorithm: DDPOConfig | DiffusionRLConfig) -> None:
-        require(
-            isinstance(algorithm, DiffusionRLConfig) or self.samples_per_step % algorithm.updates_per_step == 0,
-            f"{self.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut into "
-            f"algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
-        )
-        require(
-            algorithm.normalisation != "group" or self.samples_per_prompt > 1,
-            "algorithm.normalisation 'group' compares the samples of one prompt: set samples_per_prompt above 1",
-        )
+        for task in self.all_tasks:
+            require(
+                isinstance(algorithm, DiffusionRLConfig) or task.samples_per_step % algorithm.updates_per_step == 0,
+                f"{task.whose}{task.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut "
+                f"into algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
+            )
+            require(
+                algorithm.normalisation != "group" or task.samples_per_prompt > 1,
+                f"{task.whose}algorithm.normalisation 'group' compares the samples of one prompt: "
+                "set samples_per_prompt above 1",
+            )
         require(
             self.sampling.sampler != "ode" and self.sampling.eta > 0,
             "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
@@ -239,6 +298,6 @@ def _plain(value: Any) -> Any:
     """Tuples as lists and paths as strings, which is what YAML knows."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
