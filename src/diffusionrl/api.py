@@ -17,6 +17,7 @@ from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.presets import emoji
+from diffusionrl.pretraining import load_pairs
 from diffusionrl.prompts import Prompt, load_prompts
 from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
@@ -100,6 +101,7 @@ def _prepare(
         chosen = [_as_prompt(prompt) for prompt in prompts]
     if not chosen:
         raise UserError("there is no prompt to train on: prompts is empty")
+    pairs = load_pairs(config.pretraining)
     image_size = check_model(config.model) if policy is None else policy.image_size
     mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
     held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
@@ -112,7 +114,7 @@ def _prepare(
     table = make_table(trained, config.sampling)
     if isinstance(config.algorithm, DiffusionRLConfig):
         config.algorithm.check_steps(int((table.fresh > 0).sum()))
-    return Trainer(trained, mixture, chosen, own, config, held_out, embed, further)
+    return Trainer(trained, mixture, chosen, own, config, held_out, embed, further, pairs)
 
 
 def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, image_size: int) -> Task:

@@ -93,7 +93,7 @@ def make_card(
     )
     for key, value in licence.items():
         data[key] = value
-    tasks = [config["reward"], *(task["reward"] for task in config.get("tasks", []))]
+    tasks = [config["reward"], *(task["reward"] for task in config["tasks"])]
     towards, last = ", and in turn ".join(", ".join(map(_reward, each)) for each in tasks), metrics[-1]
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("diffusionrl", "torch", "diffusers"))
     return "\n".join(
@@ -104,7 +104,7 @@ def make_card(
             f"{last['step']} steps. A reward does not see everything: look at the images, and at scores that were held out.\n",
             *(["<Gallery />\n", _gallery(prompts)] if prompts else []),
             "## Scores\n",
-            _scores(metrics, rewards, held_out, [task["name"] for task in config.get("tasks", [])]),
+            _scores(metrics, rewards, held_out, [task["name"] for task in config["tasks"]]),
             "## Use\n",
             _usage(config, base, prompts, full),
             "## Training\n",

@@ -150,6 +150,32 @@ class GuardConfig:
         require(self.patience >= 1, f"guard.patience must be at least 1, not {self.patience}")
 
 
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """The pretraining loss, beside the rewards; see docs/diffusionrl.md."""
+
+    source: str = ""
+    """Real pairs of image and caption: "emoji" (scenes of the embedded world, drawn as they are asked for), or a folder of
+    images with metadata.jsonl or metadata.csv (columns file_name and text). Empty, there is no such loss."""
+    weight: float = 1.0
+    """The loss is multiplied by it. AdamW divides a constant factor out again, so ``updates`` says more."""
+    batch_size: int = 16
+    """Pairs in one optimizer step."""
+    updates: int = 1
+    """Optimizer steps on it in a training step, after those of the tasks."""
+    drop_caption: float = 0.1
+    """Share of the pairs that are trained without their caption, which guidance needs."""
+    max_broken: int = 0
+    """Images that may turn out not to decode; they are passed over, and one more stops the run."""
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, f"pretraining.weight must be positive, not {self.weight}: an empty source switches it off")
+        require(self.batch_size >= 1, f"pretraining.batch_size must be at least 1, not {self.batch_size}")
+        require(self.updates >= 1, f"pretraining.updates must be at least 1, not {self.updates}")
+        require(0 <= self.drop_caption <= 1, f"pretraining.drop_caption must lie in [0, 1], not {self.drop_caption}")
+        require(self.max_broken >= 0, f"pretraining.max_broken must not be negative, not {self.max_broken}")
+
+
 _ROOMS = ("advantage", "eval", "guard", "policy", "pretraining", "prompts", "ratio", "reward", "time")
 """Where metrics of a run's own are: no task may have such a name."""
 
@@ -218,6 +244,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     tasks: tuple[TaskConfig, ...] = ()
     """Further tasks, trained in turn after the one above in every step; a list in YAML, then --tasks.0.reward and so on."""
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusionrl.algorithms.base import Algorithm
+from diffusionrl.algorithms.base import Objective
 from diffusionrl.config import OptimizerConfig
 from diffusionrl.interruption import check
 from diffusionrl.policies.base import Policy, chunks
@@ -68,7 +68,7 @@ class Optimization:
         )
 
     def update(
-        self, algorithm: Algorithm, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
+        self, algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
     ) -> tuple[dict[str, Tensor], float]:
         """One optimizer step on the mean loss over the rows.
 
@@ -116,7 +116,7 @@ class Optimization:
 
 
 def accumulate_gradient(
-    algorithm: Algorithm, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
+    algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean loss over all rows, in micro-batches; how they are cut changes only rounding.
 

@@ -10,15 +10,18 @@ from diffusionrl.config import TrainConfig
 from diffusionrl.errors import UserError
 from diffusionrl.optimization import Optimization
 from diffusionrl.policies.base import Policy
+from diffusionrl.pretraining import Pretraining
 from diffusionrl.tasks import Task
 
 
 class TrainingState:
     """Weights, optimizer, and what belongs to each task: the algorithm's own state, the reward's normalisation and counts, and
-    the recent invalid samples."""
+    the recent invalid samples; and what the pretraining loss passed over."""
 
-    def __init__(self, policy: Policy, tasks: Sequence[Task], config: TrainConfig) -> None:
-        self.tasks = {task.name: task for task in tasks}
+    def __init__(
+        self, policy: Policy, tasks: Sequence[Task], config: TrainConfig, pretraining: Pretraining | None = None
+    ) -> None:
+        self.tasks, self.pretraining = {task.name: task for task in tasks}, pretraining
         self.optimization = Optimization(policy.trainable(), config.optimizer)
 
     def capture(self, step: int, score: float | None = None) -> Checkpoint:
@@ -30,6 +33,7 @@ class TrainingState:
         state = {
             "updates": self.optimization.updates,
             "tasks": {name: task.capture() for name, task in self.tasks.items()},
+            "pretraining": self.pretraining.capture() if self.pretraining else None,
             "score": score,
         }
         copies = {
@@ -54,6 +58,8 @@ class TrainingState:
             raise UserError(f"the run began with other tasks (further ones: {named[0]}; now {named[1]}): choose another --name")
         for name, task in self.tasks.items():
             task.check(states[name])
+        if self.pretraining:
+            self.pretraining.restore(found.state["pretraining"])
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
         self.optimization.load_tensors(found.tensors["optimizer"], found.state["updates"])

@@ -18,6 +18,7 @@ from diffusionrl.errors import RunStopped
 from diffusionrl.monitor import Embed, Monitor
 from diffusionrl.optimization import NonFiniteError
 from diffusionrl.policies.base import Policy
+from diffusionrl.pretraining import Pairs, Pretraining
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Mixture, Reward, as_mixture
 from diffusionrl.rollout import Rollout, collect
@@ -27,7 +28,8 @@ from diffusionrl.tracking import RunFolder, TrainResult, peak_memory_gb, read_re
 
 
 class Trainer:
-    """One run: ``Trainer(...).run(folder)``. Reward, prompts and algorithm are the first task's; ``further`` are the others."""
+    """One run: ``Trainer(...).run(folder)``. Reward, prompts and algorithm are the first task's, ``further`` the other
+    tasks; ``pairs`` are for the pretraining loss."""
 
     def __init__(
         self,
@@ -39,12 +41,14 @@ class Trainer:
         held_out: Mixture | None = None,
         embed: Embed | None = None,
         further: Sequence[Task] = (),
+        pairs: Pairs | None = None,
     ) -> None:
         self.policy, self.prompts, self.algorithm, self.config = policy, prompts, algorithm, config
         self.reward = as_mixture(reward)
         self.tasks = [Task(config.all_tasks[0], prompts, self.reward, algorithm, config), *further]
         self.monitor = Monitor(policy, self.tasks, config, held_out, embed)
-        self.state = TrainingState(policy, self.tasks, config)
+        self.pretraining = Pretraining(pairs, config, algorithm.micro_batch_size) if pairs is not None else None
+        self.state = TrainingState(policy, self.tasks, config, self.pretraining)
         self.at_start: Checkpoint | None = None  # what the step in progress began from; None before the first evaluation
 
     def run(self, folder: RunFolder) -> TrainResult:
@@ -160,15 +164,17 @@ class Trainer:
         return 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
 
     def step(self, step: int) -> dict[str, float]:
-        """Every task in turn. Returns the step's metrics.
+        """Every task in turn, then the pretraining loss if there is one. Returns the step's metrics.
 
         Raises:
-            RunStopped: too many samples without a valid score.
+            RunStopped: too many samples without a valid score, or too many broken images.
             NonFiniteError: a loss or a gradient is not finite.
         """
         metrics: dict[str, float] = {"step": step, "queries": step * self.config.queries_per_step}
         for task in self.tasks:
             metrics |= {f"{task.prefix}{key}": value for key, value in self._train_on(task, step).items()}
+        if self.pretraining is not None:
+            metrics |= self.pretraining.train(self.policy, self.state.optimization, step)
         return metrics | {"peak_memory_gb": peak_memory_gb(self.policy.device)}
 
     def _train_on(self, task: Task, step: int) -> dict[str, float]:

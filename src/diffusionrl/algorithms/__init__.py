@@ -1,4 +1,4 @@
-"""Algorithms: one file each; what several share is in ``policy_gradient.py``."""
+"""Algorithms: one file each; what several share is in ``policy_gradient.py`` and ``denoising.py``."""
 
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.algorithms.ddpo import DDPO

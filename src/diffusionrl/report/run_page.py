@@ -185,7 +185,8 @@ def _main_charts(run: Run, marks: list[float]) -> list[Chart]:
     if any(run.column(KL)[1]):  # 0 throughout where every update is on-policy
         line = _line(run, KL, KL, colour=3)
         charts.append(draw("approximate KL", "queries", [line], "of a step's updates from its rollout", marks))
-    times = [_line(run, f"time/{part}", part, colour=i) for i, part in enumerate(("rollout", "reward", "update"))]
+    parts = ["rollout", "reward", "update", *(["pretraining"] if run.column("time/pretraining")[0] else [])]
+    times = [_line(run, f"time/{part}", part, colour=i) for i, part in enumerate(parts)]
     charts.append(draw("seconds a step", "queries", times, "rewards are computed during the rollout", marks, from_zero=True))
     return [chart for chart in charts if chart is not None]
 
