@@ -90,7 +90,7 @@ def test_options_win_over_yaml_which_wins_over_the_preset(tmp_path: Path) -> Non
     assert config.optimizer.betas == (0.8, 0.9)
 
 
-@pytest.mark.parametrize("preset", ["emoji", "ddpo-lora", "ddpo-paper"])
+@pytest.mark.parametrize("preset", ["emoji", "ddpo-lora", "ddpo-paper", "diffusionrl-paper"])
 def test_a_written_config_reads_back(tmp_path: Path, preset: str) -> None:
     from diffusionrl.config import to_yaml
 
@@ -142,7 +142,7 @@ def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
         (["--steps", "0"], "steps must be at least 1"),
         (["--algorithm.train-fraction", "2"], r"must lie in (0, 1]"),
         (["--sampling.eta", "0"], "needs fresh noise"),
-        (["--algorithm.name", "ppo"], "unknown algorithm 'ppo'. There are ddpo, rwr"),
+        (["--algorithm.name", "ppo"], "unknown algorithm 'ppo'. There are ddpo, diffusionrl, rwr"),
         (["--algorithm.name", "rwr", "--algorithm.percentile", "90"], "must lie in [0, 1]"),
         (["--algorithm.name", "rwr", "--algorithm.clip-range", "1"], "--algorithm.clip-range"),
         (["--sampling.eta", "3"], "lower eta"),
@@ -150,7 +150,7 @@ def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
         (["--sampling.sampler", "flow_grpo"], "linear flow"),
         (["--policy.training", "full", "--policy.dtype", "bfloat16"], "needs policy.dtype float32"),
         (["--optimizer.betas", "1", "1"], "must lie in [0, 1)"),
-        (["--preset", "emojis"], "did you mean 'emoji'? There are ddpo-lora, ddpo-paper, emoji"),
+        (["--preset", "emojis"], "did you mean 'emoji'? There are ddpo-lora, ddpo-paper, diffusionrl-paper, emoji"),
         (["--config", "nowhere.yaml"], "cannot be read"),
         (["--config", "bad.yaml"], "--algorithm.clip-range"),
         (["--config", "list.yaml"], "must hold settings"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusionrl import seeds
 from diffusionrl.algorithms import DDPO
-from diffusionrl.algorithms.ddpo import clipped_loss
+from diffusionrl.algorithms.policy_gradient import clipped_loss
 from diffusionrl.config import DDPOConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from diffusionrl.optimization import accumulate_gradient
 from diffusionrl.policies import StableDiffusionPolicy

@@ -25,6 +25,7 @@ from diffusionrl.interruption import Interrupted
 from diffusionrl.prompts import load_prompts
 from diffusionrl.rewards import Mixture, as_mixture
 from diffusionrl.state import TrainingState
+from diffusionrl.tasks import Task
 from diffusionrl.tracking import RunFolder
 
 
@@ -350,9 +351,10 @@ def test_broken_prompts_that_were_drawn_are_remembered(
     for steps in (2, 4):
         train(replace(config, steps=steps, run_dir=tmp_path / "halves"), policy=make_policy(), reward=in_reward)
     found = checkpoint.load_newest(tmp_path / "halves", exact=True)
-    assert found is not None and [place for place, _ in found.state["broken"]] == [1]
+    assert found is not None and [place for place, _ in found.state["tasks"][""]["broken"]] == [1]
     fresh = load_prompts(config.prompts, 1)
-    TrainingState(make_policy(), make_algorithm(config), as_mixture(in_reward), fresh, config).restore(found)
+    task = Task(config.all_tasks[0], fresh, as_mixture(in_reward), make_algorithm(config), config)
+    TrainingState(make_policy(), [task], config).restore(found)
     assert list(fresh.broken) == [1]  # type: ignore[attr-defined]
 
 

@@ -12,12 +12,13 @@ GLOBAL_GENERATORS = {"torch.manual_seed", "torch.seed", "np.random.seed", "rando
 # Imports point downwards: a room may import what stands in lines before its own.
 FLOORS = [
     {"errors", "seeds", "transitions", "images", "emoji", "interruption", "intervals", "progress"},
-    {"reward_config"},
+    {"algorithm_config", "reward_config"},
     {"config", "prompts", "checkpoint", "hub", "trackers"},
     {"policies", "rewards", "alarms", "guard"},
     {"rollout", "advantages"},
     {"algorithms", "measures"},
-    {"evaluation", "tracking", "optimization"},
+    {"evaluation", "tracking", "optimization", "tasks"},
+    {"pretraining"},
     {"state", "card", "monitor"},
     {"trainer"},
     {"sampling", "report", "presets", "doctor", "emoji.recipe"},

@@ -28,7 +28,10 @@ from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import as_mixture
 from diffusionrl.rollout import Rollout
 from diffusionrl.state import TrainingState
+from diffusionrl.tasks import Task
 from diffusionrl.tracking import read_metrics
+
+pytestmark = pytest.mark.timeout(400)  # starts of several processes on what may be a busy machine
 
 SMALL = (
     *("--model", "./tiny", "--policy.device", "cpu", "--steps", "3", "--prompts-per-step", "4", "--samples-per-prompt", "2"),
@@ -76,7 +79,7 @@ def start(folder: Path, count: int, *options: str) -> subprocess.Popen[str]:
 
 
 def end(process: subprocess.Popen[str]) -> str:
-    said = process.communicate(timeout=110)[0]
+    said = process.communicate(timeout=180)[0]
     assert process.returncode == 0, said
     return said
 
@@ -125,7 +128,7 @@ def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
 def test_a_process_that_dies_ends_the_run_and_loses_nothing(folder: Path) -> None:
     options = ("--reward", "ours:dies", "--run-dir", "two")
     run = start(folder, 2, *options)
-    said = run.communicate(timeout=110)[0]
+    said = run.communicate(timeout=180)[0]
     assert run.returncode != 0
     assert "another process has ended or does not answer" in said
     found = load_newest(folder / "two", exact=True)
@@ -177,12 +180,12 @@ def test_micro_batches_are_the_same_on_any_number_of_processes(count: int, size:
 def test_processes_with_different_weights_are_stopped(
     monkeypatch: pytest.MonkeyPatch, make_policy: Callable[..., StableDiffusionPolicy]
 ) -> None:
-    state = TrainingState(
-        make_policy(), DDPO(DDPOConfig(), 1.0), as_mixture(lambda *_: [0.0]), [Prompt("a cat")], TrainConfig()
-    )
+    config = TrainConfig()
+    task = Task(config.all_tasks[0], [Prompt("a cat")], as_mixture(lambda *_: [0.0]), DDPO(DDPOConfig(), 1.0), config)
+    state = TrainingState(make_policy(), [task], config)
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "ask", lambda said: [said, said])
     assert state.capture(4).step == 4
-    monkeypatch.setattr(processes, "ask", lambda said: [said, f"not {said}"])
+    monkeypatch.setattr(processes, "ask", lambda said: [said, said if isinstance(said, dict) else f"not {said}"])
     with pytest.raises(RunStopped, match="different weights after step 4"):
         state.capture(4)

@@ -152,7 +152,7 @@ def test_training_raises_the_likelihood_of_what_scored_well(make_policy, tmp_pat
     algorithm = RWR(settings, 3.0)
     policy = make_policy()
     trainer = Trainer(policy, brightness, [Prompt("a cat"), Prompt("a dog")], algorithm, config)
-    rollout = collect(policy, brightness, trainer.prompts_of(1), SAMPLING, 0, "rollout", 1, needs="endpoints")
+    rollout = collect(policy, brightness, trainer.tasks[0].prompts_of(1), SAMPLING, 0, "rollout", 1, needs="endpoints")
     weights = algorithm.advantages(rollout)
     rows = torch.cat(list(algorithm.updates(rollout, weights, 0, 99)))
 

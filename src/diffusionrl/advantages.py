@@ -5,10 +5,12 @@ Everywhere: population standard deviation; invalid samples leave the statistics 
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from diffusionrl.prompts import Prompt
 from diffusionrl.rewards.base import Scores
 
 EPSILON = 1e-6
@@ -67,6 +69,20 @@ class PromptStatistics:
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         self._buffers = {prompt: deque(rewards, maxlen=self.buffer_size) for prompt, rewards in state.items()}
+
+
+def relative(
+    scores: Scores,
+    prompts: Sequence[Prompt],
+    normalisation: Literal["prompt", "batch", "group"],
+    statistics: PromptStatistics,
+) -> Tensor:
+    """By name: to a prompt's recent rewards, which ``statistics`` remembers, to the whole step, or to the samples of one prompt
+    in it. Returns (N,)."""
+    texts = [prompt.text for prompt in prompts]
+    if normalisation == "prompt":
+        return statistics.advantages(scores, texts)
+    return group_advantages(scores, texts) if normalisation == "group" else batch_advantages(scores)
 
 
 def members_of(prompts: Sequence[str]) -> dict[str, list[int]]:

@@ -1,5 +1,6 @@
 """A run in one call, from Python or from the command line."""
 
+import copy
 import dataclasses
 import sys
 import time
@@ -10,17 +11,19 @@ from typing import Any
 
 from diffusionrl import interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
-from diffusionrl.config import TrainConfig
+from diffusionrl.config import DiffusionRLConfig, TaskConfig, TrainConfig
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.presets import emoji
+from diffusionrl.pretraining import load_pairs
 from diffusionrl.prompts import Prompt, load_prompts
 from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
 from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.rollout import make_table
+from diffusionrl.tasks import Task
 from diffusionrl.tracking import NoFolder, RunFolder, TrainResult, tell_result
 from diffusionrl.trainer import Trainer
 
@@ -102,21 +105,56 @@ def _prepare(
         chosen = [_as_prompt(prompt) for prompt in prompts]
     if not chosen:
         raise UserError("there is no prompt to train on: prompts is empty")
+    _check_shares(config)
+    pairs = load_pairs(config.pretraining)
     image_size = check_model(config.model) if policy is None else policy.image_size
     mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
     held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
-    samples = [chosen[0], chosen[-1]]
     for each in [mixture, held_out] if held_out else [mixture]:
-        trial = partial(try_mixture, each, image_size, [p.text for p in samples], [p.metadata for p in samples])
-        if not within(config.rewards.timeout, trial):
-            seconds = f"{config.rewards.timeout:g} s (rewards.timeout)"
-            raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(each.rewards)}")
+        _try(each, chosen, image_size, config.rewards.timeout)
+    own = algorithm or make_algorithm(config)
+    further = [_load_task(each, config, own, image_size) for each in config.tasks]
     embed = load_embedder(config.evaluation.embeddings, config.model)
     trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
-    make_table(trained, config.sampling)
+    table = make_table(trained, config.sampling)
+    if isinstance(config.algorithm, DiffusionRLConfig):
+        config.algorithm.check_steps(int((table.fresh > 0).sum()))
     if processes.count() > 1 and config.policy.training == "full":
         trained.shard()
-    return Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out, embed)
+    return Trainer(trained, mixture, chosen, own, config, held_out, embed, further, pairs)
+
+
+def _check_shares(config: TrainConfig) -> None:
+    """Raises UserError where there is too little for each process to have a part of it."""
+    for task in config.all_tasks:
+        processes.share(task.prompts_per_step * task.samples_per_prompt, task.samples_per_prompt)
+    processes.share(config.evaluation.num_samples, config.evaluation.samples_per_prompt)
+    if config.pretraining.source:
+        processes.share(config.pretraining.batch_size)
+
+
+def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, image_size: int) -> Task:
+    """A further task, loaded and tried; its algorithm is a copy of the first one's before that has seen anything.
+
+    Raises:
+        UserError: naming the task.
+    """
+    try:
+        prompts = load_prompts(settings.prompts, config.max_broken_prompts)
+        reward = load_mixture(settings.reward, config.rewards)
+        _try(reward, prompts, image_size, config.rewards.timeout)
+    except UserError as error:
+        raise UserError(f"{settings.whose}{error}") from error
+    return Task(settings, prompts, reward, copy.deepcopy(algorithm), config)
+
+
+def _try(reward: Mixture, prompts: Sequence[Prompt], image_size: int, timeout: float) -> None:
+    """Raises UserError for a reward that cannot score two grey images in time."""
+    samples = [prompts[0], prompts[-1]]
+    trial = partial(try_mixture, reward, image_size, [p.text for p in samples], [p.metadata for p in samples])
+    if not within(timeout, trial):
+        seconds = f"{timeout:g} s (rewards.timeout)"
+        raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(reward.rewards)}")
 
 
 def _described(

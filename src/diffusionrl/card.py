@@ -93,7 +93,8 @@ def make_card(
     )
     for key, value in licence.items():
         data[key] = value
-    towards, last = ", ".join(map(_reward, config["reward"])), metrics[-1]
+    tasks = [config["reward"], *(task["reward"] for task in config["tasks"])]
+    towards, last = ", and in turn ".join(", ".join(map(_reward, each)) for each in tasks), metrics[-1]
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("diffusionrl", "torch", "diffusers"))
     return "\n".join(
         [
@@ -103,7 +104,7 @@ def make_card(
             f"{last['step']} steps. A reward does not see everything: look at the images, and at scores that were held out.\n",
             *(["<Gallery />\n", _gallery(prompts)] if prompts else []),
             "## Scores\n",
-            _scores(metrics, rewards, held_out),
+            _scores(metrics, rewards, held_out, [task["name"] for task in config["tasks"]]),
             "## Use\n",
             _usage(config, base, prompts, full),
             "## Training\n",
@@ -164,7 +165,7 @@ def _gallery(prompts: Sequence[str]) -> str:
     return "\n".join([header, *rows, ""])
 
 
-def _scores(metrics: Sequence[dict[str, Any]], rewards: Sequence[str], held_out: Sequence[str]) -> str:
+def _scores(metrics: Sequence[dict[str, Any]], rewards: Sequence[str], held_out: Sequence[str], tasks: Sequence[str]) -> str:
     evaluated = [line for line in metrics if "eval/reward" in line]
     if not evaluated:
         return "It was not evaluated.\n"
@@ -172,6 +173,7 @@ def _scores(metrics: Sequence[dict[str, Any]], rewards: Sequence[str], held_out:
     keys = {"reward": f"{_reward(rewards[0])}, trained on" if len(rewards) == 1 else "the reward: their sum"}
     keys |= {name: f"{_reward(name)}, trained on" for name in rewards if len(rewards) > 1}
     keys |= {name: f"{_reward(name)}, held out" for name in held_out}
+    keys |= {f"{task}/reward": f"the reward of task {_escape(task)}, trained on" for task in tasks}
     rows = [
         f"| {said} | {_figure(before, name)} | {_figure(after, name)} |"
         for name, said in keys.items()

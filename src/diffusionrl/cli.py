@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import tyro
 import yaml
 
-from diffusionrl.config import ALGORITHMS, SamplingConfig, TrainConfig
+from diffusionrl.config import ALGORITHMS, SamplingConfig, TaskConfig, TrainConfig
 from diffusionrl.errors import RunStopped, UserError, one_of
 from diffusionrl.interruption import Interrupted, noted
 from diffusionrl.presets import PRESETS
@@ -177,7 +177,9 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
         raise one_of("preset", preset, PRESETS)
     config = PRESETS[preset or "emoji"]()
     if file is not None:
-        rest = _as_options(_read_yaml(Path(file))) + rest
+        settings = _read_yaml(Path(file))
+        config = dataclasses.replace(config, tasks=_tasks_in(settings, config.tasks, file))
+        rest = _as_options(settings) + rest
     name, rest = _take(rest, "--algorithm.name")
     while name is not None:  # the last one wins
         if name not in ALGORITHMS:
@@ -211,11 +213,23 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
+def _tasks_in(settings: dict[str, Any], known: tuple[TaskConfig, ...], file: str) -> tuple[TaskConfig, ...]:
+    """As many tasks as a file describes, for tyro to offer their options; the preset's where it says nothing of tasks."""
+    entries = settings.get("tasks", ...)
+    if entries is ...:
+        return known
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "name" in entry for entry in entries):
+        raise UserError(f"config file {file}: tasks must be a list of settings like '- name: faces', each with its name")
+    return tuple(TaskConfig(f"task-{index}") for index in range(len(entries)))
+
+
 def _as_options(settings: dict[str, Any], prefix: str = "") -> list[str]:
     """YAML settings as command line options, so that one parser checks both."""
     options = []
     for key, value in settings.items():
         name = f"{prefix}{key}".replace("_", "-")
+        if key == "tasks":
+            value = {str(index): task for index, task in enumerate(value)}
         if isinstance(value, dict):
             options += _as_options(value, f"{name}.")
         elif isinstance(value, bool):
@@ -241,9 +255,13 @@ def _configured(arguments: Sequence[str], command: str) -> TrainConfig:
     config = parse_train(arguments, command)
     from diffusionrl.prompts import load_prompts
 
-    load_prompts(config.prompts, config.max_broken_prompts)
-    for entry in (*config.reward, *config.evaluation.held_out):
-        _check_reward(entry.partition("=")[0])
+    for task in config.all_tasks:
+        try:
+            load_prompts(task.prompts, config.max_broken_prompts)
+            for entry in (*task.reward, *config.evaluation.held_out):
+                _check_reward(entry.partition("=")[0])
+        except UserError as error:
+            raise UserError(f"{task.whose}{error}") from error
     return config
 
 

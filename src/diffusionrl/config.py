@@ -4,12 +4,18 @@ Nothing here imports torch, so that the command line answers at once.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from diffusionrl.algorithm_config import ALGORITHMS as ALGORITHMS
+from diffusionrl.algorithm_config import AlgorithmConfig as AlgorithmConfig
+from diffusionrl.algorithm_config import DDPOConfig as DDPOConfig
+from diffusionrl.algorithm_config import DiffusionRLConfig as DiffusionRLConfig
+from diffusionrl.algorithm_config import RWRConfig as RWRConfig
 from diffusionrl.errors import require
 from diffusionrl.reward_config import CLIPScoreConfig, RewardsConfig
 
@@ -71,7 +77,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm when it is longer."""
+    """The gradient is scaled down to this norm when it is longer; inf leaves it as it is."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
@@ -82,90 +88,8 @@ class OptimizerConfig:
         require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
 
 
-@dataclass(frozen=True)
-class DDPOConfig:
-    """DDPO; see docs/ddpo.md."""
-
-    name: Literal["ddpo"] = "ddpo"
-    """The algorithm."""
-    variant: Literal["is", "sf"] = "is"
-    """Importance sampling with clipping, several updates a step; or score function (REINFORCE), one update a step."""
-    clip_range: float = 1e-4
-    """Clip of the per-step ratio, in units of ``logprob_reduction``: with the mean, clip_range * latent dimensions is the
-    clip of the true log-ratio, 1.6 in the paper's setting of 16,384 dimensions."""
-    logprob_reduction: Literal["mean", "sum"] = "mean"
-    """How a log-probability runs over the latent dimensions."""
-    advantage_clip: float = 5.0
-    """Advantages are clamped to plus or minus this."""
-    normalisation: Literal["prompt", "batch", "group"] = "prompt"
-    """Advantages relative to a prompt's recent rewards, to the whole step, or to the samples of one prompt in the step."""
-    buffer_size: int = 32
-    """Rewards remembered for each prompt ("prompt" only)."""
-    min_count: int = 16
-    """A prompt with fewer remembered rewards uses the statistics of the whole step ("prompt" only)."""
-    updates_per_step: int = 4
-    """Optimizer steps on the samples of one step. "sf" takes exactly 1."""
-    train_fraction: float = 1.0
-    """Share of the denoising steps that is trained, drawn anew for every sample; less is faster and noisier."""
-    step_weight_power: float = 0.0
-    """A denoising step counts in proportion to (its fresh noise) ** this: 0, as published, all alike; 1, their gradients
-    are about equally long; 2, the last steps, which have hardly any fresh noise, hardly count."""
-    micro_batch_size: int = 32
-    """(sample, denoising step) pairs in one forward pass of an update: memory and speed, not results."""
-
-    def __post_init__(self) -> None:
-        require(self.clip_range > 0, f"algorithm.clip_range must be positive, not {self.clip_range}")
-        require(self.advantage_clip > 0, f"algorithm.advantage_clip must be positive, not {self.advantage_clip}")
-        require(0 < self.train_fraction <= 1, f"algorithm.train_fraction must lie in (0, 1], not {self.train_fraction}")
-        require(self.step_weight_power >= 0, f"algorithm.step_weight_power must not be negative, not {self.step_weight_power}")
-        require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
-        require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
-        require(
-            1 <= self.min_count <= self.buffer_size,
-            f"algorithm.min_count must lie between 1 and buffer_size ({self.buffer_size}), not {self.min_count}",
-        )
-        require(
-            self.variant == "is" or self.updates_per_step == 1,
-            f"algorithm.variant 'sf' is on-policy: set algorithm.updates_per_step to 1, not {self.updates_per_step}",
-        )
-
-
-@dataclass(frozen=True)
-class RWRConfig:
-    """Reward-weighted regression; see docs/rwr.md."""
-
-    name: Literal["rwr"] = "rwr"
-    """The algorithm."""
-    variant: Literal["rwr", "sparse"] = "rwr"
-    """Samples weighted by exp(inverse_temperature * reward); or the best ones alone, all alike."""
-    inverse_temperature: float = 0.2
-    """In units of 1 / reward: 0.2 is for kilobytes ("rwr" only)."""
-    percentile: float = 0.9
-    """Rewards at or above it are trained on ("sparse" only)."""
-    normalisation: Literal["prompt", "batch"] = "prompt"
-    """Weights over the samples of one prompt, or of the whole step. One sample alone always has weight 1."""
-    updates_per_step: int = 400
-    """Optimizer steps on the samples of one step."""
-    batch_size: int = 128
-    """Samples in one optimizer step, each at a time of its own."""
-    train_guided: bool = True
-    """Train the guided prediction; False trains the one with the prompt alone, and still samples with guidance."""
-    micro_batch_size: int = 32
-    """Samples in one forward pass of an update: memory and speed, not results."""
-
-    def __post_init__(self) -> None:
-        require(self.inverse_temperature > 0, f"algorithm.inverse_temperature must be positive, not {self.inverse_temperature}")
-        require(0 <= self.percentile <= 1, f"algorithm.percentile must lie in [0, 1], not {self.percentile}")
-        require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
-        require(self.batch_size >= 1, f"algorithm.batch_size must be at least 1, not {self.batch_size}")
-        require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
-
-
 MIN_PAIRS = 10
 """Fewer paired samples give no standard error to judge by."""
-
-AlgorithmConfig = DDPOConfig | RWRConfig
-ALGORITHMS: dict[str, type[AlgorithmConfig]] = {"ddpo": DDPOConfig, "rwr": RWRConfig}
 
 
 @dataclass(frozen=True)
@@ -227,6 +151,65 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class PretrainingConfig:
+    """The pretraining loss, beside the rewards; see docs/diffusionrl.md."""
+
+    source: str = ""
+    """Real pairs of image and caption: "emoji" (scenes of the embedded world, drawn as they are asked for), or a folder of
+    images with metadata.jsonl or metadata.csv (columns file_name and text). Empty, there is no such loss."""
+    weight: float = 1.0
+    """The loss is multiplied by it. AdamW divides a constant factor out again, so ``updates`` says more."""
+    batch_size: int = 16
+    """Pairs in one optimizer step."""
+    updates: int = 1
+    """Optimizer steps on it in a training step, after those of the tasks."""
+    drop_caption: float = 0.1
+    """Share of the pairs that are trained without their caption, which guidance needs."""
+    max_broken: int = 0
+    """Images that may turn out not to decode; they are passed over, and one more stops the run."""
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, f"pretraining.weight must be positive, not {self.weight}: an empty source switches it off")
+        require(self.batch_size >= 1, f"pretraining.batch_size must be at least 1, not {self.batch_size}")
+        require(self.updates >= 1, f"pretraining.updates must be at least 1, not {self.updates}")
+        require(0 <= self.drop_caption <= 1, f"pretraining.drop_caption must lie in [0, 1], not {self.drop_caption}")
+        require(self.max_broken >= 0, f"pretraining.max_broken must not be negative, not {self.max_broken}")
+
+
+_ROOMS = ("advantage", "eval", "guard", "policy", "pretraining", "prompts", "ratio", "reward", "time")
+"""Where metrics of a run's own are: no task may have such a name."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A further task: another reward, on prompts of its own; see docs/diffusionrl.md."""
+
+    name: str = ""
+    """Letters, digits, - and _: its metrics are NAME/reward/mean and so on."""
+    reward: tuple[str, ...] = ("compressibility",)
+    """As in the run's own ``reward``."""
+    prompts: str = "ddpo-animals"
+    """As in the run's own ``prompts``."""
+    prompts_per_step: int = 256
+    samples_per_prompt: int = 1
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def whose(self) -> str:
+        """Before an error about it; nothing for the first task, which has no name."""
+        return f"task {self.name}: " if self.name else ""
+
+    def check(self) -> None:
+        """Raises UserError where it cannot be trained on."""
+        require(len(self.reward) >= 1, f"{self.whose}reward names no reward")
+        for what in ("prompts_per_step", "samples_per_prompt"):
+            require(getattr(self, what) >= 1, f"{self.whose}{what} must be at least 1, not {getattr(self, what)}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole run."""
 
@@ -261,10 +244,24 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    tasks: tuple[TaskConfig, ...] = ()
+    """Further tasks, trained in turn after the one above in every step; a list in YAML, then --tasks.0.reward and so on."""
 
     @property
     def samples_per_step(self) -> int:
+        """Of the first task."""
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def all_tasks(self) -> tuple[TaskConfig, ...]:
+        """The one that the fields above describe, which has no name, and the further ones."""
+        return (TaskConfig("", self.reward, self.prompts, self.prompts_per_step, self.samples_per_prompt), *self.tasks)
+
+    @property
+    def queries_per_step(self) -> int:
+        """Samples a step of all tasks."""
+        return sum(task.samples_per_step for task in self.all_tasks)
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -274,12 +271,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         require(self.max_broken_prompts >= 0, f"max_broken_prompts must not be negative, not {self.max_broken_prompts}")
-        require(self.prompts_per_step >= 1, f"prompts_per_step must be at least 1, not {self.prompts_per_step}")
-        require(len(self.reward) >= 1, "reward names no reward")
-        require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
-        if isinstance(self.algorithm, DDPOConfig):
-            self._check_ddpo(self.algorithm)
+        self._check_tasks()
+        if not isinstance(self.algorithm, RWRConfig):
+            self._check_policy_gradient(self.algorithm)
         self._check_guard()
+
+    def _check_tasks(self) -> None:
+        names = [task.name for task in self.tasks]
+        for index, name in enumerate(names):
+            require(
+                re.fullmatch("[A-Za-z0-9_-]+", name) is not None,
+                f"tasks.{index}.name must be made of letters, digits, - and _, not {name!r}",
+            )
+            require(name not in _ROOMS, f"tasks.{index}.name is {name!r}, where metrics of the run's own are: choose another")
+            require(names.count(name) == 1, f"two tasks are named {name!r}")
+        for task in self.all_tasks:
+            task.check()
 
     def _check_guard(self) -> None:
         held_out = [entry.partition("=")[0] for entry in self.evaluation.held_out]
@@ -291,16 +298,18 @@ class TrainConfig:
             f"evaluation.num_samples to at least {MIN_PAIRS}",
         )
 
-    def _check_ddpo(self, algorithm: DDPOConfig) -> None:
-        require(
-            self.samples_per_step % algorithm.updates_per_step == 0,
-            f"{self.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut into "
-            f"algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
-        )
-        require(
-            algorithm.normalisation != "group" or self.samples_per_prompt > 1,
-            "algorithm.normalisation 'group' compares the samples of one prompt: set samples_per_prompt above 1",
-        )
+    def _check_policy_gradient(self, algorithm: DDPOConfig | DiffusionRLConfig) -> None:
+        for task in self.all_tasks:
+            require(
+                isinstance(algorithm, DiffusionRLConfig) or task.samples_per_step % algorithm.updates_per_step == 0,
+                f"{task.whose}{task.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut "
+                f"into algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
+            )
+            require(
+                algorithm.normalisation != "group" or task.samples_per_prompt > 1,
+                f"{task.whose}algorithm.normalisation 'group' compares the samples of one prompt: "
+                "set samples_per_prompt above 1",
+            )
         require(
             self.sampling.sampler != "ode" and self.sampling.eta > 0,
             "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
@@ -316,6 +325,6 @@ def _plain(value: Any) -> Any:
     """Tuples as lists and paths as strings, which is what YAML knows."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value

@@ -20,8 +20,8 @@ from diffusionrl.evaluation import Evaluation, evaluate, finite_or_none, mean_an
 from diffusionrl.guard import Verdict, judge, peak_of
 from diffusionrl.measures import distance_from_reference, diversity, image_statistics
 from diffusionrl.policies.base import Policy, chunks
-from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Mixture
+from diffusionrl.tasks import Task
 from diffusionrl.tracking import RunFolder, read_metrics
 
 Values = dict[str, Tensor]
@@ -32,6 +32,8 @@ Embed = Callable[[Tensor], Tensor]
 class Monitor:
     """``evaluate`` at every evaluation; ``verdict`` is the guard's of the last one.
 
+    What is compared, watched and judged is the first task's; of the others, the rewards are measured.
+
     Args:
         embed: for the diversity; None leaves it out.
     """
@@ -39,13 +41,12 @@ class Monitor:
     def __init__(
         self,
         policy: Policy,
-        reward: Mixture,
-        prompts: Sequence[Prompt],
+        tasks: Sequence[Task],
         config: TrainConfig,
         held_out: Mixture | None = None,
         embed: Embed | None = None,
     ) -> None:
-        self.policy, self.reward, self.prompts, self.config = policy, reward, prompts, config
+        self.policy, self.tasks, self.config = policy, tasks, config
         self.held_out, self.embed = held_out, embed
         self.verdict = Verdict()
         try:
@@ -81,43 +82,23 @@ class Monitor:
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
         """Evaluate on the fixed seeds, keep the samples, raise the guard's alarm if one is due. Returns the metrics; beside the
-        main process, the reward's mean alone.
-
-        The first time, the reward is normalised by it if that is asked for.
-        """
+        main process, the reward's mean alone."""
         began = time.perf_counter()
-        config = self.config
-        found = evaluate(
-            self.policy,
-            self.reward,
-            self.prompts,
-            config.evaluation.num_samples,
-            config.sampling,
-            config.seed,
-            self.held_out,
-            config.rewards.timeout,
-            config.evaluation.samples_per_prompt,
-            "trajectories" if self.has_reference else "endpoints",
-        )
-        if step == 0 and config.rewards.normalise:
-            found = found.rescored(self.reward.calibrate(found.rollout.scores))
-        if not processes.is_main():
-            self._tell_verdict()
-            return {"eval/reward": processes.tell(None)}
-        metrics = self._record(step, folder, found, began)
+        found = [self._evaluate(task, step) for task in self.tasks]
+        metrics = self._record(step, folder, found, began) if processes.is_main() else {"eval/reward": found[0].mean}
         self._tell_verdict()
-        processes.tell(metrics["eval/reward"])
         return metrics
 
-    def _record(self, step: int, folder: RunFolder, found: Evaluation, began: float) -> dict[str, float]:
+    def _record(self, step: int, folder: RunFolder, evaluations: Sequence[Evaluation], began: float) -> dict[str, float]:
         """Measure, compare, judge and write."""
-        config, sampled = self.config, time.perf_counter()
+        config, samples, sampled = self.config, folder.run_dir / "samples" / f"step_{step:06d}", time.perf_counter()
+        found = evaluations[0]
         found = replace(found, statistics=image_statistics(found.rollout.images))
         metrics = found.metrics() | self._measures(found)
         before = evaluations_in(folder.run_dir)
         metrics |= compare(found.by_sample, before, lambda earlier: read_samples(folder.run_dir, earlier), config.watched)
         measured = time.perf_counter()
-        write_samples(found, folder.run_dir / "samples" / f"step_{step:06d}")
+        write_samples(found, samples)
         line = {key: finite_or_none(value) for key, value in metrics.items()}
         self.verdict = judge([*before, {"step": step} | line], config.watched, config.guard)
         if self.verdict.alarm is not None:
@@ -126,7 +107,32 @@ class Monitor:
             metrics |= {"guard/streak": self.verdict.streak}
         if self.verdict.best is not None:
             metrics |= {"guard/best_step": self.verdict.best}
+        for task, further in zip(self.tasks[1:], evaluations[1:], strict=True):
+            write_samples(further, samples / task.name)
+            metrics |= {key.replace("eval/", f"eval/{task.prefix}", 1): value for key, value in further.metrics().items()}
         return metrics | {"time/evaluation": time.perf_counter() - began, "time/measures": measured - sampled}
+
+    def _evaluate(self, task: Task, step: int) -> Evaluation:
+        """On the task's fixed seeds and prompts. The first time, its reward is normalised by it if that is asked for."""
+        config, first = self.config, task is self.tasks[0]
+        found = evaluate(
+            self.policy,
+            task.reward,
+            task.prompts,
+            config.evaluation.num_samples,
+            config.sampling,
+            task.seed,
+            self.held_out if first else None,
+            config.rewards.timeout,
+            config.evaluation.samples_per_prompt,
+            "trajectories" if first and self.has_reference else "endpoints",
+        )
+        if step == 0 and config.rewards.normalise:
+            try:
+                found = found.rescored(task.reward.calibrate(found.rollout.scores))
+            except UserError as error:
+                raise UserError(f"{task.settings.whose}{error}") from error
+        return found
 
     def _measures(self, found: Evaluation) -> dict[str, float]:
         rollout, sampling = found.rollout, self.config.sampling

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from diffusionrl import processes
-from diffusionrl.algorithms.base import Algorithm
+from diffusionrl.algorithms.base import Objective
 from diffusionrl.config import OptimizerConfig
 from diffusionrl.interruption import check
 from diffusionrl.policies.base import Policy, chunks
@@ -82,7 +82,7 @@ class Optimization:
         return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
 
     def update(
-        self, algorithm: Algorithm, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
+        self, algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
     ) -> tuple[dict[str, Tensor], float]:
         """One optimizer step on the mean loss over the rows.
 
@@ -142,7 +142,7 @@ def micro_batches(rollout: Rollout, rows: Tensor, size: int, process: int) -> li
 
 
 def accumulate_gradient(
-    algorithm: Algorithm, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
+    algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean loss over all rows, in micro-batches; how they are cut changes only rounding.
 

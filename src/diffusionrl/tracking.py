@@ -125,7 +125,7 @@ class RunFolder:
     def __init__(self, run_dir: Path, config: TrainConfig, report: Callable[[Path], object] | None = None) -> None:
         self.run_dir, self.config, self._report = run_dir, config, report
         self._lock = FileLock(run_dir / "lock")
-        self._progress = Progress(config.steps, config.samples_per_step)
+        self._progress = Progress(config.steps, config.queries_per_step)
         self.new, self._begun = True, False
         self.finished: str | None = None
         self._made: list[Path] = []

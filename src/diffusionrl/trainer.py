@@ -1,6 +1,5 @@
 """The loop. It knows no algorithm, no reward and no model by name."""
 
-import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,8 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusionrl import checkpoint, interruption, processes, seeds
-from diffusionrl.advantages import members_of
+from diffusionrl import checkpoint, interruption, processes
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.card import write_card
 from diffusionrl.checkpoint import Checkpoint
@@ -21,15 +19,18 @@ from diffusionrl.errors import RunStopped
 from diffusionrl.monitor import Embed, Monitor
 from diffusionrl.optimization import NonFiniteError
 from diffusionrl.policies.base import Policy
+from diffusionrl.pretraining import Pairs, Pretraining
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Mixture, Reward, as_mixture
 from diffusionrl.rollout import Rollout, collect
 from diffusionrl.state import TrainingState
+from diffusionrl.tasks import Task
 from diffusionrl.tracking import RunFolder, TrainResult, peak_memory_gb, tell_result
 
 
 class Trainer:
-    """One run: ``Trainer(...).run(folder)``."""
+    """One run: ``Trainer(...).run(folder)``. Reward, prompts and algorithm are the first task's, ``further`` the other
+    tasks; ``pairs`` are for the pretraining loss."""
 
     def __init__(
         self,
@@ -40,11 +41,15 @@ class Trainer:
         config: TrainConfig,
         held_out: Mixture | None = None,
         embed: Embed | None = None,
+        further: Sequence[Task] = (),
+        pairs: Pairs | None = None,
     ) -> None:
         self.policy, self.prompts, self.algorithm, self.config = policy, prompts, algorithm, config
         self.reward = as_mixture(reward)
-        self.monitor = Monitor(policy, self.reward, prompts, config, held_out, embed)
-        self.state = TrainingState(policy, algorithm, self.reward, prompts, config)
+        self.tasks = [Task(config.all_tasks[0], prompts, self.reward, algorithm, config), *further]
+        self.monitor = Monitor(policy, self.tasks, config, held_out, embed)
+        self.pretraining = Pretraining(pairs, config, algorithm.micro_batch_size) if pairs is not None else None
+        self.state = TrainingState(policy, self.tasks, config, self.pretraining)
         self.at_start: Checkpoint | None = None  # what the step in progress began from; None before the first evaluation
 
     def run(self, folder: RunFolder) -> TrainResult:
@@ -109,7 +114,7 @@ class Trainer:
                 folder.save(self.at_start)
         steps, first = self.config.steps, self.at_start.step + 1
         if first > steps and self.at_start.state["score"] is None:  # stopped here, where it was not to be evaluated
-            queries = steps * self.config.samples_per_step
+            queries = steps * self.config.queries_per_step
             folder.log({"step": steps, "queries": queries} | self.monitor.evaluate(steps, folder))
         for step in range(first, steps + 1):
             if self.monitor.verdict.stop:
@@ -165,88 +170,61 @@ class Trainer:
         config = self.config
         weights = sum(parameter.nbytes for parameter in self.state.optimization.parameters.values())
         evaluations = 2 + (config.steps // config.evaluation.every if config.evaluation.every else 0)
-        images = evaluations * config.evaluation.num_samples * 3 * self.policy.image_size**2
+        images = evaluations * len(self.tasks) * config.evaluation.num_samples * 3 * self.policy.image_size**2
         there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
         return 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
 
     def step(self, step: int) -> dict[str, float]:
-        """Sample, score, weigh, update: one pass through the picture. Returns the step's metrics.
+        """Every task in turn, then the pretraining loss if there is one. Returns the step's metrics.
 
         Raises:
-            RunStopped: too many samples without a valid score.
+            RunStopped: too many samples without a valid score, or too many broken images.
             NonFiniteError: a loss or a gradient is not finite.
         """
-        config, traffic = self.config, replace(processes.traffic)
+        metrics: dict[str, float] = {"step": step, "queries": step * self.config.queries_per_step}
+        traffic = replace(processes.traffic)
+        for task in self.tasks:
+            metrics |= {f"{task.prefix}{key}": value for key, value in self._train_on(task, step).items()}
+        if self.pretraining is not None:
+            metrics |= self.pretraining.train(self.policy, self.state.optimization, step)
+        return metrics | processes.metrics(traffic) | {"peak_memory_gb": peak_memory_gb(self.policy.device)}
+
+    def _train_on(self, task: Task, step: int) -> dict[str, float]:
+        """Sample, score, weigh, update: one pass through the picture."""
+        config = self.config
         rollout = collect(
             self.policy,
-            self.reward,
-            self.prompts_of(step),
+            task.reward,
+            task.prompts_of(step),
             config.sampling,
-            config.seed,
+            task.seed,
             "rollout",
             step,
-            self.algorithm.logprob_reduction,
-            self.algorithm.needs,
+            task.algorithm.logprob_reduction,
+            task.algorithm.needs,
             config.rewards.timeout,
-            config.samples_per_prompt,
+            task.settings.samples_per_prompt,
         )
-        self._check_scores(rollout)
-        advantages = self.algorithm.advantages(rollout)
+        task.check_scores(rollout)
+        advantages = task.algorithm.advantages(rollout)
         began = time.perf_counter()
-        update = self._update(rollout, advantages, step)
-        scores = rollout.scores.values[rollout.scores.valid]
-        groups = members_of([prompt.text for prompt in rollout.prompts]).values()
+        update = self._update(task, rollout, advantages, step)
         return {
-            "step": step,
-            "queries": step * config.samples_per_step,
-            "prompts/broken": len(getattr(self.prompts, "broken", ())),
-            "reward/mean": scores.mean().item(),
-            "reward/std": scores.std(correction=0).item() if len(scores) else math.nan,
-            "reward/invalid": int((~rollout.scores.valid).sum()),
-            **self._part_metrics(rollout),
-            "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),
-            "advantage/prompts": len(groups),
+            **task.metrics(rollout, advantages),
             **update,
-            **processes.metrics(traffic),
             "time/rollout": rollout.seconds["rollout"],
             "time/reward": rollout.seconds["reward"],
             "time/update": time.perf_counter() - began,
-            "peak_memory_gb": peak_memory_gb(self.policy.device),
         }
 
-    def _part_metrics(self, rollout: Rollout) -> dict[str, float]:
-        """Each reward of a mixture on its own, as it came; and whatever rewards count."""
-        parts = rollout.scores.parts
-        means = {f"reward/{name}": part.nanmean().item() for name, part in parts.items()} if len(parts) > 1 else {}
-        return means | {f"reward/{name}": count for name, count in self.reward.counts().items()}
-
-    def prompts_of(self, step: int) -> list[Prompt]:
-        """Which prompt a sample of a step gets depends on the seed, the step and its index alone."""
-        drawn = [
-            self.prompts[seeds.address(self.config.seed, "prompt", step, i) % len(self.prompts)]
-            for i in range(self.config.prompts_per_step)
-        ]
-        return [prompt for prompt in drawn for _ in range(self.config.samples_per_prompt)]
-
-    def _check_scores(self, rollout: Rollout) -> None:
-        """Raises RunStopped when too many samples of the last steps have no valid score."""
-        self.state.invalid.append((int((~rollout.scores.valid).sum()), len(rollout.prompts)))
-        invalid, total = (sum(column) for column in zip(*self.state.invalid, strict=True))
-        limit = self.config.rewards
-        if len(self.state.invalid) == limit.invalid_window and invalid > limit.max_invalid * total:
-            raise RunStopped(
-                f"{invalid} of {total} samples of the last {limit.invalid_window} steps have no valid score; "
-                f"the reward's last error: {rollout.scores.error}"
-            )
-
-    def _update(self, rollout: Rollout, advantages: Tensor, step: int) -> dict[str, float]:
+    def _update(self, task: Task, rollout: Rollout, advantages: Tensor, step: int) -> dict[str, float]:
         logged: dict[str, list[Tensor]] = {}
         norms: list[float] = []
         first: dict[str, float] = {}
-        for rows in self.algorithm.updates(rollout, advantages, self.config.seed, step):
+        for rows in task.algorithm.updates(rollout, advantages, task.seed, step):
             if len(rows) == 0:
                 continue
-            figures, norm = self.state.optimization.update(self.algorithm, self.policy, rollout, rows, advantages)
+            figures, norm = self.state.optimization.update(task.algorithm, self.policy, rollout, rows, advantages)
             gap = figures.pop("ratio_gap", None)
             if gap is not None:
                 first.setdefault("ratio/max_gap", gap.max().item())

@@ -10,13 +10,22 @@ from diffusionrl.rollout import Needs, Rollout
 from diffusionrl.transitions import Reduction
 
 
-class Algorithm(Protocol):
-    """How a batch of samples becomes losses. Work is cut into rows of integers, which may be batched in any way."""
+class Objective(Protocol):
+    """What an optimizer step is made on. Work is cut into rows of integers, which may be batched in any way."""
+
+    micro_batch_size: int
+
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each row, (R,), with gradient; and figures to log, each (R,), without."""
+        ...
+
+
+class Algorithm(Objective, Protocol):
+    """How a batch of samples becomes losses."""
 
     needs: Needs
     """What must be collected: whole trajectories with their log-probabilities, or endpoints only."""
     logprob_reduction: Reduction
-    micro_batch_size: int
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """One number a sample, (N,), float32. Called once a step: running statistics are updated here."""
@@ -24,10 +33,6 @@ class Algorithm(Protocol):
 
     def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
         """The work of each optimizer step: rows (R, K) of integers, of which the first is a valid sample's index."""
-        ...
-
-    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row, (R,), with gradient; and figures to log, each (R,), without."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

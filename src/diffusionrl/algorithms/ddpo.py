@@ -29,16 +29,11 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.advantages import PromptStatistics, batch_advantages, group_advantages
+from diffusionrl.advantages import PromptStatistics, relative
+from diffusionrl.algorithms.policy_gradient import policy_gradient_losses
 from diffusionrl.config import DDPOConfig
 from diffusionrl.policies.base import Policy
-from diffusionrl.rollout import Needs, Rollout, denoise_step
-from diffusionrl.transitions import SamplerTable, log_density
-
-
-def clipped_loss(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
-    """PPO's pessimistic loss: the ratio earns nothing beyond the clip, and is always charged."""
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+from diffusionrl.rollout import Needs, Rollout
 
 
 class DDPO:
@@ -51,13 +46,7 @@ class DDPO:
         self.statistics = PromptStatistics(config.buffer_size, config.min_count)
 
     def advantages(self, rollout: Rollout) -> Tensor:
-        texts = [prompt.text for prompt in rollout.prompts]
-        if self.config.normalisation == "prompt":
-            advantages = self.statistics.advantages(rollout.scores, texts)
-        elif self.config.normalisation == "group":
-            advantages = group_advantages(rollout.scores, texts)
-        else:
-            advantages = batch_advantages(rollout.scores)
+        advantages = relative(rollout.scores, rollout.prompts, self.config.normalisation, self.statistics)
         return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
     def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
@@ -80,26 +69,18 @@ class DDPO:
         return torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sample, step = rows.to(rollout.latents.device).unbind(1)
-        x, following = rollout.latents[sample, step], rollout.latents[sample, step + 1]
-        mean, std = denoise_step(policy, rollout.table, x, step, rollout.embeddings[sample], self.guidance)
-        log_prob = log_density(following, mean, std, self.logprob_reduction)
-        advantage = advantages.to(x.device)[sample]
-        log_ratio = log_prob - rollout.log_probs[sample, step]
-        ratio = log_ratio.exp()
-        score_function = self.config.variant == "sf"
-        loss = -advantage * log_prob if score_function else clipped_loss(advantage, ratio, self.config.clip_range)
-        distance = (ratio.detach() - 1).abs()
-        return loss * self._step_weights(rollout.table).to(x.device)[step], {
-            "ratio_gap": distance,
-            "policy/clip_fraction": (distance > self.config.clip_range).float(),
-            "policy/approx_kl": 0.5 * log_ratio.detach() ** 2,
-        }
-
-    def _step_weights(self, table: SamplerTable) -> Tensor:
-        """(T,), of mean 1 over the stochastic steps."""
-        weights = table.fresh**self.config.step_weight_power
-        return weights / weights[table.fresh > 0].mean()
+        config = self.config
+        return policy_gradient_losses(
+            policy,
+            rollout,
+            rows,
+            advantages,
+            self.guidance,
+            config.logprob_reduction,
+            config.clip_range,
+            config.variant == "sf",
+            config.step_weight_power,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"prompt_statistics": self.statistics.state_dict()}

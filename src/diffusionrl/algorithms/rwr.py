@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffusionrl import seeds
 from diffusionrl.advantages import members_of
+from diffusionrl.algorithms.denoising import denoising_losses
 from diffusionrl.config import RWRConfig
 from diffusionrl.policies.base import Policy
 from diffusionrl.rollout import Needs, Rollout
@@ -68,19 +69,8 @@ class RWR:
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sample = rows[:, 0].to(rollout.latents.device)
-        clean = rollout.latents[sample, -1]
-        timesteps, noises = [], []
-        for draw in rows[:, 1].tolist():
-            generator = torch.Generator().manual_seed(draw)
-            timesteps.append(torch.randint(policy.num_train_timesteps, (), generator=generator))
-            noises.append(torch.randn(policy.latent_shape, generator=generator))
-        timestep, noise = torch.stack(timesteps), torch.stack(noises).to(clean.device)
-        alpha, sigma = (column.to(clean.device).view(-1, 1, 1, 1) for column in policy.noise_level(timestep))
-        x = alpha * clean + sigma * noise
-        _, predicted = policy.denoise(
-            x, timestep.float().to(clean.device), alpha, sigma, rollout.embeddings[sample], self.guidance
-        )
-        errors = (predicted - noise).square().flatten(1).mean(1)
+        clean, embeddings = rollout.latents[sample, -1], rollout.embeddings[sample]
+        errors = denoising_losses(policy, clean, embeddings, rows[:, 1].tolist(), self.guidance)
         weights = advantages.to(clean.device)[sample]
         return weights * errors, {"policy/denoising_loss": errors.detach(), "policy/weight": weights}
 

@@ -42,7 +42,7 @@ def check_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages: T
     handle = optimization.adamw.register_step_pre_hook(note)
     try:
         figures, norm = optimization.update(trainer.algorithm, trainer.policy, rollout, rows, advantages)
-        optimization.update(trainer.algorithm, trainer.policy, rollout, rows, advantages)
+        later, _ = optimization.update(trainer.algorithm, trainer.policy, rollout, rows, advantages)
     except NonFiniteError as error:
         remedy = "try policy.dtype float32, a lower optimizer.learning_rate, and sampling.eta above 0"
         yield Finding("fail", "gradient", f"{error} not finite", remedy)
@@ -51,7 +51,7 @@ def check_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages: T
         handle.remove()
     if "ratio_gap" in figures:
         yield _ratio(trainer, figures["ratio_gap"].max().item())
-    yield _gradient(trainer, gradients, optimization.rms(norm))
+    yield _gradient(trainer, gradients, optimization.rms(norm), later.get("policy/clip_fraction", torch.zeros(1)))
     yield _policy(trainer, _change(policy_before, _predict(trainer, rollout, False)))
     decoder = _change(decoded_before, trainer.policy.decode(rollout.latents[:1, -1]))
     yield _reference(_change(reference_before, _predict(trainer, rollout, True)), decoder)
@@ -70,10 +70,19 @@ def _ratio(trainer: Trainer, gap: float) -> Finding:
     )
 
 
-def _gradient(trainer: Trainer, gradients: list[dict[str, float]], rms: float) -> Finding:
-    """Against AdamW's epsilon: below it, every step is shortened."""
+def _gradient(trainer: Trainer, gradients: list[dict[str, float]], rms: float, clipped: Tensor) -> Finding:
+    """Against AdamW's epsilon: below it, every step is shortened. ``clipped`` is of the second update's rows."""
     epsilon = trainer.config.optimizer.epsilon
     missed = [name for name in gradients[0] if not any(each[name] > 0 for each in gradients)]
+    if missed and clipped.all():
+        dimensions = math.prod(trainer.policy.latent_shape)
+        return Finding(
+            "fail",
+            "gradient",
+            "one update takes every ratio beyond the clip range, where it teaches nothing",
+            f"raise algorithm.clip_range (published: 1.6 / latent dimensions, here {1.6 / dimensions:.1e}, of mean "
+            "log-probabilities), or lower optimizer.learning_rate",
+        )
     if missed:
         return Finding(
             "fail",

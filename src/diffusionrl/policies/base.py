@@ -54,6 +54,10 @@ class Policy(Protocol):
         """Images in [0, 1], float32, (B, 3, H, W), without gradient."""
         ...
 
+    def encode(self, images: Tensor) -> Tensor:
+        """The latents of images as ``decode`` makes them, float32, (B, C, h, w), without gradient."""
+        ...
+
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters by name, float32."""
         ...

@@ -30,6 +30,7 @@ _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 _REST = ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv"]
 LORA_TARGETS = {"attention": _ATTENTION, "all": _ATTENTION + _REST}
 _DECODE_BATCH = 16
+_REMEMBERED = 2048  # prompt embeddings, a third of a megabyte each: there may be millions of prompts
 
 
 class StableDiffusionPolicy:
@@ -111,7 +112,10 @@ class StableDiffusionPolicy:
             if prompt not in self._embeddings:  # one by one, so that an embedding does not depend on its batch
                 self._warn_if_truncated(prompt)
                 self._embeddings[prompt] = self.pipeline.encode_prompt(prompt, self.device, 1, False)[0].to(self.dtype)
-        return torch.cat([self._embeddings[prompt] for prompt in prompts])
+        found = torch.cat([self._embeddings[prompt] for prompt in prompts])
+        for prompt in list(self._embeddings)[:-_REMEMBERED]:
+            del self._embeddings[prompt]
+        return found
 
     def _warn_if_truncated(self, prompt: str) -> None:
         limit, length = self.pipeline.tokenizer.model_max_length, len(self.pipeline.tokenizer(prompt).input_ids)
@@ -153,6 +157,14 @@ class StableDiffusionPolicy:
         scaled = latents / vae.config.scaling_factor
         decoded = [vae.decode(scaled[part]).sample for part in chunks(len(scaled), _DECODE_BATCH)]
         return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """The mean of the VAE's posterior, which is narrow: no draw is needed, and an image has one latent."""
+        vae = self.pipeline.vae
+        scaled = 2 * images.to(self.device) - 1
+        means = [vae.encode(scaled[part]).latent_dist.mean for part in chunks(len(scaled), _DECODE_BATCH)]
+        return torch.cat(means) * vae.config.scaling_factor
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         if not self._adapted:

@@ -15,6 +15,8 @@ from diffusionrl.tracking import is_held, read_metrics
 
 DERIVED = ("_se", "_change", "_from_peak")
 """Ends of the names of metrics that say more of another one."""
+TRAINING = ("time/rollout", "time/update", "time/pretraining")
+"""Ends of the names of metrics that add up to the time of a step, over its tasks; a reward's overlaps the rollout's."""
 ASIDE = ("reward", "invalid", "prediction_distance", "saturation", "sharpness", "high_frequency")
 """Measures of an evaluation that are no scores, or shown elsewhere."""
 
@@ -91,7 +93,14 @@ class Run:
     def scores(self) -> list[str]:
         """The metrics of evaluations that have a place of their own: held-out scores, parts of the reward, diversity and KL."""
         keys = dict.fromkeys(key for line in self.metrics for key in line if key.startswith("eval/"))
-        return [key for key in keys if not key.endswith(DERIVED) and key.removeprefix("eval/") not in ASIDE]
+        aside = {f"eval/{name}" for name in ASIDE}
+        return [key for key in keys if not key.endswith((*DERIVED, "/invalid")) and key not in aside]
+
+    def tasks(self) -> list[str]:
+        """Names of the further tasks that were evaluated."""
+        entries = self.config.get("tasks")
+        named = [str(entry.get("name")) for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        return [name for name in named if self.column(f"eval/{name}/reward")[0]]
 
     def last(self, key: str) -> float | None:
         """The newest value of a metric."""
@@ -110,7 +119,7 @@ def read_run(folder: Path) -> Run:
         config_text = (folder / "config.yaml").read_text()
         config = yaml.safe_load(config_text)
         metrics = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-        hours = accumulate((line.get("time/rollout") or 0.0) + (line.get("time/update") or 0.0) for line in metrics)
+        hours = accumulate(sum(line[key] or 0.0 for key in line if key.endswith(TRAINING)) for line in metrics)
         metrics = [line | {"hours": seconds / 3600} for line, seconds in zip(metrics, hours, strict=True)]
         queries = {int(line["step"]): int(line["queries"]) for line in metrics}
         steps = int(config["steps"])

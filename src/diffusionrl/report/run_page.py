@@ -160,10 +160,10 @@ def _line(run: Run, key: str, name: str, x: str = "queries", **style: Any) -> Li
     return Line(name, [line[x] * scale for line in lines], values, [value or 0.0 for value in spread], **style)
 
 
-def _reward_lines(run: Run, x: str) -> list[Line]:
+def _reward_lines(run: Run, x: str, task: str = "") -> list[Line]:
     return [
-        _line(run, "reward/mean", "training", x, faint=True),
-        _line(run, "eval/reward", "fixed seeds ± s.e.", x, colour=1, dots=True),
+        _line(run, f"{task}reward/mean", "training", x, faint=True),
+        _line(run, f"eval/{task}reward", "fixed seeds ± s.e.", x, colour=1, dots=True),
     ]
 
 
@@ -173,14 +173,20 @@ def _main_charts(run: Run, marks: list[float]) -> list[Chart]:
         draw("reward", "queries", _reward_lines(run, "queries"), marks=marks),
         draw("reward over time", f"{time_unit([run])[0]} of training", _reward_lines(run, "hours")),
     ]
+    further = {f"eval/{task}/reward": task for task in run.tasks()}
+    for task in further.values():
+        charts.append(draw(f"reward of task {cut(task)}", "queries", _reward_lines(run, "queries", f"{task}/"), marks=marks))
     for key in run.scores():
+        if key in further:
+            continue
         name = key.removeprefix("eval/")
         note = "held out: never trained on" if name in held_out else NOTES.get(name, "")
         charts.append(draw(name, "queries", [_line(run, key, "fixed seeds ± s.e.", colour=2, dots=True)], note, marks))
     if any(run.column(KL)[1]):  # 0 throughout where every update is on-policy
         line = _line(run, KL, KL, colour=3)
         charts.append(draw("approximate KL", "queries", [line], "of a step's updates from its rollout", marks))
-    times = [_line(run, f"time/{part}", part, colour=i) for i, part in enumerate(("rollout", "reward", "update"))]
+    parts = ["rollout", "reward", "update", *(["pretraining"] if run.column("time/pretraining")[0] else [])]
+    times = [_line(run, f"time/{part}", part, colour=i) for i, part in enumerate(parts)]
     charts.append(draw("seconds a step", "queries", times, "rewards are computed during the rollout", marks, from_zero=True))
     return [chart for chart in charts if chart is not None]
 
@@ -194,10 +200,11 @@ def _other_charts(run: Run, marks: list[float]) -> list[Chart]:
         "reward/mean",
         "eval/reward",
         *run.scores(),
+        *(f"{task}/reward/mean" for task in run.tasks()),
         *([KL] if any(run.column(KL)[1]) else []),
     }
     keys = dict.fromkeys(key for line in run.metrics for key in line)
-    rest = [key for key in keys if key not in shown and not key.startswith("time/") and not key.endswith("_se")]
+    rest = [key for key in keys if key not in shown and "time/" not in key and not key.endswith("_se")]
     charts = [draw(key, "queries", [_line(run, key, key, colour=4)], "", marks) for key in rest[:MAX_CHARTS]]
     return [chart for chart in charts if chart is not None]
 
