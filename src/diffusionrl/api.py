@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusionrl import interruption
 from diffusionrl.algorithms import Algorithm, make_algorithm
-from diffusionrl.config import TrainConfig
+from diffusionrl.config import MIN_PAIRS, TrainConfig
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
@@ -101,9 +101,11 @@ def _prepare(
     image_size = check_model(config.model) if policy is None else policy.image_size
     mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
     held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
+    _check_groups(config, mixture, held_out)
     samples = [chosen[0], chosen[-1]]
-    for each in [mixture, held_out] if held_out else [mixture]:
-        trial = partial(try_mixture, each, image_size, [p.text for p in samples], [p.metadata for p in samples])
+    sizes = (config.samples_per_prompt, config.evaluation.samples_per_prompt)
+    for each, asked in [(mixture, sizes), (held_out, sizes[1:])] if held_out else [(mixture, sizes)]:
+        trial = partial(try_mixture, each, image_size, [p.text for p in samples], [p.metadata for p in samples], asked)
         if not within(config.rewards.timeout, trial):
             seconds = f"{config.rewards.timeout:g} s (rewards.timeout)"
             raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(each.rewards)}")
@@ -111,6 +113,22 @@ def _prepare(
     trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
     make_table(trained, config.sampling)
     return Trainer(trained, mixture, chosen, algorithm or make_algorithm(config), config, held_out, embed)
+
+
+def _check_groups(config: TrainConfig, mixture: Mixture, held_out: Mixture | None) -> None:
+    """Raises UserError where rewards look at whole groups, and training or evaluation have none."""
+    settings = config.evaluation
+    size, step = config.samples_per_prompt, config.samples_per_step
+    mixture.require_groups(size, "samples_per_prompt", step, "samples a step")
+    for each in [mixture, held_out] if held_out else [mixture]:
+        named = ("evaluation.samples_per_prompt", settings.num_samples, "evaluation.num_samples")
+        each.require_groups(settings.samples_per_prompt, *named)
+    watched = set(config.watched) & set(held_out.grouped if held_out else ())
+    if config.guard.stop and watched and settings.num_samples < MIN_PAIRS * settings.samples_per_prompt:
+        raise UserError(
+            f"guard.stop watches {', '.join(sorted(watched))}, which scores groups: evaluation.num_samples must be at least "
+            f"{MIN_PAIRS} groups of evaluation.samples_per_prompt, {MIN_PAIRS * settings.samples_per_prompt}"
+        )
 
 
 def _described(

@@ -177,6 +177,7 @@ class Trainer:
             self.algorithm.logprob_reduction,
             self.algorithm.needs,
             config.rewards.timeout,
+            config.samples_per_prompt,
         )
         self._check_scores(rollout)
         advantages = self.algorithm.advantages(rollout)
