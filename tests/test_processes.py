@@ -130,7 +130,8 @@ def test_a_process_that_dies_ends_the_run_and_loses_nothing(folder: Path) -> Non
     run = start(folder, 2, *options)
     said = run.communicate(timeout=180)[0]
     assert run.returncode != 0
-    assert "another process has ended or does not answer" in said
+    # The survivor finds the other one gone, or is told to end by torchrun, which found it first.
+    assert "another process has ended or does not answer" in said or "saved and stopped by SIGTERM" in said
     found = load_newest(folder / "two", exact=True)
     assert found is not None
     assert found.step < 3

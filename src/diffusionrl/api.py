@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusionrl import interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
-from diffusionrl.config import DiffusionRLConfig, TaskConfig, TrainConfig
+from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, TaskConfig, TrainConfig
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
@@ -110,8 +110,11 @@ def _prepare(
     image_size = check_model(config.model) if policy is None else policy.image_size
     mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
     held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
-    for each in [mixture, held_out] if held_out else [mixture]:
-        _try(each, chosen, image_size, config.rewards.timeout)
+    _check_groups(config, mixture, held_out)
+    sizes = (config.samples_per_prompt, config.evaluation.samples_per_prompt)
+    _try(mixture, chosen, image_size, config.rewards.timeout, sizes)
+    if held_out is not None:
+        _try(held_out, chosen, image_size, config.rewards.timeout, sizes[1:])
     own = algorithm or make_algorithm(config)
     further = [_load_task(each, config, own, image_size) for each in config.tasks]
     embed = load_embedder(config.evaluation.embeddings, config.model)
@@ -142,19 +145,47 @@ def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, 
     try:
         prompts = load_prompts(settings.prompts, config.max_broken_prompts)
         reward = load_mixture(settings.reward, config.rewards)
-        _try(reward, prompts, image_size, config.rewards.timeout)
+        _require_groups(reward, settings, config)
+        sizes = (settings.samples_per_prompt, config.evaluation.samples_per_prompt)
+        _try(reward, prompts, image_size, config.rewards.timeout, sizes)
     except UserError as error:
         raise UserError(f"{settings.whose}{error}") from error
     return Task(settings, prompts, reward, copy.deepcopy(algorithm), config)
 
 
-def _try(reward: Mixture, prompts: Sequence[Prompt], image_size: int, timeout: float) -> None:
-    """Raises UserError for a reward that cannot score two grey images in time."""
+def _try(reward: Mixture, prompts: Sequence[Prompt], image_size: int, timeout: float, group_sizes: Sequence[int]) -> None:
+    """Raises UserError for a reward that cannot score a few grey images in time."""
     samples = [prompts[0], prompts[-1]]
-    trial = partial(try_mixture, reward, image_size, [p.text for p in samples], [p.metadata for p in samples])
+    trial = partial(try_mixture, reward, image_size, [p.text for p in samples], [p.metadata for p in samples], group_sizes)
     if not within(timeout, trial):
         seconds = f"{timeout:g} s (rewards.timeout)"
         raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(reward.rewards)}")
+
+
+def _check_groups(config: TrainConfig, mixture: Mixture, held_out: Mixture | None) -> None:
+    """Raises UserError where rewards look at whole groups, and training or evaluation have none."""
+    settings = config.evaluation
+    _require_groups(mixture, config.all_tasks[0], config)
+    if held_out is not None:
+        _require_evaluated_groups(held_out, config)
+    watched = set(config.watched) & set(held_out.grouped if held_out else ())
+    if config.guard.stop and watched and settings.num_samples < MIN_PAIRS * settings.samples_per_prompt:
+        raise UserError(
+            f"guard.stop watches {', '.join(sorted(watched))}, which scores groups: evaluation.num_samples must be at least "
+            f"{MIN_PAIRS} groups of evaluation.samples_per_prompt, {MIN_PAIRS * settings.samples_per_prompt}"
+        )
+
+
+def _require_groups(reward: Mixture, task: TaskConfig, config: TrainConfig) -> None:
+    """Raises UserError where a task's reward looks at whole groups, and training or evaluation have none."""
+    size = task.samples_per_prompt
+    reward.require_groups(size, "samples_per_prompt", task.prompts_per_step * size, "samples a step")
+    _require_evaluated_groups(reward, config)
+
+
+def _require_evaluated_groups(reward: Mixture, config: TrainConfig) -> None:
+    size, count = config.evaluation.samples_per_prompt, config.evaluation.num_samples
+    reward.require_groups(size, "evaluation.samples_per_prompt", count, "evaluation.num_samples")
 
 
 def _described(

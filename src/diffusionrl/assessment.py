@@ -1,12 +1,13 @@
 """What ``diffusionrl evaluate`` reports: rewards with intervals, overall and by prompt; pair by pair against a baseline."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from diffusionrl.config import SamplingConfig
-from diffusionrl.evaluation import evaluate, finite_or_none
+from diffusionrl.evaluation import by_group, evaluate, finite_or_none
 from diffusionrl.intervals import LEVEL, Estimate, by_prompt, differences, mean_interval, overall, win_rate
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt
@@ -24,12 +25,14 @@ class Sheet:
         prompts: N texts.
         scores: by reward, N numbers, NaN where invalid.
         error: why scores are invalid, where some are.
+        group_sizes: by reward that looks at whole groups, how many samples in a row share a score.
     """
 
     name: str
     prompts: list[str]
     scores: dict[str, list[float]]
     error: str | None = None
+    group_sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def score_model(
@@ -42,15 +45,18 @@ def score_model(
     seed: int,
     timeout: float = 600.0,
 ) -> Sheet:
-    """Score the images that a run with this seed makes in its own evaluations, and further ones of the same prompts.
+    """Score the images that a run with this seed makes in its own evaluations, and further ones of the same prompts: prompt
+    after prompt where a reward looks at whole groups, all the prompts over and over otherwise.
 
     Args:
         timeout: seconds for one call of the rewards.
     """
-    asked = list(prompts) * samples_per_prompt
-    scores = evaluate(policy, rewards, prompts, len(asked), sampling, seed, timeout=timeout).rollout.scores
+    in_a_row = samples_per_prompt if rewards.grouped else 1
+    count = len(prompts) * samples_per_prompt
+    found = evaluate(policy, rewards, prompts, count, sampling, seed, timeout=timeout, samples_per_prompt=in_a_row)
+    scores = found.rollout.scores
     parts = {reward: values.tolist() for reward, values in scores.parts.items()}
-    return Sheet(name, [prompt.text for prompt in asked], parts, scores.error)
+    return Sheet(name, [prompt.text for prompt in found.rollout.prompts], parts, scores.error, found.group_sizes)
 
 
 def report(model: Sheet, baseline: Sheet | None = None) -> dict[str, Any]:
@@ -70,11 +76,14 @@ def report(model: Sheet, baseline: Sheet | None = None) -> dict[str, Any]:
 
 
 def _of_reward(reward: str, sheets: dict[str, Sheet]) -> dict[str, Any]:
-    prompts = sheets["model"].prompts
-    values = {side: sheet.scores[reward] for side, sheet in sheets.items()}
-    found = {side: _plain(overall(each, prompts)) for side, each in values.items()}
-    for side, each in values.items():
-        found[side]["invalid"] = sum(math.isnan(value) for value in each)
+    size = sheets["model"].group_sizes.get(reward, 1)
+    prompts = sheets["model"].prompts[::size]
+    columns = {side: torch.tensor(sheet.scores[reward], dtype=torch.float64) for side, sheet in sheets.items()}
+    values = {side: by_group(column, size).tolist() for side, column in columns.items()}
+    unit = {"unit": "groups"} if size > 1 and len(set(prompts)) == len(prompts) else {}
+    found = {side: _plain(overall(each, prompts)) | unit for side, each in values.items()}
+    for side, column in columns.items():
+        found[side]["invalid"] = int(column.isnan().sum())
     single: dict[str, dict[str, Any]] = {prompt: {} for prompt in prompts}
     for side, each in values.items():
         for prompt, group in by_prompt(each, prompts).items():

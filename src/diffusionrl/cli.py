@@ -345,7 +345,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
     asked = [(config.model, config.lora), *([(config.baseline, None)] if config.baseline else [])]
     found = [find_trained(*each) for each in asked]
     rewards = load_mixture(config.reward, config.rewards)
-    try_mixture(rewards, found[0].image_size, [p.text for p in prompts[:2]], [p.metadata for p in prompts[:2]])
+    size, count = config.samples_per_prompt, len(prompts) * config.samples_per_prompt
+    rewards.require_groups(size, "samples_per_prompt", count, "samples")
+    try_mixture(rewards, found[0].image_size, [p.text for p in prompts[:2]], [p.metadata for p in prompts[:2]], (size,))
     sheets = []
     for each, trained in zip(asked, found, strict=True):
         print(f"{trained.name}: {len(prompts) * config.samples_per_prompt} samples", flush=True)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from diffusionrl.config import SamplingConfig
 from diffusionrl.images import image_grid, to_pil
 from diffusionrl.policies.base import Policy
 from diffusionrl.prompts import Prompt
-from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores
+from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores, as_mixture
 from diffusionrl.rollout import Needs, Rollout, collect, gather_scores
 
 
@@ -25,25 +25,30 @@ class Evaluation:
         rollout: with the scores of the reward that is trained on.
         held_out: by name, (N,), NaN where invalid.
         statistics: of the images, by name, (N,).
+        group_sizes: by name, of the rewards that look at whole groups, how many samples in a row make one.
     """
 
     rollout: Rollout
     held_out: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    group_sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
         """Of the valid scores."""
-        return mean_and_error(self._values)[0]
+        return self._estimate("reward", self._values)[0]
 
     @property
     def standard_error(self) -> float:
         """Of that mean."""
-        return mean_and_error(self._values)[1]
+        return self._estimate("reward", self._values)[1]
 
     @property
     def _values(self) -> Tensor:
         return torch.where(self.rollout.scores.valid, self.rollout.scores.values, torch.nan)
+
+    def _estimate(self, name: str, values: Tensor) -> tuple[float, float]:
+        return mean_and_error(by_group(values, self.group_sizes.get(name, 1)))
 
     @property
     def beside(self) -> dict[str, Tensor]:
@@ -69,8 +74,14 @@ class Evaluation:
             "eval/invalid": int((~scores.valid).sum()),
         }
         for name, values in self.beside.items():
-            metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_error(values)
+            metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = self._estimate(name, values)
         return metrics
+
+
+def by_group(values: Tensor, size: int) -> Tensor:
+    """The mean of the finite values of each group of ``size`` in a row, (N,) -> (N / size,), NaN where there is none. The
+    samples of a group share what scores them, so that groups are what can be counted."""
+    return values if size == 1 else values.view(-1, size).nanmean(1)
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -92,16 +103,26 @@ def evaluate(
     samples_per_prompt: int = 1,
     needs: Needs = "endpoints",
 ) -> Evaluation:
-    """Score ``num_samples`` images over the prompts in turn, ``samples_per_prompt`` of each at a turn; ``timeout`` is for one
-    call of the rewards, in seconds, and ``needs`` says what is kept of a sample."""
+    """Score ``num_samples`` images over the prompts in turn, ``samples_per_prompt`` of each at a turn, which are a group for
+    rewards that look at groups; ``timeout`` is for one call of the rewards, in seconds, and ``needs`` says what is kept of a
+    sample.
+
+    Raises:
+        UserError: a reward looks at whole groups, and there are none.
+    """
     asked = [prompts[i // samples_per_prompt % len(prompts)] for i in range(num_samples)]
-    rollout = collect(policy, reward, asked, sampling, seed, "evaluation", 0, needs=needs, timeout=timeout)
+    size = samples_per_prompt
+    rollout = collect(policy, reward, asked, sampling, seed, "evaluation", 0, needs=needs, timeout=timeout, group_size=size)
+    mixture = as_mixture(reward)
+    group_sizes = dict.fromkeys((*mixture.grouped, "reward") if mixture.grouped else (), size)
     if held_out is None:
-        return Evaluation(rollout.whole())
+        return Evaluation(rollout.whole(), group_sizes=group_sizes)
     own = [asked[i] for i in rollout.own]
-    call = RewardCall(held_out, rollout.images, [prompt.text for prompt in own], [prompt.metadata for prompt in own])
+    texts, metadata = [prompt.text for prompt in own], [prompt.metadata for prompt in own]
+    call = RewardCall(held_out, rollout.images, texts, metadata, group_size=size)
     call.start()
-    return Evaluation(rollout.whole(), gather_scores(call.result(timeout), rollout.shares).parts)
+    parts = gather_scores(call.result(timeout), rollout.shares).parts
+    return Evaluation(rollout.whole(), parts, group_sizes=group_sizes | dict.fromkeys(held_out.grouped, size))
 
 
 def write_samples(evaluation: Evaluation, folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from diffusionrl import processes
 from diffusionrl.config import MIN_PAIRS, TrainConfig
 from diffusionrl.errors import UserError
-from diffusionrl.evaluation import Evaluation, evaluate, finite_or_none, mean_and_error, write_samples
+from diffusionrl.evaluation import Evaluation, by_group, evaluate, finite_or_none, mean_and_error, write_samples
 from diffusionrl.guard import Verdict, judge, peak_of
 from diffusionrl.measures import distance_from_reference, diversity, image_statistics
 from diffusionrl.policies.base import Policy, chunks
@@ -96,7 +97,8 @@ class Monitor:
         found = replace(found, statistics=image_statistics(found.rollout.images))
         metrics = found.metrics() | self._measures(found)
         before = evaluations_in(folder.run_dir)
-        metrics |= compare(found.by_sample, before, lambda earlier: read_samples(folder.run_dir, earlier), config.watched)
+        earlier = partial(read_samples, folder.run_dir)
+        metrics |= compare(found.by_sample, before, earlier, config.watched, found.group_sizes)
         measured = time.perf_counter()
         write_samples(found, samples)
         line = {key: finite_or_none(value) for key, value in metrics.items()}
@@ -148,7 +150,11 @@ class Monitor:
 
 
 def compare(
-    now: Values, before: Sequence[Mapping[str, Any]], samples_of: Callable[[int], Values], watched: Sequence[str]
+    now: Values,
+    before: Sequence[Mapping[str, Any]],
+    samples_of: Callable[[int], Values],
+    watched: Sequence[str],
+    group_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Paired differences of the newest evaluation: of everything from the first one (``eval/NAME_change``), and of the watched
     scores from their highest one so far (``eval/NAME_from_peak``), each with its standard error.
@@ -157,25 +163,30 @@ def compare(
         now: by name, (N,), NaN where invalid.
         before: the metrics of the evaluations before this one, oldest first.
         samples_of: the values of an earlier evaluation by its step.
+        group_sizes: see ``Evaluation``.
     """
     if not before:
         return {}
+    sizes = group_sizes or {}
     differences = {}
     first = samples_of(before[0]["step"])
     for name, values in now.items():
-        differences[f"eval/{name}_change"] = paired(values, first.get(name))
+        differences[f"eval/{name}_change"] = paired(values, first.get(name), sizes.get(name, 1))
     for name in watched:
         peak = peak_of(before, name)
         if peak is not None and name in now:
-            differences[f"eval/{name}_from_peak"] = paired(now[name], samples_of(peak["step"]).get(name))
+            then = samples_of(peak["step"]).get(name)
+            differences[f"eval/{name}_from_peak"] = paired(now[name], then, sizes.get(name, 1))
     return {f"{key}{end}": each for key, pair in differences.items() for end, each in zip(("", "_se"), pair, strict=True)}
 
 
-def paired(now: Tensor, then: Tensor | None) -> tuple[float, float]:
-    """Mean of the differences sample by sample, and its standard error; NaN with fewer than ``MIN_PAIRS`` valid pairs."""
-    if then is None or len(then) != len(now) or int((now - then).isfinite().sum()) < MIN_PAIRS:
+def paired(now: Tensor, then: Tensor | None, group_size: int = 1) -> tuple[float, float]:
+    """Mean of the differences sample by sample, or group by group, and its standard error; NaN with fewer than ``MIN_PAIRS``
+    valid pairs."""
+    if then is None or len(then) != len(now):
         return float("nan"), float("nan")
-    return mean_and_error(now.double() - then.double())
+    gaps = by_group(now.double() - then.double(), group_size)
+    return mean_and_error(gaps) if int(gaps.isfinite().sum()) >= MIN_PAIRS else (float("nan"), float("nan"))
 
 
 def evaluations_in(run_dir: Path) -> list[dict[str, Any]]:

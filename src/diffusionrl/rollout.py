@@ -14,7 +14,7 @@ from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.prompts import Prompt
-from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores, as_mixture
+from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
 
 Needs = Literal["trajectories", "endpoints"]
@@ -153,17 +153,18 @@ def collect(
         reduction: of the log-probabilities over the latent dimensions.
         needs: what is kept of a sample, its trajectory or its endpoint.
         timeout: seconds for one call of the reward.
-        group_size: samples in a row that belong together: one process draws them all.
+        group_size: samples in a row that belong to one prompt slot: one process draws them, rewards may look at them together.
 
     Raises:
-        UserError: there are more processes than groups.
+        UserError: a reward looks at whole groups, and there are none; or there are more processes than groups.
         Interrupted: the run was asked to stop.
     """
     table = make_table(policy, sampling)
     shape = (len(table) + 1, *policy.latent_shape)
     mixture = as_mixture(reward)
+    mixture.require_groups(group_size, "group_size", len(prompts), "the number of prompts")
+    queue = RewardQueue(mixture, group_size)
     embeddings, latents, log_probs, images = [], [], [], []
-    calls: list[RewardCall] = []
     began = time.perf_counter()
     own = processes.share(len(prompts), group_size)
     for part in chunks(len(own), sampling.batch_size):
@@ -177,10 +178,9 @@ def collect(
         latents.append(path if whole else path[:, -1:].clone())
         log_probs.append(densities if whole else densities[:, :0])
         images.append(policy.decode(path[:, -1]).cpu())
-        calls.append(RewardCall(mixture, images[-1], texts, metadata, calls[-1] if calls else None))
-        calls[-1].start()
+        queue.add(images[-1], texts, metadata)
     rollout_seconds = time.perf_counter() - began
-    scores = Scores.join([call.result(timeout) for call in calls])
+    scores = queue.result(timeout)
     found = Rollout(
         table,
         list(prompts),
@@ -189,7 +189,7 @@ def collect(
         torch.cat(log_probs),
         torch.cat(images),
         scores,
-        {"rollout": rollout_seconds, "reward": sum(call.seconds for call in calls)},
+        {"rollout": rollout_seconds, "reward": queue.seconds},
         group_size,
         sampling.batch_size,
     )

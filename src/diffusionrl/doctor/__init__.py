@@ -66,10 +66,11 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
 
 
 def _tiny_rollout(trainer: Trainer, sampling: SamplingConfig) -> Rollout:
-    """Eight samples: as many of one prompt as the run takes, at most four."""
+    """Eight samples: as many of one prompt as the run takes, at most four. Two whole groups for a reward that looks at them."""
     config = trainer.config
-    group = min(config.samples_per_prompt, 4)
-    prompts: list[Prompt] = (list(trainer.prompts) * _SAMPLES)[: _SAMPLES // group]
+    grouped = bool(trainer.reward.grouped)
+    group = config.samples_per_prompt if grouped else min(config.samples_per_prompt, 4)
+    prompts: list[Prompt] = (list(trainer.prompts) * _SAMPLES)[: 2 if grouped else _SAMPLES // group]
     return collect(
         trainer.policy,
         trainer.reward,
@@ -81,6 +82,7 @@ def _tiny_rollout(trainer: Trainer, sampling: SamplingConfig) -> Rollout:
         trainer.algorithm.logprob_reduction,
         trainer.algorithm.needs,
         config.rewards.timeout,
+        group,
     )
 
 

@@ -17,19 +17,23 @@ from diffusionrl.trainer import Trainer
 _ROUNDING, _NOISE = 1e-3, 0.5
 
 
-def ask(trainer: Trainer, reward: Mixture, rollout: Rollout, images: Tensor) -> Scores:
-    """What a reward says of images for the rollout's prompts."""
-    prompts = (rollout.prompts * len(images))[: len(images)]
-    call = RewardCall(reward, images, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
+def ask(trainer: Trainer, reward: Mixture, rollout: Rollout, images: Tensor, group_size: int) -> Scores:
+    """What a reward says of images for the rollout's prompts. One that looks at groups sees the images over and over, until the
+    last group of ``group_size`` is whole, each group with one prompt."""
+    size = group_size if reward.grouped else 1
+    rows = torch.arange(-(-len(images) // size) * size)
+    prompts = [rollout.prompts[row // size * size % len(rollout.prompts)] for row in rows.tolist()]
+    texts, metadata = [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts]
+    call = RewardCall(reward, images[rows % len(images)], texts, metadata, group_size=size)
     call.start()
     return call.result(trainer.config.rewards.timeout)
 
 
 def check_scores(trainer: Trainer, rollout: Rollout) -> Finding:
     """Finite and in range; held-out rewards too."""
-    found = {"": rollout.scores}
+    found, size = {"": rollout.scores}, trainer.config.evaluation.samples_per_prompt
     if trainer.monitor.held_out is not None:
-        found["held-out "] = ask(trainer, trainer.monitor.held_out, rollout, rollout.images)
+        found["held-out "] = ask(trainer, trainer.monitor.held_out, rollout, rollout.images, size)
     for kind, scores in found.items():
         invalid, total = int((~scores.valid).sum()), len(scores.valid)
         if invalid:
@@ -46,7 +50,7 @@ def check_scores(trainer: Trainer, rollout: Rollout) -> Finding:
 
 def check_repeats(trainer: Trainer, rollout: Rollout) -> Finding:
     """The same images again: noise of the reward's own, as a share of how much images differ."""
-    again = ask(trainer, trainer.reward, rollout, rollout.images)
+    again = ask(trainer, trainer.reward, rollout, rollout.images, trainer.config.samples_per_prompt)
     worst, name = max((_noise(part, again.parts[name]), name) for name, part in rollout.scores.parts.items())
     if worst <= _ROUNDING:
         return Finding("pass", "repeatable", "the same image twice gets the same score")
@@ -73,24 +77,37 @@ def check_variation(trainer: Trainer, rollout: Rollout) -> Finding:
         return _flat(trainer, rollout, flat[0])
     groups = [group for group in members_of([prompt.text for prompt in rollout.prompts]).values() if len(group) > 1]
     values = rollout.scores.values
-    if groups and all(_alike(values[group]) for group in groups):
-        return Finding(
-            "warn",
-            "variation",
-            "images of one prompt all score alike: the reward tells prompts apart, not images",
-            "choose a reward that looks at the image; samples of one prompt are what a policy learns from",
-        )
+    if groups and not _shared(trainer) and all(_alike(values[group]) for group in groups):
+        remedy = "choose a reward that looks at the image; samples of one prompt are what a policy learns from"
+        if trainer.reward.grouped:
+            remedy = "a score that all the samples of a prompt share needs algorithm.normalisation batch"
+        told = "images of one prompt all score alike: the reward tells prompts apart, not images"
+        return Finding("warn", "variation", told, remedy)
     spread = values[rollout.scores.valid].std(correction=0).item()
     return Finding("pass", "variation", f"scores differ, standard deviation {spread:.3g}")
 
 
+def _shared(trainer: Trainer) -> bool:
+    """Whether a score that all the samples of a prompt share teaches something: it is compared with other groups' scores."""
+    algorithm = trainer.config.algorithm
+    normalisation = getattr(algorithm, "normalisation", "batch")
+    return bool(trainer.reward.grouped) and (
+        normalisation == "batch" or (normalisation == "prompt" and hasattr(algorithm, "min_count"))
+    )
+
+
 def _flat(trainer: Trainer, rollout: Rollout, name: str) -> Finding:
     """All images score alike. Does anything at all change the score?"""
+    told = f"{_of(name, rollout)}all {len(rollout.prompts)} images score {rollout.scores.parts[name].nanmean():.3g}"
+    if name in trainer.reward.grouped:  # two groups may well be alike
+        return Finding(
+            "warn", "variation", told, "equal groups teach nothing: choose prompts whose groups differ, or larger groups"
+        )
     size = rollout.images.shape[1:]
     noise = seeds.normal(trainer.config.seed, "doctor", 0, [0], tuple(size)).sigmoid()
     extremes = torch.cat([torch.zeros(1, *size), torch.ones(1, *size), noise, torch.full((1, *size), 0.5)])
-    found = ask(trainer, trainer.reward, rollout, torch.cat([rollout.images[:1], extremes])).parts[name]
-    told = f"{_of(name, rollout)}all {len(rollout.prompts)} images score {rollout.scores.parts[name].nanmean():.3g}"
+    extremes = torch.cat([rollout.images[:1], extremes])
+    found = ask(trainer, trainer.reward, rollout, extremes, trainer.config.samples_per_prompt).parts[name]
     if not _alike(found):
         remedy = "equal scores teach nothing: choose prompts that are less easy (or less hard), or a finer reward"
         return Finding("warn", "variation", told, remedy)

@@ -3,13 +3,14 @@
 from diffusionrl.rewards import aesthetic, clip, emoji, jpeg, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, load_reward, register, score, try_reward
 from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture
-from diffusionrl.rewards.worker import RewardCall, within
+from diffusionrl.rewards.worker import RewardCall, RewardQueue, within
 
 __all__ = [
     "REGISTRY",
     "Mixture",
     "Reward",
     "RewardCall",
+    "RewardQueue",
     "Scores",
     "aesthetic",
     "as_mixture",

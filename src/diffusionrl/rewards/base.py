@@ -16,7 +16,8 @@ from diffusionrl.reward_config import RewardsConfig
 Reward = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
 """Called with images in [0, 1] (float32, (B, 3, H, W), on the CPU), B prompts and B metadata mappings; returns B numbers, or
 ``Scores``. It may have ``range``, (lowest, highest): a score outside is invalid; and ``counts``, a mapping of names to numbers,
-which is logged with the step's metrics."""
+which is logged with the step's metrics. With ``whole_groups = True`` it is called with all the samples of one prompt slot of
+the step (or of the evaluation) at once, B equal prompts, and with nothing else."""
 
 REGISTRY: dict[str, Callable[[RewardsConfig], Reward]] = {}
 
@@ -95,6 +96,19 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequ
         return Scores(nothing, nothing.bool(), said)
 
 
+def score_groups(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], size: int
+) -> Scores:
+    """``score`` of one group of ``size`` samples in a row after the other."""
+    groups = [slice(first, first + size) for first in range(0, len(images), size)]
+    return Scores.join([score(reward, images[group], prompts[group], metadata[group]) for group in groups])
+
+
+def looks_at_groups(reward: Reward) -> bool:
+    """Whether a reward has to see all the samples of a prompt together."""
+    return bool(getattr(reward, "whole_groups", False))
+
+
 def _as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]) -> Scores:
     said = returned if isinstance(returned, Scores) else None
     values = _as_floats(said.values if said else returned, len(prompts))
@@ -127,19 +141,21 @@ def _describe(returned: Any) -> str:
     return f"a {type(returned).__name__}{shape}{length}"
 
 
-def try_reward(reward: Reward, image_size: int, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-    """Score two grey images before anything slow starts, so that a reward that cannot work is found now.
+def try_reward(
+    reward: Reward, image_size: int, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], count: int = 2
+) -> None:
+    """Score two grey images, or ``count``, before anything slow starts, so that a reward that cannot work is found now.
 
     Raises:
-        UserError: the reward raised, said what stops it, or returned something else than two numbers. Invalid numbers alone
-            pass: there may be nothing to see on a grey image.
+        UserError: the reward raised, said what stops it, or returned something else than ``count`` numbers. Invalid numbers
+            alone pass: there may be nothing to see on a grey image.
     """
-    images = torch.full((2, 3, image_size, image_size), 0.5)
-    tried = f"the reward failed on two grey {image_size} x {image_size} images"
+    images = torch.full((count, 3, image_size, image_size), 0.5)
+    tried = f"the reward failed on {'two' if count == 2 else count} grey {image_size} x {image_size} images"
     try:
-        returned = reward(images, (list(prompts) * 2)[:2], (list(metadata) * 2)[:2])
+        returned = reward(images, (list(prompts) * count)[:count], (list(metadata) * count)[:count])
     except Exception as error:  # whatever it raises is the answer
         raise UserError(f"{tried}: {type(error).__name__}: {error}") from error
-    scores = _as_scores(returned, ["", ""], (-math.inf, math.inf))
+    scores = _as_scores(returned, [""] * count, (-math.inf, math.inf))
     if isinstance(returned, Scores) and not scores.valid.any():
         raise UserError(f"{tried}: {scores.error}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusionrl.errors import UserError
 from diffusionrl.reward_config import RewardsConfig
-from diffusionrl.rewards.base import Reward, Scores, load_reward, score, try_reward
+from diffusionrl.rewards.base import Reward, Scores, load_reward, looks_at_groups, score, score_groups, try_reward
 
 
 class Mixture:
@@ -21,6 +21,9 @@ class Mixture:
     Args:
         rewards: by the name under which each is logged.
         weights: by the same names; 1 where left out.
+
+    Attributes:
+        grouped: names of the rewards that look at whole groups, the samples of one prompt together.
 
     Raises:
         UserError: no reward, or a weight that is not a number.
@@ -31,12 +34,18 @@ class Mixture:
             raise UserError("there is no reward: name at least one")
         self.rewards = dict(rewards)
         self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
+        self.grouped = tuple(name for name, reward in self.rewards.items() if looks_at_groups(reward))
         self.statistics = dict.fromkeys(rewards, (0.0, 1.0))
         self._counted_before: dict[str, float] = {}
 
-    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
-        """Call every reward (see ``rewards.base.score``)."""
-        found = {name: score(reward, images, prompts, metadata) for name, reward in self.rewards.items()}
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], group_size: int = 1) -> Scores:
+        """Call every reward (see ``rewards.base.score``): once; or, where it looks at groups, once for each, which are
+        ``group_size`` samples in a row."""
+        asked = (images, prompts, metadata)
+        found = {
+            name: score_groups(reward, *asked, group_size) if name in self.grouped else score(reward, *asked)
+            for name, reward in self.rewards.items()
+        }
         parts = {name: torch.where(scores.valid, scores.values, torch.nan) for name, scores in found.items()}
         errors = [f"{name}: {scores.error}" for name, scores in found.items() if scores.error]
         return self._combine(parts, errors[-1] if errors else None)
@@ -52,6 +61,21 @@ class Mixture:
             values = values + self.weights[name] * (part - mean) / std
         valid = values.isfinite()
         return Scores(values.nan_to_num(0.0, 0.0, 0.0), valid, error, parts)
+
+    def require_groups(self, size: int, size_setting: str, count: int, count_setting: str) -> None:
+        """``count`` samples in groups of ``size`` have to be something that each reward can look at.
+
+        Raises:
+            UserError: a reward looks at groups, and they are of one sample, or the last one is not whole; the message says
+                which settings to change.
+        """
+        for name in self.grouped:
+            told = f"the reward {name} looks at all the samples of a prompt together"
+            if size < 2:
+                raise UserError(f"{told}: set {size_setting} to 2 or more, not {size}")
+            if count % size:
+                near = max(size, count - count % size)
+                raise UserError(f"{told}: {count_setting} must be a multiple of {size_setting}, {near} say, not {count}")
 
     def calibrate(self, scores: Scores) -> Scores:
         """Normalise by these scores from now on; returns them normalised.
@@ -116,10 +140,21 @@ def load_mixture(names: Sequence[str], config: RewardsConfig | None = None) -> M
     return Mixture(rewards, weights)
 
 
-def try_mixture(mixture: Mixture, image_size: int, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
-    """``try_reward`` for each; the error names the reward where there are several."""
+def try_mixture(
+    mixture: Mixture,
+    image_size: int,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    group_sizes: Sequence[int] = (),
+) -> None:
+    """``try_reward`` for each, with a group of every size that it will be called with where it looks at groups; the error names
+    the reward where there are several."""
     for name, reward in mixture.rewards.items():
         try:
-            try_reward(reward, image_size, prompts, metadata)
+            if name not in mixture.grouped:
+                try_reward(reward, image_size, prompts, metadata)
+                continue
+            for size in dict.fromkeys(group_sizes):
+                try_reward(reward, image_size, prompts[:1], metadata[:1], size)
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(mixture.rewards) > 1 else str(error)) from error

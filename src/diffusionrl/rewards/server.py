@@ -29,7 +29,7 @@ from torch import Tensor
 
 from diffusionrl.errors import UserError
 from diffusionrl.reward_config import ServeConfig
-from diffusionrl.rewards.base import Reward, Scores, load_reward, score
+from diffusionrl.rewards.base import Reward, Scores, load_reward, looks_at_groups, score
 
 MAX_PIXELS = 4096 * 4096
 
@@ -56,13 +56,18 @@ class RewardServer(ThreadingHTTPServer):
     """Serves one reward; ``serve_forever`` and ``shutdown`` as in the standard library.
 
     Raises:
-        UserError: an open address without a token, or an address that cannot be had.
+        UserError: a reward that looks at whole groups, an open address without a token, or an address that cannot be had.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, reward: Reward, config: ServeConfig) -> None:
+        if looks_at_groups(reward):
+            raise UserError(
+                f"{config.name} looks at all the samples of a prompt together, and a request may hold a part of them: "
+                f"name it in the run itself (--reward {config.name})"
+            )
         self.reward, self.config = reward, config
         self.token = os.environ.get(config.token_variable, "")
         if not self.token and not _is_loopback(config.host):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffusionrl import interruption
@@ -19,6 +20,7 @@ class RewardCall(threading.Thread):
 
     Args:
         previous: the call that has to be over before this one begins.
+        group_size: see ``Mixture.score``.
     """
 
     def __init__(
@@ -28,9 +30,11 @@ class RewardCall(threading.Thread):
         prompts: Sequence[str],
         metadata: Sequence[dict[str, Any]],
         previous: "RewardCall | None" = None,
+        group_size: int = 1,
     ) -> None:
         super().__init__(daemon=True)
         self.reward, self.images, self.prompts, self.metadata, self.previous = reward, images, prompts, metadata, previous
+        self.group_size = group_size
         self.over = threading.Event()
         self.began: float | None = None
         self.seconds = 0.0
@@ -41,7 +45,7 @@ class RewardCall(threading.Thread):
             self.previous.over.wait()
         self.began = time.perf_counter()
         try:
-            self.scores = self.reward.score(self.images, self.prompts, self.metadata)
+            self.scores = self.reward.score(self.images, self.prompts, self.metadata, self.group_size)
         except BaseException as error:  # a reward may even try to end its thread
             self.scores = self.reward.nothing(len(self.images), f"{type(error).__name__}: {error}")
         self.seconds = time.perf_counter() - self.began
@@ -61,6 +65,43 @@ class RewardCall(threading.Thread):
                 return self.reward.nothing(len(self.images), f"no scores within {timeout:g} s")
         assert self.scores is not None
         return self.scores
+
+
+class RewardQueue:
+    """Samples as they come, asked about in one call after another: at once, or, where the reward looks at groups, as soon as
+    groups are whole.
+
+    Args:
+        group_size: samples in a row that make a group.
+    """
+
+    def __init__(self, reward: Mixture, group_size: int) -> None:
+        self.reward, self.group_size = reward, group_size
+        self.calls: list[RewardCall] = []
+        self._images, self._prompts = torch.empty(0), list[str]()  # of a group that is not whole yet
+        self._metadata: list[dict[str, Any]] = []
+
+    def add(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> None:
+        """The next samples; the arguments are those of a reward."""
+        images = torch.cat([self._images, images]) if len(self._images) else images
+        prompts, metadata = [*self._prompts, *prompts], [*self._metadata, *metadata]
+        whole = len(images) - (len(images) % self.group_size if self.reward.grouped else 0)
+        self._images, self._prompts, self._metadata = images[whole:], prompts[whole:], metadata[whole:]
+        if whole:
+            previous = self.calls[-1] if self.calls else None
+            asked = (images[:whole], prompts[:whole], metadata[:whole])
+            self.calls.append(RewardCall(self.reward, *asked, previous, self.group_size))
+            self.calls[-1].start()
+
+    def result(self, timeout: float) -> Scores:
+        """Of all samples, in their order; ``timeout`` is for one call (see ``RewardCall.result``)."""
+        assert len(self._images) == 0, "the last group is not whole"
+        return Scores.join([call.result(timeout) for call in self.calls])
+
+    @property
+    def seconds(self) -> float:
+        """That the calls took."""
+        return sum(call.seconds for call in self.calls)
 
 
 def within(timeout: float, work: Callable[[], None]) -> bool:
