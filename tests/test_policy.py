@@ -163,3 +163,13 @@ def test_models_of_the_hub_are_checked_by_their_settings_alone(tiny_folder: Path
     assert sorted(asked) == ["model_index.json", "unet/config.json", "vae/config.json"]
     with pytest.raises(UserError, match="hub did not give it: offline"):
         check_model("owner/gone")
+
+
+def test_only_so_many_embeddings_are_remembered(make_policy, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """There may be millions of prompts; one that is forgotten is embedded again, to the bit."""
+    monkeypatch.setattr("diffusionrl.policies.stable_diffusion._REMEMBERED", 2)
+    policy, texts = make_policy(), ["a cat", "a dog", "an ant", "a cat"]
+    found = policy.embed(texts)
+    assert found.shape[0] == 4 and torch.equal(found[0], found[3])
+    assert list(policy._embeddings) == ["a dog", "an ant"]
+    assert torch.equal(policy.embed(texts), found)
