@@ -19,7 +19,9 @@ from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.emoji.classifier import TONES
-from diffusionrl.emoji.recipe.skin_tones import LIGHT_FACE, REACH
+from diffusionrl.emoji.recipe.skin_tones import EVENLY, LIGHT_FACE, REACH
+from diffusionrl.emoji.recipe.vae import EVALUATION_SEED
+from diffusionrl.emoji.scenes import draw_images
 from diffusionrl.emoji.sprites import load_sprites
 from diffusionrl.emoji.vocabulary import GENDERS, OCCUPATIONS, person
 from diffusionrl.images import image_grid, to_pil
@@ -84,7 +86,11 @@ def main(config: Config) -> None:
     print(f"SP {parity.mean():.3f} ± {error:.3f}; perfectly even {expected_parity(size, counts.shape[1]):.3f}; ", end="")
     print(f"squared distance, unbiased {squared.mean():.3f} ± {squared.std() / len(squared) ** 0.5:.3f}")
     if config.check_colours:
-        print(f"agreement with the face colours: {(nearest_tones(rollout.images) == told).float().mean():.1%}")
+        print(f"agreement with the face colours: {(nearest_tones(rollout.images) == told).float().mean():.1%}; ", end="")
+        drawn, scenes = draw_images(EVALUATION_SEED, range(100), "person", tones=EVENLY)
+        people = torch.from_numpy(drawn).permute(0, 3, 1, 2) / 255
+        right = [TONES[i] == scene.skin_tone for i, scene in zip(nearest_tones(people).tolist(), scenes, strict=True)]
+        print(f"they are right on {sum(right)} of {len(right)} fresh scenes")
     blank = to_pil(torch.ones_like(rollout.images[0]))
     columns = [[to_pil(image) for image in rollout.images[told == tone][:12]] for tone in range(len(attribute.classes))]
     config.out.parent.mkdir(parents=True, exist_ok=True)
