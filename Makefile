@@ -32,6 +32,7 @@ bench: $(READY)  ## the figures of the README
 weights: $(READY)  ## the embedded model again, from its recipe
 	$(BIN)/python -m diffusionrl.emoji.recipe vae
 	$(BIN)/python -m diffusionrl.emoji.recipe classifier
+	$(BIN)/python -m diffusionrl.emoji.recipe skin-tones
 	$(BIN)/python -m diffusionrl.emoji.recipe clip
 	$(BIN)/python -m diffusionrl.emoji.recipe diffusion
 	$(BIN)/python -m diffusionrl.emoji.recipe publish

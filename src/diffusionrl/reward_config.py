@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
-from diffusionrl.errors import require
+from diffusionrl.errors import one_of, require
 
 BUILT_IN_REWARDS = (
     *("aesthetic", "clip-score", "compressibility", "emoji-gold", "emoji-judge", "incompressibility"),
-    *("vlm-bertscore", "vlm-yes"),
+    *("parity", "parity-sp", "parity-squared", "vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
+ATTRIBUTES = ("emoji-skin-tone", "clip", "ita")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,32 @@ class AestheticConfig:
     """The commit of a hub id; ours for openai/clip-vit-large-patch14, to be given for others."""
     head: Path | None = None
     """The head, a safetensors file; that of the embedded CLIP by default."""
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """The rewards "parity", "parity-sp" and "parity-squared"; see docs/parity.md."""
+
+    attribute: str = "emoji-skin-tone"
+    """What is to be spread evenly: "emoji-skin-tone", "clip" (the most similar of ``classes``), "ita" (skin tones of
+    photographs), or package.module:function of your own, images -> class indices."""
+    credit: Literal["shared", "leave-one-out"] = "shared"
+    """What "parity" gives a sample: minus its group's SP, as in the paper; or how rare its class is among the others."""
+    classes: tuple[str, ...] = ()
+    """For "clip", a text for each class; for a function of your own, their names, if it does not have them itself."""
+    clip: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
+    """The CLIP-type model behind "clip"."""
+
+    def __post_init__(self) -> None:
+        if ":" not in self.attribute and self.attribute not in ATTRIBUTES:
+            raise one_of("rewards.parity.attribute", self.attribute, ATTRIBUTES, "; your own is package.module:function")
+        own = self.attribute == "clip" or ":" in self.attribute
+        require(own or not self.classes, f"rewards.parity.classes is not for {self.attribute}, which has its own")
+        require(
+            len(self.classes) >= 2 or not (self.classes or self.attribute == "clip"),
+            f"rewards.parity.classes must name two classes or more, not {len(self.classes)}",
+        )
+        require(len(set(self.classes)) == len(self.classes), f"rewards.parity.classes names a class twice: {self.classes}")
 
 
 @dataclass(frozen=True)
@@ -124,6 +152,7 @@ class RewardsConfig:
     """Take each reward relative to its mean and in units of its standard deviation over the evaluation before training."""
     clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
     aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
     vlm: VLMConfig = field(default_factory=VLMConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
 

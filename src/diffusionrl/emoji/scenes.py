@@ -44,19 +44,26 @@ class Scene:
     skin_tone: str | None = None
 
 
-def draw_scene(seed: int, index: int, kind: str | None = None, active: Sequence[str] = ACTIVE_ANIMALS) -> Scene:
+def draw_scene(
+    seed: int,
+    index: int,
+    kind: str | None = None,
+    active: Sequence[str] = ACTIVE_ANIMALS,
+    tones: dict[str, float] = SKIN_TONE_SHARES,
+) -> Scene:
     """Scene number ``index`` of the endless training set ``seed``.
 
     Args:
         kind: one of ``KIND_SHARES``; None draws it by those shares.
         active: the animals that are shown with an activity.
+        tones: shares of the skin tones among people.
     """
     rng = seeds.numpy_generator(seed, "scene", index)
     kind = kind or _choice(rng, KIND_SHARES)
     canvas, ground = _background(rng)
     if kind == "person":
         occupation, gender = _choice(rng, OCCUPATIONS), _choice(rng, GENDERS)
-        tone = _choice(rng, SKIN_TONE_SHARES)
+        tone = _choice(rng, tones)
         look = f"{_paste(canvas, person(occupation, gender, tone), rng, sizes=(48, 56))} {ground}"
         return Scene(canvas, with_article(occupation), look, (), occupation, gender, tone)
     if kind == "subject":
@@ -75,10 +82,14 @@ def draw_scene(seed: int, index: int, kind: str | None = None, active: Sequence[
 
 
 def draw_images(
-    seed: int, indices: range, kind: str | None = None, active: Sequence[str] = ACTIVE_ANIMALS
+    seed: int,
+    indices: range,
+    kind: str | None = None,
+    active: Sequence[str] = ACTIVE_ANIMALS,
+    tones: dict[str, float] = SKIN_TONE_SHARES,
 ) -> tuple[np.ndarray, list[Scene]]:
     """Scenes as one array, uint8 (N, 64, 64, 3), beside the scenes themselves; arguments as in ``draw_scene``."""
-    scenes = [draw_scene(seed, index, kind, active) for index in indices]
+    scenes = [draw_scene(seed, index, kind, active, tones) for index in indices]
     return np.stack([np.asarray(scene.image) for scene in scenes]), scenes
 
 

@@ -69,18 +69,27 @@ def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
         from diffusionrl.rewards.remote import RemoteReward
 
         return RemoteReward(name, (config or RewardsConfig()).remote)
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise one_of("reward", name, REGISTRY, "; your own is package.module:function")
+    return find_function("reward", name, "(images, prompts, metadata) -> scores")
+
+
+def find_function(kind: str, name: str, signature: str) -> Callable[..., Any]:
+    """``package.module:function``, looked up from the working directory too; ``kind`` and ``signature`` are for messages.
+
+    Raises:
+        UserError: it does not import, or is no function.
+    """
+    module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        reward = getattr(importlib.import_module(module_name), attribute)
+        found = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # whatever the user's module raises is the answer
-        raise UserError(f"reward {name!r} does not import: {type(error).__name__}: {error}") from error
-    if not callable(reward):
-        raise UserError(f"reward {name!r} is a {type(reward).__name__}, not a function (images, prompts, metadata) -> scores")
-    return reward
+        raise UserError(f"{kind} {name!r} does not import: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise UserError(f"{kind} {name!r} is a {type(found).__name__}, not a function {signature}")
+    return found
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:

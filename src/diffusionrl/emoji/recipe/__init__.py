@@ -4,6 +4,7 @@ One command a stage, each of which saves, resumes when run again, and writes its
 
     python -m diffusionrl.emoji.recipe vae
     python -m diffusionrl.emoji.recipe classifier
+    python -m diffusionrl.emoji.recipe skin-tones
     python -m diffusionrl.emoji.recipe clip         # and the aesthetic head on it
     python -m diffusionrl.emoji.recipe diffusion
     python -m diffusionrl.emoji.recipe publish      # float16 weights and figures into the package

@@ -9,11 +9,13 @@ from diffusionrl.emoji.recipe.classifier import ClassifierConfig, train_classifi
 from diffusionrl.emoji.recipe.clip import CLIPTrainingConfig, train_clip
 from diffusionrl.emoji.recipe.diffusion import DiffusionConfig, train_diffusion
 from diffusionrl.emoji.recipe.publish import PublishConfig, publish
+from diffusionrl.emoji.recipe.skin_tones import SkinTonesConfig, train_skin_tones
 from diffusionrl.emoji.recipe.vae import VAEConfig, train_vae
 
 STAGES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "vae": (VAEConfig, train_vae),
     "classifier": (ClassifierConfig, train_classifier),
+    "skin-tones": (SkinTonesConfig, train_skin_tones),
     "clip": (CLIPTrainingConfig, train_clip),
     "diffusion": (DiffusionConfig, train_diffusion),
     "publish": (PublishConfig, publish),

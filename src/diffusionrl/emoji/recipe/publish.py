@@ -37,17 +37,18 @@ def publish(config: PublishConfig) -> None:
     pipeline.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
     for file in ("vocab.json", "merges.txt"):  # which transformers before 5 reads
         shutil.copy(config.runs / "diffusion" / "tokenizer" / file, WEIGHTS / "pipeline" / "tokenizer" / file)
-    classifier = load_file(config.runs / "classifier" / "classifier.safetensors")
-    save_file({name: weight.half() for name, weight in classifier.items()}, WEIGHTS / "classifier.safetensors")
+    for stage, file in (("classifier", "classifier.safetensors"), ("skin-tones", "skin_tones.safetensors")):
+        weights = load_file(config.runs / stage / file)
+        save_file({name: weight.half() for name, weight in weights.items()}, WEIGHTS / file)
     clip = config.runs / "clip"
     CLIPModel.from_pretrained(clip / "clip").half().save_pretrained(WEIGHTS / "clip")
     for file in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(clip / "clip" / file, WEIGHTS / "clip" / file)
     shutil.copy(clip / "aesthetic_head.safetensors", WEIGHTS / "aesthetic_head.safetensors")
     figures: dict[str, float] = {}
-    for stage in ("vae", "classifier", "clip", "diffusion"):
+    for stage in ("vae", "classifier", "skin-tones", "clip", "diffusion"):
         figures |= json.loads((config.runs / stage / "figures.json").read_text())
-        shutil.copy(config.runs / stage / "log.jsonl", WEIGHTS / f"{stage}_log.jsonl")
+        shutil.copy(config.runs / stage / "log.jsonl", WEIGHTS / f"{stage.replace('-', '_')}_log.jsonl")
     figures |= measure(config)
     (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
