@@ -83,12 +83,12 @@ def draw(panels: Sequence[tuple[str, str, dict[str, Curve]]], file: Path) -> Non
 
 
 class Report:
-    """Collects tables (Markdown), figures (JSON) and plots (PNG)."""
+    """Collects tables (Markdown), figures (JSON) and plots (PNG); ``name`` is the paper's."""
 
-    def __init__(self, folder: Path, out: Path) -> None:
-        self.folder, self.out = folder, out
+    def __init__(self, folder: Path, out: Path, name: str) -> None:
+        self.folder, self.out, self.name = folder, out, name
         self.json: dict[str, Any] = {}
-        self.lines: list[str] = ["# The tables of `benchmarks/ddpo_paper.py`", ""]
+        self.lines: list[str] = [f"# The tables of `benchmarks/{name}_paper.py`", ""]
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         self.lines += [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -110,14 +110,14 @@ class Report:
 
     def write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "ddpo.json").write_text(json.dumps(self.json, indent=1) + "\n")
-        (self.out / "ddpo_tables.md").write_text("\n".join(self.lines))
+        (self.out / f"{self.name}.json").write_text(json.dumps(self.json, indent=1) + "\n")
+        (self.out / f"{self.name}_tables.md").write_text("\n".join(self.lines))
         print("\n".join(self.lines))
 
 
 def report(folder: Path, out: Path) -> None:
     """Everything that the finished runs allow."""
-    made = Report(folder, out)
+    made = Report(folder, out, "ddpo")
     report_grid(made)
     report_methods(made)
     report_alignment(made)

@@ -19,8 +19,8 @@ from torch import Tensor
 from diffusionrl import RunStopped, TrainConfig, UserError, checkpoint, train
 from diffusionrl import config as config_module
 from diffusionrl.advantages import PromptStatistics, batch_advantages, group_advantages
-from diffusionrl.algorithms import DDPO, RWR
-from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, RWRConfig, SamplingConfig
+from diffusionrl.algorithms import DDPO, RWR, DiffusionRL
+from diffusionrl.config import CheckpointConfig, DDPOConfig, DiffusionRLConfig, EvaluationConfig, RWRConfig, SamplingConfig
 from diffusionrl.optimization import accumulate_gradient
 from diffusionrl.prompts import Prompt
 from diffusionrl.reward_config import RewardsConfig
@@ -333,6 +333,7 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "ddpo-is": lambda: DDPO(DDPOConfig(updates_per_step=2, min_count=1), 2.0),
     "ddpo-sf": lambda: DDPO(DDPOConfig(variant="sf", updates_per_step=1, min_count=1), 2.0),
     "ddpo-group": lambda: DDPO(DDPOConfig(normalisation="group", updates_per_step=2), 2.0),
+    "diffusionrl": lambda: DiffusionRL(DiffusionRLConfig(timesteps_per_step=2, normalisation="prompt", min_count=1), 2.0),
     "rwr": lambda: RWR(RWRConfig(updates_per_step=3, batch_size=4), 2.0),
     "rwr-sparse": lambda: RWR(RWRConfig(variant="sparse", updates_per_step=3, batch_size=4), 2.0),
 }

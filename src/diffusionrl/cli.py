@@ -20,6 +20,7 @@ from diffusionrl.interruption import Interrupted, noted
 from diffusionrl.presets import PRESETS
 from diffusionrl.reward_config import BUILT_IN_REWARDS, RewardsConfig, ServeConfig
 
+_FIRST_PROMPTS = 1000  # lines of a file that are looked at before torch is imported: enough to see what it is
 START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
 USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
@@ -257,7 +258,7 @@ def _configured(arguments: Sequence[str], command: str) -> TrainConfig:
 
     for task in config.all_tasks:
         try:
-            load_prompts(task.prompts, config.max_broken_prompts)
+            load_prompts(task.prompts, config.max_broken_prompts, _FIRST_PROMPTS)
             for entry in (*task.reward, *config.evaluation.held_out):
                 _check_reward(entry.partition("=")[0])
         except UserError as error:

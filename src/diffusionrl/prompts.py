@@ -33,11 +33,12 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def load_prompts(source: str, max_broken: int = 0) -> Sequence[Prompt]:
+def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> Sequence[Prompt]:
     """A built-in set by name; a ``.jsonl`` file, one object with "prompt" a line; a ``.parquet`` file with a column "prompt";
     ``dataset:ID`` or ``dataset:ID:SPLIT`` of the library ``datasets``, likewise; any other file, one prompt a line.
 
-    Blank lines are skipped. Broken ones are too, up to ``max_broken`` of them.
+    Blank lines are skipped. Broken ones are too, up to ``max_broken`` of them. With a ``limit``, no more lines of a file are
+    looked at.
 
     Raises:
         UserError: naming file and line.
@@ -51,7 +52,7 @@ def load_prompts(source: str, max_broken: int = 0) -> Sequence[Prompt]:
         return DatasetPrompts(source, max_broken)
     if not path.is_file():
         raise UserError(f"prompts {source!r}: no such file, and no built-in set ({', '.join([*built_in, *files])})")
-    return DatasetPrompts(source, max_broken) if path.suffix == ".parquet" else PromptFile(path, max_broken)
+    return DatasetPrompts(source, max_broken) if path.suffix == ".parquet" else PromptFile(path, max_broken, limit)
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -128,11 +129,11 @@ class PromptFile(_Prompts):
         UserError: too many of the first ``CHECKED`` lines are broken, or there is no prompt in it.
     """
 
-    def __init__(self, path: Path, max_broken: int = 0) -> None:
+    def __init__(self, path: Path, max_broken: int = 0, limit: int | None = None) -> None:
         super().__init__(max_broken)
         self.path = path
         self._file = os.open(path, os.O_RDONLY)
-        self._bounds, self.fingerprint = _line_bounds(path)
+        self._bounds, self.fingerprint = _line_bounds(path, limit)
         self._starts, self._ends = self._bounds[:-1], self._bounds[1:]
         count = min(CHECKED, len(self))
         good = np.fromiter(self._check(count), dtype=bool, count=count)
@@ -154,15 +155,17 @@ class PromptFile(_Prompts):
         return _parse(line, self.path, int(np.searchsorted(self._bounds, start)) + 1)
 
 
-def _line_bounds(path: Path) -> tuple[np.ndarray, str]:
-    """Where each line begins and the last one ends, and the file's SHA-256. One pass, in bounded memory."""
-    digest, bounds, position = hashlib.sha256(), array("q", [0]), 0
+def _line_bounds(path: Path, limit: int | None) -> tuple[np.ndarray, str]:
+    """Where each line begins and the last one ends, up to so many, and a hash of what was read. One pass, in bounded memory."""
+    digest, bounds, position = hashlib.blake2b(digest_size=32), array("q", [0]), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + position + 1
             bounds.frombytes(ends.astype(np.int64).tobytes())
             position += len(chunk)
+            if limit is not None and len(bounds) > limit:
+                return np.frombuffer(bounds, dtype=np.int64)[: limit + 1], digest.hexdigest()
     if bounds[-1] != position:
         bounds.append(position)
     return np.frombuffer(bounds, dtype=np.int64), digest.hexdigest()

@@ -1,0 +1,157 @@
+"""The runs of ``diffusionrl_paper.py``, as whole configurations. docs/reproduction/diffusionrl.md says what was scaled."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ddpo_paper_runs import CLIP_TIMES_DIMENSIONS, DIMENSIONS, GRID_SEED, QUERIES, SEEDS, Run
+
+from diffusionrl.config import (
+    DiffusionRLConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    PretrainingConfig,
+    RWRConfig,
+    SamplingConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from diffusionrl.prompts import load_prompts
+from diffusionrl.reward_config import ParityConfig, RewardsConfig
+from diffusionrl.seeds import numpy_generator
+
+SAMPLES = 64  # a step and task
+GROUP = 8  # samples of a prompt
+TASKS = {"preference": "ddpo-animals", "composition": "thing-pairs", "parity": "seen-occupations"}
+"""Rewards and the prompts that they are trained on."""
+RATES = (0.0025, 0.005, 0.01)
+BASELINES = ("rwr", "raft")
+COMPARED = ("composition", "parity")
+"""Tasks that the baselines are trained on, as in tables 3 and 4."""
+BEST = {
+    ("diffusionrl", "preference"): 5e-3,
+    ("diffusionrl", "composition"): 5e-3,
+    ("diffusionrl", "parity"): 5e-3,
+    ("rwr", "composition"): 5e-3,
+    ("rwr", "parity"): 5e-3,
+    ("raft", "composition"): 5e-3,
+    ("raft", "parity"): 5e-3,
+}
+"""What the grid chose."""
+INVERSE_TEMPERATURES = {"composition": 4.0, "parity": 6.0}
+"""About 1 / (standard deviation of the reward), within a prompt and between the groups of a step."""
+ROUNDS = 4  # of sampling and training, for the baselines
+
+
+def prompt_file(folder: Path, name: str) -> Path:
+    """A built-in set in a fixed shuffled order: evaluations take the first ones."""
+    file = folder / "prompts" / f"{name}.txt"
+    if not file.is_file():
+        texts = [prompt.text for prompt in load_prompts(name)]
+        order = numpy_generator(0, f"benchmark/{name}").permutation(len(texts))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(texts[i] for i in order) + "\n")
+    return file
+
+
+def base(folder: Path, task: str, seed: int, rate: float | None = None) -> TrainConfig:
+    """1,024 queries of DiffusionRL on one task, with the pretraining loss."""
+    parity = task == "parity"
+    return TrainConfig(
+        reward=(task,),
+        prompts=str(prompt_file(folder, TASKS[task])),
+        prompts_per_step=SAMPLES // GROUP,
+        samples_per_prompt=GROUP,
+        steps=QUERIES // SAMPLES,
+        seed=seed,
+        sampling=SamplingConfig(num_steps=8, guidance=3.0, batch_size=32),
+        policy=PolicyConfig(lora_rank=16),
+        algorithm=DiffusionRLConfig(
+            timesteps_per_step=4, clip_range=CLIP_TIMES_DIMENSIONS / DIMENSIONS, step_weight_power=1.0, micro_batch_size=64
+        ),
+        optimizer=OptimizerConfig(learning_rate=rate or BEST["diffusionrl", task], warmup=10),
+        evaluation=EvaluationConfig(every=8, num_samples=96, samples_per_prompt=GROUP if parity else 1),
+        pretraining=PretrainingConfig(source="emoji", batch_size=64),
+        rewards=RewardsConfig(parity=ParityConfig(credit="shared")),
+    )
+
+
+def baseline(folder: Path, method: str, task: str, seed: int, rate: float | None = None) -> TrainConfig:
+    """RWR or RAFT (the best of the samples of a prompt, or the best groups of a step), with as many queries."""
+    config = base(folder, task, seed, rate or BEST[method, task])
+    parity = task == "parity"
+    per_prompt = GROUP if parity else 16
+    best = 1 / 24 if parity else 1 / per_prompt  # the paper accepts 1 in 24
+    algorithm = RWRConfig(
+        variant="sparse" if method == "raft" else "rwr",
+        inverse_temperature=INVERSE_TEMPERATURES[task],
+        percentile=1 - best,
+        normalisation="batch" if parity else "prompt",
+        train_guided=method == "rwr",
+        updates_per_step=5 * QUERIES // SAMPLES // ROUNDS,
+        batch_size=64,
+        micro_batch_size=64,
+    )
+    return replace(
+        config,
+        algorithm=algorithm,
+        steps=ROUNDS,
+        prompts_per_step=QUERIES // ROUNDS // per_prompt,
+        samples_per_prompt=per_prompt,
+        evaluation=replace(config.evaluation, every=2),
+        pretraining=replace(config.pretraining, updates=QUERIES // SAMPLES // ROUNDS),  # as many as DiffusionRL has
+    )
+
+
+def joint(folder: Path, seed: int) -> TrainConfig:
+    """The three tasks in turn."""
+    config = base(folder, "preference", seed)
+    further = tuple(
+        TaskConfig(task, (task,), str(prompt_file(folder, TASKS[task])), SAMPLES // GROUP, GROUP)
+        for task in ("composition", "parity")
+    )
+    return replace(config, tasks=further, evaluation=replace(config.evaluation, samples_per_prompt=GROUP))
+
+
+def grid(folder: Path) -> Iterator[Run]:
+    for task in TASKS:
+        for rate in RATES:
+            yield Run(f"grid/{task}/diffusionrl/{rate:g}", base(folder, task, GRID_SEED, rate))
+            for method in BASELINES if task in COMPARED else ():
+                yield Run(f"grid/{task}/{method}/{rate:g}", baseline(folder, method, task, GRID_SEED, rate))
+
+
+def single(folder: Path) -> Iterator[Run]:
+    for task in TASKS:
+        for seed in SEEDS:
+            yield Run(f"single/{task}/seed_{seed}", base(folder, task, seed))
+
+
+def credit(folder: Path) -> Iterator[Run]:
+    """Ours: each sample's own part in the parity of its group."""
+    for seed in SEEDS:
+        config = base(folder, "parity", seed)
+        settings = replace(config.rewards, parity=replace(config.rewards.parity, credit="leave-one-out"))
+        yield Run(f"credit/leave-one-out/seed_{seed}", replace(config, rewards=settings))
+
+
+def baselines(folder: Path) -> Iterator[Run]:
+    for task in COMPARED:
+        for method in BASELINES:
+            for seed in SEEDS:
+                yield Run(f"{method}/{task}/seed_{seed}", baseline(folder, method, task, seed))
+
+
+def together(folder: Path) -> Iterator[Run]:
+    """Table 5, and appendix G: without the pretraining loss."""
+    for seed in SEEDS:
+        config = joint(folder, seed)
+        yield Run(f"joint/with_pretraining/seed_{seed}", config)
+        yield Run(f"joint/without_pretraining/seed_{seed}", replace(config, pretraining=PretrainingConfig()))
+
+
+def all_runs(folder: Path) -> list[Run]:
+    """Every run, in the order in which they are made."""
+    parts = (grid, single, credit, baselines, together)
+    return [run for part in parts for run in part(folder)]

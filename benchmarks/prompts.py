@@ -1,0 +1,76 @@
+"""What millions of prompts cost: the start of a run and its memory, in a process of its own for each format.
+
+    python benchmarks/prompts.py
+
+Writes ``benchmarks/prompts.json`` and prints the table of docs/runs.md. Memory is the growth of the resident set, which does
+not count what the kernel keeps of a file and gives back.
+"""
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).parent
+WORDS = ("cat", "dog", "owl", "red", "blue", "old", "small", "castle", "forest", "river", "under", "near", "painting", "photo")
+CHILD = """
+import json, sys, time
+import psutil
+from diffusionrl.prompts import load_prompts
+memory = psutil.Process().memory_info
+before, began = memory().rss, time.perf_counter()
+load_prompts(sys.argv[1], 0, 1000)  # as the command line does before it imports torch
+prompts = load_prompts(sys.argv[1])
+seconds, loaded = time.perf_counter() - began, memory().rss
+drawn = [len(prompts[i * 48_611 % len(prompts)].text) for i in range(200_000)]
+print(json.dumps({"seconds": seconds, "megabytes": (loaded - before) / 1e6, "growth": (memory().rss - loaded) / 1e6}))
+"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Measure prompt files."""
+
+    lines: int = 5_000_000
+    rounds: int = 3
+
+
+def write(file: Path, lines: int) -> None:
+    """Lines of 40 to 90 characters."""
+    random_ = random.Random(0)
+    texts = [" ".join(random_.choices(WORDS, k=random_.randint(8, 16))) for _ in range(10_000)]
+    with file.open("w") as out:
+        for index in range(lines):
+            text = f"{texts[index % len(texts)]} {index}"
+            out.write(json.dumps({"prompt": text, "id": index}) + "\n" if file.suffix == ".jsonl" else f"{text}\n")
+
+
+def main(config: Config) -> None:
+    found = {}
+    print(f"| {config.lines:,} prompts | size | start, median (lowest to highest) | memory | and after 200,000 draws |")
+    print("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for suffix in (".txt", ".jsonl"):
+            file = Path(folder) / f"prompts{suffix}"
+            write(file, config.lines)
+            runs = []
+            for _ in range(config.rounds):
+                done = subprocess.run([sys.executable, "-c", CHILD, str(file)], check=True, capture_output=True, text=True)
+                runs.append(json.loads(done.stdout))
+            seconds = [run["seconds"] for run in runs]
+            found[suffix] = runs
+            memory, growth = (max(run[key] for run in runs) for key in ("megabytes", "growth"))
+            spread = f"{statistics.median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
+            print(f"| {suffix} | {file.stat().st_size / 1e6:.0f} MB | {spread} | +{memory:.0f} MB | +{growth:.1f} MB |")
+            file.unlink()
+    (HERE / "prompts.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
