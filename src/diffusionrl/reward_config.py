@@ -8,8 +8,8 @@ import tyro
 from diffusionrl.errors import require
 
 BUILT_IN_REWARDS = (
-    *("aesthetic", "clip-score", "compressibility", "emoji-gold", "emoji-judge", "incompressibility"),
-    *("vlm-bertscore", "vlm-yes"),
+    *("aesthetic", "clip-score", "composition", "composition-judge", "compressibility"),
+    *("emoji-gold", "emoji-judge", "incompressibility", "preference", "vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
 
@@ -37,6 +37,24 @@ class AestheticConfig:
     """The commit of a hub id; ours for openai/clip-vit-large-patch14, to be given for others."""
     head: Path | None = None
     """The head, a safetensors file; that of the embedded CLIP by default."""
+
+
+@dataclass(frozen=True)
+class CompositionConfig:
+    """The reward "composition"; see docs/rewards.md."""
+
+    model: str = "emoji"
+    """"emoji" (the embedded detector), a folder, or a hub id: OWLv2 or Grounding DINO."""
+    revision: str | None = None
+    """The commit of a hub id."""
+    query: str = "{object}"
+    """What the detector is asked for an object; OWLv2 was trained on texts like "a photo of a {object}"."""
+    threshold: float = 0.0
+    """Boxes of lower confidence do not count; with 0 every box does, and a hint of an object is worth something."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.threshold < 1, f"rewards.composition.threshold must lie in [0, 1), not {self.threshold}")
+        require("{object}" in self.query, f"rewards.composition.query must hold {{object}}, not {self.query!r}")
 
 
 @dataclass(frozen=True)
@@ -124,6 +142,7 @@ class RewardsConfig:
     """Take each reward relative to its mean and in units of its standard deviation over the evaluation before training."""
     clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
     aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
+    composition: CompositionConfig = field(default_factory=CompositionConfig)
     vlm: VLMConfig = field(default_factory=VLMConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
 

@@ -1,4 +1,5 @@
-"""A small image classifier that names the subject of a scene; trained on fresh scenes only, so it can judge generated ones."""
+"""A small image classifier, trained on fresh scenes only, so it can judge generated ones: which subject a scene shows, or, as a
+detector, whether each of them is in it."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusionrl.emoji.vocabulary import SUBJECTS
 
-WEIGHTS = Path(__file__).parent / "weights" / "classifier.safetensors"
+FOLDER = Path(__file__).parent / "weights"
 CLASSES = tuple(SUBJECTS)
 
 
@@ -32,9 +33,18 @@ class SceneClassifier(nn.Module):
 
 
 def load_classifier() -> SceneClassifier:
-    """The shipped classifier, in evaluation mode."""
-    classifier = SceneClassifier()
-    classifier.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
+    """The shipped classifier of subjects, in evaluation mode."""
+    return _load(SceneClassifier(), "classifier")
+
+
+def load_detector(name: str = "detector") -> SceneClassifier:
+    """A shipped detector, in evaluation mode: "detector", or "detector_judge", a second one."""
+    return _load(SceneClassifier(), name)
+
+
+def _load(classifier: SceneClassifier, name: str) -> SceneClassifier:
+    weights = load_file(FOLDER / f"{name}.safetensors")
+    classifier.load_state_dict({name: weight.float() for name, weight in weights.items()})
     return classifier.eval()
 
 
@@ -42,3 +52,9 @@ def load_classifier() -> SceneClassifier:
 def name_subjects(classifier: SceneClassifier, images: Tensor) -> list[str]:
     """The most likely subject of each image, (B, 3, 64, 64) in [0, 1]."""
     return [CLASSES[i] for i in classifier(images).argmax(1).tolist()]
+
+
+@torch.no_grad()
+def detect_subjects(detector: SceneClassifier, images: Tensor) -> Tensor:
+    """How sure a detector is that each subject is in each image, (B, 3, 64, 64) in [0, 1] -> (B, 107) in [0, 1]."""
+    return detector(images).sigmoid()
