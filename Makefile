@@ -32,7 +32,10 @@ bench: $(READY)  ## the figures of the README
 weights: $(READY)  ## the embedded model again, from its recipe
 	$(BIN)/python -m diffusionrl.emoji.recipe vae
 	$(BIN)/python -m diffusionrl.emoji.recipe classifier
+	$(BIN)/python -m diffusionrl.emoji.recipe detector
+	$(BIN)/python -m diffusionrl.emoji.recipe detector-judge
 	$(BIN)/python -m diffusionrl.emoji.recipe clip
+	$(BIN)/python -m diffusionrl.emoji.recipe preference
 	$(BIN)/python -m diffusionrl.emoji.recipe diffusion
 	$(BIN)/python -m diffusionrl.emoji.recipe publish
 

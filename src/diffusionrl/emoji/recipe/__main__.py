@@ -7,14 +7,19 @@ import tyro
 
 from diffusionrl.emoji.recipe.classifier import ClassifierConfig, train_classifier
 from diffusionrl.emoji.recipe.clip import CLIPTrainingConfig, train_clip
+from diffusionrl.emoji.recipe.detector import DetectorConfig, DetectorJudgeConfig, train_detector
 from diffusionrl.emoji.recipe.diffusion import DiffusionConfig, train_diffusion
+from diffusionrl.emoji.recipe.preference import PreferenceConfig, train_preference
 from diffusionrl.emoji.recipe.publish import PublishConfig, publish
 from diffusionrl.emoji.recipe.vae import VAEConfig, train_vae
 
 STAGES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "vae": (VAEConfig, train_vae),
     "classifier": (ClassifierConfig, train_classifier),
+    "detector": (DetectorConfig, train_detector),
+    "detector-judge": (DetectorJudgeConfig, train_detector),
     "clip": (CLIPTrainingConfig, train_clip),
+    "preference": (PreferenceConfig, train_preference),
     "diffusion": (DiffusionConfig, train_diffusion),
     "publish": (PublishConfig, publish),
 }

@@ -51,6 +51,7 @@ class DetectorJudgeConfig(DetectorConfig):
     """Train a second detector, which judges policies that were trained towards the first."""
 
     out: Path = Path("runs/emoji/detector-judge")
+    num_steps: int = 600
     seed: int = 1
     name: ClassVar[str] = "detector_judge"
 
