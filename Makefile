@@ -33,7 +33,10 @@ weights: $(READY)  ## the embedded model again, from its recipe
 	$(BIN)/python -m diffusionrl.emoji.recipe vae
 	$(BIN)/python -m diffusionrl.emoji.recipe classifier
 	$(BIN)/python -m diffusionrl.emoji.recipe skin-tones
+	$(BIN)/python -m diffusionrl.emoji.recipe detector
+	$(BIN)/python -m diffusionrl.emoji.recipe detector-judge
 	$(BIN)/python -m diffusionrl.emoji.recipe clip
+	$(BIN)/python -m diffusionrl.emoji.recipe preference
 	$(BIN)/python -m diffusionrl.emoji.recipe diffusion
 	$(BIN)/python -m diffusionrl.emoji.recipe publish
 

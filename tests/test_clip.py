@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,11 @@ def test_models_that_do_not_fit_are_refused(tiny_clip: Path, tiny_folder: Path, 
     def load(**settings: Any) -> Any:
         return load_reward("clip-score", RewardsConfig(clip_score=CLIPScoreConfig(**settings)))
 
+    torn = tmp_path / "torn"
+    shutil.copytree(tiny_clip, torn)
+    (torn / "model.safetensors").write_bytes((tiny_clip / "model.safetensors").read_bytes()[:100])
     for settings, said in [
+        ({"model": str(torn)}, "could not be loaded"),
         ({"model": "./nowhere"}, "was not found"),
         ({"model": "some/clip"}, "give the revision of 'some/clip'"),
         ({"model": str(tmp_path)}, "could not be loaded"),

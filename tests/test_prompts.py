@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, SKIN_TONE_SHARES, with_article
+from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, SKIN_TONE_SHARES, THINGS, with_article
 from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.prompts import Prompt, PromptFile, fingerprint, load_prompts
 
@@ -21,6 +21,18 @@ def test_built_in_sets_have_the_papers_sizes() -> None:
     assert len(texts("things")) >= 30
     assert len(texts("occupations")) >= 14
     assert not set(texts("ddpo-animals")) & set(texts("other-animals"))
+
+
+def test_sets_that_hold_something_out_of_training_by_reward() -> None:
+    seen, unseen = texts("thing-pairs"), texts("unseen-thing-pairs")
+    assert (len(seen), len(unseen)) == (24 * 23, 32 * 31 - 24 * 23)
+    assert len(set(seen + unseen)) == 32 * 31
+    assert seen[0] == "an apple and a banana" and "a banana and an apple" in seen
+    held_out = [with_article(name) for name in list(THINGS)[-8:]]
+    assert not [prompt for prompt in seen if set(prompt.split(" and ")) & set(held_out)]
+    assert all(set(prompt.split(" and ")) & set(held_out) for prompt in unseen)
+    assert texts("seen-occupations") + texts("unseen-occupations") == texts("occupations")
+    assert len(texts("unseen-occupations")) == 4
 
 
 def test_sets_from_imagenet_and_the_papers_unseen_ones() -> None:

@@ -9,8 +9,8 @@ import tyro
 from diffusionrl.errors import one_of, require
 
 BUILT_IN_REWARDS = (
-    *("aesthetic", "clip-score", "compressibility", "emoji-gold", "emoji-judge", "incompressibility"),
-    *("parity", "parity-sp", "parity-squared", "vlm-bertscore", "vlm-yes"),
+    *("aesthetic", "clip-score", "composition", "composition-judge", "compressibility", "emoji-gold", "emoji-judge"),
+    *("incompressibility", "parity", "parity-sp", "parity-squared", "preference", "vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
 ATTRIBUTES = ("emoji-skin-tone", "clip", "ita")
@@ -65,6 +65,24 @@ class ParityConfig:
             f"rewards.parity.classes must name two classes or more, not {len(self.classes)}",
         )
         require(len(set(self.classes)) == len(self.classes), f"rewards.parity.classes names a class twice: {self.classes}")
+
+
+@dataclass(frozen=True)
+class CompositionConfig:
+    """The reward "composition"; see docs/rewards.md."""
+
+    model: str = "emoji"
+    """"emoji" (the embedded detector), a folder, or a hub id: OWLv2 or Grounding DINO."""
+    revision: str | None = None
+    """The commit of a hub id."""
+    query: str = "{object}"
+    """What the detector is asked for an object; OWLv2 was trained on texts like "a photo of a {object}"."""
+    threshold: float = 0.0
+    """Boxes of lower confidence do not count; with 0 every box does, and a hint of an object is worth something."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.threshold < 1, f"rewards.composition.threshold must lie in [0, 1), not {self.threshold}")
+        require("{object}" in self.query, f"rewards.composition.query must hold {{object}}, not {self.query!r}")
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,7 @@ class RewardsConfig:
     clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
     aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
+    composition: CompositionConfig = field(default_factory=CompositionConfig)
     vlm: VLMConfig = field(default_factory=VLMConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
 

@@ -1,5 +1,5 @@
-"""Small image classifiers, trained on fresh scenes only, so they can judge generated ones: the subject of a scene, and the skin
-tone of a person."""
+"""Small image classifiers, trained on fresh scenes only, so they can judge generated ones: which subject a scene shows, or, as
+a detector, whether each of them is in it; and the skin tone of a person."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +52,11 @@ def load_tone_classifier() -> SceneClassifier:
     return _load(build_tone_classifier(), "skin_tones")
 
 
+def load_detector(name: str = "detector") -> SceneClassifier:
+    """A shipped detector, in evaluation mode: "detector", or "detector_judge", a second one."""
+    return _load(SceneClassifier(), name)
+
+
 def _load(classifier: SceneClassifier, name: str) -> SceneClassifier:
     weights = load_file(FOLDER / f"{name}.safetensors")
     classifier.load_state_dict({name: weight.float() for name, weight in weights.items()})
@@ -62,3 +67,9 @@ def _load(classifier: SceneClassifier, name: str) -> SceneClassifier:
 def name_subjects(classifier: SceneClassifier, images: Tensor) -> list[str]:
     """The most likely subject of each image, (B, 3, 64, 64) in [0, 1]."""
     return [CLASSES[i] for i in classifier(images).argmax(1).tolist()]
+
+
+@torch.no_grad()
+def detect_subjects(detector: SceneClassifier, images: Tensor) -> Tensor:
+    """How sure a detector is that each subject is in each image, (B, 3, 64, 64) in [0, 1] -> (B, 107) in [0, 1]."""
+    return detector(images).sigmoid()

@@ -50,24 +50,29 @@ def draw_scene(
     kind: str | None = None,
     active: Sequence[str] = ACTIVE_ANIMALS,
     tones: dict[str, float] = SKIN_TONE_SHARES,
+    names: Sequence[str] = (),
 ) -> Scene:
     """Scene number ``index`` of the endless training set ``seed``.
 
     Args:
-        kind: one of ``KIND_SHARES``; None draws it by those shares.
+        kind: one of ``KIND_SHARES``, or "empty", a ground with nothing on it; None draws it by those shares.
         active: the animals that are shown with an activity.
         tones: shares of the skin tones among people.
+        names: what is drawn, instead of what chance would choose: the subject, both subjects of a pair, or the occupation.
     """
     rng = seeds.numpy_generator(seed, "scene", index)
     kind = kind or _choice(rng, KIND_SHARES)
     canvas, ground = _background(rng)
+    if kind == "empty":
+        return Scene(canvas, "", ground)
     if kind == "person":
         occupation, gender = _choice(rng, OCCUPATIONS), _choice(rng, GENDERS)
         tone = _choice(rng, tones)
+        occupation = names[0] if names else occupation
         look = f"{_paste(canvas, person(occupation, gender, tone), rng, sizes=(48, 56))} {ground}"
         return Scene(canvas, with_article(occupation), look, (), occupation, gender, tone)
     if kind == "subject":
-        name = _choice(rng, SUBJECTS)
+        name = _choice(rng, names or SUBJECTS)
         look = f"{_paste(canvas, name, rng, sizes=(48, 56))} {ground}"
         return Scene(canvas, with_article(name), look, (name,))
     if kind == "activity":
@@ -75,7 +80,7 @@ def draw_scene(
         _paste(canvas, animal, rng, sizes=(32, 40), box=(0, 0, 64, 40))
         _paste(canvas, activity, rng, sizes=(24,), box=(0, 40, 64, 64))
         return Scene(canvas, f"{with_article(animal)} {activity}", ground, (animal,))
-    left, right = _choice(rng, SUBJECTS), _choice(rng, SUBJECTS)
+    left, right = names or (_choice(rng, SUBJECTS), _choice(rng, SUBJECTS))
     _paste(canvas, left, rng, sizes=(24, 32), box=(0, 0, 32, 64))
     _paste(canvas, right, rng, sizes=(24, 32), box=(32, 0, 64, 64))
     return Scene(canvas, f"{with_article(left)} and {with_article(right)}", ground, (left, right))

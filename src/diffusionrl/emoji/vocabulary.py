@@ -50,6 +50,10 @@ SUBJECTS = ANIMALS | THINGS
 SKIN_TONE_SHARES = {"light": 0.5, "medium-light": 0.3, "medium": 0.1, "medium-dark": 0.06, "dark": 0.04}
 ACTIVE_ANIMALS = tuple(DDPO_ANIMALS)[::3]
 
+# Held out of training by reward, to see what it generalises to. The embedded model has drawn all of them in its pretraining.
+UNSEEN_THINGS = tuple(THINGS)[-8:]
+UNSEEN_OCCUPATIONS = tuple(OCCUPATIONS)[-4:]
+
 
 def with_article(noun: str) -> str:
     """``"ant"`` -> ``"an ant"``. By spelling: enough for every noun of this file."""
@@ -72,12 +76,31 @@ def sprite_code_points() -> dict[str, list[int]]:
     return table
 
 
-def prompt_sets() -> dict[str, list[str]]:
-    """The built-in prompts by name."""
+def subject_of(text: str) -> str | None:
+    """``"dog riding a bike"`` -> ``"dog"``: the subject that a text without an article names, or None if it names none."""
+    stem = next((text.removesuffix(f" {activity}") for activity in ACTIVITIES if text.endswith(f" {activity}")), text)
+    return stem if stem in SUBJECTS else None
+
+
+def caption_sets() -> dict[str, list[str]]:
+    """Prompts by name, each of which the tokenizer is trained on."""
     return {
         "ddpo-animals": [with_article(name) for name in DDPO_ANIMALS],
         "other-animals": [with_article(name) for name in OTHER_ANIMALS],
         "things": [with_article(name) for name in THINGS],
         "activities": [f"{with_article(name)} {activity}" for name in DDPO_ANIMALS for activity in ACTIVITIES],
         "occupations": [with_article(name) for name in OCCUPATIONS],
+    }
+
+
+def prompt_sets() -> dict[str, list[str]]:
+    """The built-in prompts by name: the above, and those that hold something out of training by reward."""
+    pairs = [(first, second) for first in THINGS for second in THINGS if first != second]
+    seen = [pair for pair in pairs if not set(pair) & set(UNSEEN_THINGS)]
+    unseen = [pair for pair in pairs if set(pair) & set(UNSEEN_THINGS)]
+    return caption_sets() | {
+        "thing-pairs": [f"{with_article(first)} and {with_article(second)}" for first, second in seen],
+        "unseen-thing-pairs": [f"{with_article(first)} and {with_article(second)}" for first, second in unseen],
+        "seen-occupations": [with_article(name) for name in OCCUPATIONS if name not in UNSEEN_OCCUPATIONS],
+        "unseen-occupations": [with_article(name) for name in UNSEEN_OCCUPATIONS],
     }

@@ -1,6 +1,6 @@
 """Rewards: one file each. ``load_reward`` finds them by name."""
 
-from diffusionrl.rewards import aesthetic, clip, emoji, jpeg, parity, vlm
+from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, parity, preference, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, load_reward, register, score, try_reward
 from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture
 from diffusionrl.rewards.worker import RewardCall, RewardQueue, within
@@ -15,11 +15,13 @@ __all__ = [
     "aesthetic",
     "as_mixture",
     "clip",
+    "composition",
     "emoji",
     "jpeg",
     "load_mixture",
     "load_reward",
     "parity",
+    "preference",
     "register",
     "score",
     "try_mixture",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 from transformers import AutoModel, AutoTokenizer
@@ -43,7 +44,7 @@ class CLIP:
             self.model = cached_first(AutoModel.from_pretrained, *weights, use_safetensors=True, dtype=torch.float32).eval()
             self.tokenizer = cached_first(AutoTokenizer.from_pretrained, *parts)
             settings, _ = cached_first(BaseImageProcessor.get_image_processor_dict, *parts)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"CLIP model {model!r} could not be loaded: {error}") from error
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "logit_scale"):
             raise UserError(f"{model!r} is a {type(self.model).__name__}, not a model of images and texts like CLIP")

@@ -5,7 +5,10 @@ One command a stage, each of which saves, resumes when run again, and writes its
     python -m diffusionrl.emoji.recipe vae
     python -m diffusionrl.emoji.recipe classifier
     python -m diffusionrl.emoji.recipe skin-tones
+    python -m diffusionrl.emoji.recipe detector     # several subjects in a scene
+    python -m diffusionrl.emoji.recipe detector-judge
     python -m diffusionrl.emoji.recipe clip         # and the aesthetic head on it
+    python -m diffusionrl.emoji.recipe preference
     python -m diffusionrl.emoji.recipe diffusion
     python -m diffusionrl.emoji.recipe publish      # float16 weights and figures into the package
 """

@@ -7,7 +7,9 @@ import tyro
 
 from diffusionrl.emoji.recipe.classifier import ClassifierConfig, train_classifier
 from diffusionrl.emoji.recipe.clip import CLIPTrainingConfig, train_clip
+from diffusionrl.emoji.recipe.detector import DetectorConfig, DetectorJudgeConfig, train_detector
 from diffusionrl.emoji.recipe.diffusion import DiffusionConfig, train_diffusion
+from diffusionrl.emoji.recipe.preference import PreferenceConfig, train_preference
 from diffusionrl.emoji.recipe.publish import PublishConfig, publish
 from diffusionrl.emoji.recipe.skin_tones import SkinTonesConfig, train_skin_tones
 from diffusionrl.emoji.recipe.vae import VAEConfig, train_vae
@@ -16,7 +18,10 @@ STAGES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "vae": (VAEConfig, train_vae),
     "classifier": (ClassifierConfig, train_classifier),
     "skin-tones": (SkinTonesConfig, train_skin_tones),
+    "detector": (DetectorConfig, train_detector),
+    "detector-judge": (DetectorJudgeConfig, train_detector),
     "clip": (CLIPTrainingConfig, train_clip),
+    "preference": (PreferenceConfig, train_preference),
     "diffusion": (DiffusionConfig, train_diffusion),
     "publish": (PublishConfig, publish),
 }

@@ -25,7 +25,7 @@ from diffusionrl.emoji.recipe.tokenizer import MAX_LENGTH, train_tokenizer
 from diffusionrl.emoji.recipe.training import TrainingConfig, train_stage
 from diffusionrl.emoji.recipe.vae import EVALUATION_SEED, to_tensor
 from diffusionrl.emoji.scenes import IMAGE_SIZE, PITCH, Scene, draw_images
-from diffusionrl.emoji.vocabulary import DDPO_ANIMALS, SUBJECTS, prompt_sets, with_article
+from diffusionrl.emoji.vocabulary import DDPO_ANIMALS, SUBJECTS, caption_sets, with_article
 
 KINDS = {"subject": 0.45, "activity": 0.25, "pair": 0.15, "person": 0.15}
 RATER_NOISE = 0.5
@@ -166,7 +166,7 @@ def fit_head(clip: CLIPModel, images: Tensor, config: CLIPTrainingConfig) -> dic
 def measure_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, device: str) -> dict[str, float]:
     """On scenes never trained on: how often the right caption is the most similar of all captions of its kind."""
     figures = {}
-    candidates = {"subject": [with_article(name) for name in SUBJECTS], "activity": prompt_sets()["activities"]}
+    candidates = {"subject": [with_article(name) for name in SUBJECTS], "activity": caption_sets()["activities"]}
     for kind, captions in candidates.items():
         images, scenes = draw_images(EVALUATION_SEED, range(1000), kind, tuple(DDPO_ANIMALS))
         similarity = _embed_images(clip, torch.from_numpy(images), device) @ _embed_texts(clip, tokenizer, captions, device).T

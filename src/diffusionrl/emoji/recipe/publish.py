@@ -19,6 +19,15 @@ from diffusionrl.prompts import Prompt
 from diffusionrl.rollout import collect
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+STAGES = ("vae", "classifier", "skin-tones", "detector", "detector-judge", "clip", "preference", "diffusion")
+NETWORKS = {
+    "classifier": "classifier.safetensors",
+    "skin-tones": "skin_tones.safetensors",
+    "detector": "detector.safetensors",
+    "detector-judge": "detector_judge.safetensors",
+    "preference": "preference.safetensors",
+}
+"""Stages whose weights are one file."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class PublishConfig:
     """Measure and publish."""
 
     runs: Path = Path("runs/emoji")
+    stages: tuple[str, ...] = STAGES
+    """Whose weights and figures are published; those of the others stay as they are. "diffusion" brings the VAE along."""
     num_samples_per_subject: int = 5
     num_steps: int = 16
     guidance: float = 3.0
@@ -33,25 +44,36 @@ class PublishConfig:
 
 
 def publish(config: PublishConfig) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(config.runs / "diffusion" / "pipeline", safety_checker=None)
-    pipeline.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
-    for file in ("vocab.json", "merges.txt"):  # which transformers before 5 reads
-        shutil.copy(config.runs / "diffusion" / "tokenizer" / file, WEIGHTS / "pipeline" / "tokenizer" / file)
-    for stage, file in (("classifier", "classifier.safetensors"), ("skin-tones", "skin_tones.safetensors")):
-        weights = load_file(config.runs / stage / file)
-        save_file({name: weight.half() for name, weight in weights.items()}, WEIGHTS / file)
-    clip = config.runs / "clip"
-    CLIPModel.from_pretrained(clip / "clip").half().save_pretrained(WEIGHTS / "clip")
-    for file in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(clip / "clip" / file, WEIGHTS / "clip" / file)
-    shutil.copy(clip / "aesthetic_head.safetensors", WEIGHTS / "aesthetic_head.safetensors")
-    figures: dict[str, float] = {}
-    for stage in ("vae", "classifier", "skin-tones", "clip", "diffusion"):
+    if "diffusion" in config.stages:
+        _publish_pipeline(config.runs / "diffusion")
+    if "clip" in config.stages:
+        _publish_clip(config.runs / "clip")
+    for stage, file in NETWORKS.items():
+        if stage in config.stages:
+            weights = load_file(config.runs / stage / file)
+            save_file({name: weight.half() for name, weight in weights.items()}, WEIGHTS / file)
+    figures: dict[str, float] = json.loads((WEIGHTS / "figures.json").read_text())
+    for stage in config.stages:
         figures |= json.loads((config.runs / stage / "figures.json").read_text())
         shutil.copy(config.runs / stage / "log.jsonl", WEIGHTS / f"{stage.replace('-', '_')}_log.jsonl")
-    figures |= measure(config)
+    if {"diffusion", "classifier"} & set(config.stages):
+        figures |= measure(config)
     (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
+
+
+def _publish_pipeline(folder: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "pipeline", safety_checker=None)
+    pipeline.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
+    for file in ("vocab.json", "merges.txt"):  # which transformers before 5 reads
+        shutil.copy(folder / "tokenizer" / file, WEIGHTS / "pipeline" / "tokenizer" / file)
+
+
+def _publish_clip(folder: Path) -> None:
+    CLIPModel.from_pretrained(folder / "clip").half().save_pretrained(WEIGHTS / "clip")
+    for file in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "clip" / file, WEIGHTS / "clip" / file)
+    shutil.copy(folder / "aesthetic_head.safetensors", WEIGHTS / "aesthetic_head.safetensors")
 
 
 def measure(config: PublishConfig) -> dict[str, float]:

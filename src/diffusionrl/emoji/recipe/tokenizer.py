@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from diffusionrl.emoji.vocabulary import prompt_sets
+from diffusionrl.emoji.vocabulary import caption_sets
 
 MAX_LENGTH = 16
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -18,7 +18,7 @@ def train_tokenizer(folder: Path, more_captions: Sequence[str] = ()) -> CLIPToke
     """Byte-pair encoding as CLIP does it: lower case, "</w>" ends a word, every byte is a token, so any text encodes.
 
     Args:
-        more_captions: beside the built-in prompts.
+        more_captions: beside those of ``caption_sets``.
     """
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=END))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -36,7 +36,7 @@ def train_tokenizer(folder: Path, more_captions: Sequence[str] = ()) -> CLIPToke
         special_tokens=endings,
         show_progress=False,
     )
-    captions = [prompt for prompts in prompt_sets().values() for prompt in prompts] + ["and"] * 20 + list(more_captions)
+    captions = [prompt for prompts in caption_sets().values() for prompt in prompts] + ["and"] * 20 + list(more_captions)
     tokenizer.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     tokens = alphabet + endings + ["".join(merge) for merge in merges] + [BEGIN, END]
