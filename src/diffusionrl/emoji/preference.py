@@ -47,7 +47,10 @@ class PreferenceModel(nn.Module):
         widths = (5, 16, 32, 48)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]  # a norm would forget areas and light
+            layers += [
+                nn.Conv2d(before, after, 3, stride=2, padding=1),
+                nn.SiLU(),
+            ]  # no norm, which would level areas and light
         self.features = nn.Sequential(*layers)
         self.beauty = nn.Sequential(nn.Linear(2 * widths[-1], 32), nn.SiLU(), nn.Linear(32, 1))
         self.following = nn.Linear(width, 1, bias=False)
