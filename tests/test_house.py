@@ -12,7 +12,7 @@ GLOBAL_GENERATORS = {"torch.manual_seed", "torch.seed", "np.random.seed", "rando
 # Imports point downwards: a room may import what stands in lines before its own.
 FLOORS = [
     {"errors", "seeds", "transitions", "images", "emoji", "interruption", "intervals", "progress"},
-    {"algorithm_config", "reward_config"},
+    {"algorithm_config", "processes", "reward_config"},
     {"config", "prompts", "checkpoint", "hub", "trackers"},
     {"policies", "rewards", "alarms", "guard"},
     {"rollout", "advantages"},

@@ -237,7 +237,7 @@ class RunFolder:
     def begin(self, step: int | None, device: torch.device) -> None:
         """Write settings and environment; forget what was recorded after ``step``, which is made again. None: all of it."""
         self._begun = True
-        for half_written in self.run_dir.glob(f"*{PARTIAL}"):
+        for half_written in (*self.run_dir.glob(f"*{PARTIAL}"), *self.run_dir.glob("export/**/.tmp*")):  # safetensors' own
             half_written.unlink()
         self._progress.begin(step or 0)
         for samples in (self.run_dir / "samples").glob("step_*"):
