@@ -86,6 +86,15 @@ def test_a_kill_while_saving(tiny_folder: Path, tmp_path: Path, undisturbed: dic
     assert not list((run_dir / "checkpoints").glob(".*")), "nothing half-written is left"
 
 
+def test_what_a_kill_left_of_an_export_is_removed(tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    run_dir = tmp_path / "run"
+    assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log", "die_at:rename:1") == -signal.SIGKILL
+    (run_dir / "export").mkdir(exist_ok=True)
+    (run_dir / "export" / ".tmpvVj9Ra").write_bytes(b"half a file, as safetensors begins one")
+    assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log") == 0
+    assert_same(run_dir, undisturbed)
+
+
 def test_a_finished_run_says_so_and_more_steps_go_on(tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "log"
     assert finish(tiny_run(tiny_folder, run_dir, "--steps", "3"), log) == 0
