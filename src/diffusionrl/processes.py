@@ -115,11 +115,12 @@ def gather(own: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     if count() == 1:
         return own
-    parts = [own.contiguous() if i == index() else own.new_empty(size, *own.shape[1:]) for i, size in enumerate(sizes)]
+    moved = own.to(_device()).contiguous()
+    parts = [moved if i == index() else moved.new_empty(size, *own.shape[1:]) for i, size in enumerate(sizes)]
     with _collective(own.nbytes * count()):
         for process, part in enumerate(parts):
             _broadcast(part, process)
-    return torch.cat(parts)
+    return torch.cat(parts).to(own.device)
 
 
 def _broadcast(tensor: Tensor, source: int) -> None:
