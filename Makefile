@@ -4,7 +4,9 @@ BIN := .venv/bin
 READY := .venv/ready
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-faults check format bench weights
+.PHONY: install demo test test-faults check format bench weights
+
+install: $(READY)  ## the environment, .venv, and nothing else
 
 demo: $(READY)  ## train the embedded model with DDPO on JPEG compressibility
 	$(BIN)/diffusionrl train --name demo-$$(date +%Y%m%d-%H%M%S)
@@ -43,6 +45,7 @@ weights: $(READY)  ## the embedded model again, from its recipe
 # torch first and by its version, so that pip takes a CPU build where one is offered.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@echo "making .venv: some minutes; about 2 GB with a PyTorch for the CPU, several more with one for CUDA"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

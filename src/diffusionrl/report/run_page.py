@@ -265,19 +265,18 @@ def _load(run: Run) -> str:
     own = str(model).startswith("<")
     full = (run.config.get("policy") or {}).get("training") == "full"
     export = str(run.folder / "export")
-    given = "MODEL" if own else "EMBEDDED_MODEL" if model == "emoji" else repr(str(model))
     eta = f", eta={sampling.get('eta')}" if sampling.get("sampler") == "ddim" else ""
     settings = f"num_inference_steps={sampling.get('num_steps')}, guidance_scale={sampling.get('guidance')}{eta}"
     prompts = [s.prompt for s in run.evaluations[-1].samples.values() if len(s.prompt) < 80] if run.evaluations else []
-    lines = [
-        f"from diffusers import DDIMScheduler, StableDiffusionPipeline{', UNet2DConditionModel' if full else ''}",
-        "from diffusionrl.policies import EMBEDDED_MODEL" if model == "emoji" else "",
-        f"unet = UNet2DConditionModel.from_pretrained({export + '/unet'!r})" if full else "",
-        f"pipe = StableDiffusionPipeline.from_pretrained({given}{', unet=unet' if full else ''})",
-        "" if model == "emoji" else "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
-        "" if full else f"pipe.load_lora_weights({export!r})",
-        f"image = pipe({(prompts or ['a cat'])[0]!r}, {settings}).images[0]",
-    ]
+    if model == "emoji":
+        lines = ["from diffusionrl.policies import load_pipeline", "pipe = load_pipeline('emoji')"]
+    else:
+        lines = [
+            "from diffusers import DDIMScheduler, StableDiffusionPipeline",
+            f"pipe = StableDiffusionPipeline.from_pretrained({'MODEL' if own else repr(str(model))})",
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
+        ]
+    unet, lora = f"pipe.unet = type(pipe.unet).from_pretrained({export + '/unet'!r})", f"pipe.load_lora_weights({export!r})"
+    lines += [unet if full else lora, f"image = pipe({(prompts or ['a cat'])[0]!r}, {settings}).images[0]"]
     note = "# MODEL: the folder or hub id of the pipeline that was handed over in Python\n" if own else ""
-    text = "\n".join(line for line in lines if line)
-    return note + (text.replace("DDIMScheduler, ", "") if model == "emoji" else text)
+    return note + "\n".join(lines)
