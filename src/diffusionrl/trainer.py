@@ -110,7 +110,8 @@ class Trainer:
         if self.at_start is None:
             if processes.is_main():
                 count = self.config.evaluation.num_samples
-                print(f"{folder.run_dir}: {count} images before training, then {self.config.steps} steps", flush=True)
+                with suppress(OSError):  # a terminal that is gone
+                    print(f"{folder.run_dir}: {count} images before training, then {self.config.steps} steps", flush=True)
             folder.log({"step": 0, "queries": 0} | self.monitor.evaluate(0, folder))
             self.at_start = self.state.capture(0)  # with the reward's normalisation
             if self.monitor.verdict.best == 0:
