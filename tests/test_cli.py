@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,12 @@ def size_of(file: Path) -> tuple[int, int]:
 def test_help_answers_in_under_a_second() -> None:
     best = 9.0
     for _ in range(3):  # the best of three: a busy machine says nothing about the program
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-m", "diffusionrl", "train", "--help"], capture_output=True, text=True, check=True
         )
-        best = min(best, time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor: other tests run beside this one
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert "--algorithm.clip-range" in done.stdout
     assert best < 1.0
 
