@@ -77,8 +77,6 @@ class Monitor:
         ending: dict[str, Any] = {"steps": last, "exported_step": self.exported_step(last)}
         if not self.verdict.stop:
             return ending
-        if processes.is_main():
-            print(f"the guard stops the run: {self.verdict.message}; export/ holds step {ending['exported_step']}", flush=True)
         return ending | {"stopped": self.verdict.message}
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:

@@ -55,9 +55,9 @@ class TrainingState:
 
     def _compare(self, step: int) -> None:
         """Processes that take the same steps from the same weights have the same weights, to the bit. Raises RunStopped."""
-        weights = [weight for weight in self.optimization.parameters.values() if not isinstance(weight, DTensor)]
         if processes.count() == 1:
             return
+        weights = [weight for weight in self.optimization.parameters.values() if not isinstance(weight, DTensor)]
         digest = hashlib.sha256()
         for weight in weights:
             digest.update(weight.detach().cpu().contiguous().numpy().tobytes())

@@ -289,6 +289,12 @@ class RunFolder:
                     file=sys.stderr,
                 )
 
+    def say(self, text: str) -> None:
+        """A line on the terminal, if there still is one."""
+        self._progress.close()
+        with suppress(OSError):
+            print(text, flush=True)
+
     def save(self, found: Checkpoint) -> None:
         """See ``checkpoint.save``."""
         checkpoint.save(self.run_dir, found)
@@ -320,6 +326,8 @@ class RunFolder:
 
     def finish(self, ending: dict[str, Any]) -> None:
         """There is nothing left to do: "steps" are done, and what else is to be said of the end."""
+        if "stopped" in ending:
+            self.say(f"the guard stops the run: {ending['stopped']}; export/ holds step {ending['exported_step']}")
         replace_file(self.run_dir / "finished.json", json.dumps(ending) + "\n")
 
 
@@ -339,6 +347,9 @@ class NoFolder(RunFolder):
         pass
 
     def begin(self, step: int | None, device: torch.device) -> None:
+        pass
+
+    def say(self, text: str) -> None:
         pass
 
     def save(self, found: Checkpoint) -> None:

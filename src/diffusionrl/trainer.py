@@ -65,8 +65,7 @@ class Trainer:
         folder.check_disk(self.disk_need(folder.run_dir))
         if found is not None:
             self.state.restore(found)
-            if processes.is_main():
-                print(f"going on after step {found.step}", flush=True)
+            folder.say(f"going on after step {found.step}")
         self.at_start = found
         try:
             folder.begin(found.step if found else None, self.policy.device)
@@ -108,10 +107,8 @@ class Trainer:
     def _steps(self, folder: RunFolder) -> int:
         """Returns how many steps are done at the end."""
         if self.at_start is None:
-            if processes.is_main():
-                count = self.config.evaluation.num_samples
-                with suppress(OSError):  # a terminal that is gone
-                    print(f"{folder.run_dir}: {count} images before training, then {self.config.steps} steps", flush=True)
+            count = self.config.evaluation.num_samples
+            folder.say(f"{folder.run_dir}: {count} images before training, then {self.config.steps} steps")
             folder.log({"step": 0, "queries": 0} | self.monitor.evaluate(0, folder))
             self.at_start = self.state.capture(0)  # with the reward's normalisation
             if self.monitor.verdict.best == 0:
