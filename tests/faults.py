@@ -57,6 +57,23 @@ def finish(arguments: list[str], log: Path, prepare: str | None = None) -> int |
     return process.exitcode
 
 
+def finish_together(arguments: list[str], folder: Path, count: int) -> str:
+    """Run it in a folder on several processes to their end; returns what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [folder / f"log_{rank}" for rank in range(count)]
+    prepared = [f"be_process:{rank}:{count}:{port}:{folder}" for rank in range(count)]
+    group = [start(arguments, log, prepare) for log, prepare in zip(logs, prepared, strict=True)]
+    for process in group:
+        process.join(100)
+    said = "".join(log.read_text() for log in logs)
+    for log in logs:
+        log.unlink()
+    assert [process.exitcode for process in group] == [0] * count, said
+    return said
+
+
 def kill(process: ForkServerProcess) -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -184,6 +201,14 @@ def spoil_at(where: str, value: str, nth: str) -> None:
         return losses, figures
 
     DDPO.losses = spoiled  # type: ignore[method-assign]
+
+
+def be_process(rank: str, count: str, port: str, folder: str) -> None:
+    """One of several in a folder, as torchrun would start it."""
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.chdir(folder)
+    sys.path.insert(0, folder)
 
 
 def flip_bit(folder: Path, rng: random.Random) -> None:

@@ -1,7 +1,7 @@
 """Several processes are one run: the same samples, the same weights, and no hang where one of them dies.
 
-Two processes on the CPU (gloo), started by torchrun as a user starts them. Each start takes some ten seconds on a slow core,
-which is why tests here take longer than others.
+Two processes on the CPU (gloo). One test has torchrun start them, as a user does; as that takes some ten seconds a process on a
+slow core, the others are forked from a server, with what torchrun would tell them.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import finish_together
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -70,18 +71,9 @@ def folder(tmp_path: Path, tiny_folder: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, count: int, *options: str) -> subprocess.Popen[str]:
-    """``diffusionrl train`` on so many processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
-    command = [sys.executable, *launcher, "-m", "diffusionrl", "train", *SMALL, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def end(process: subprocess.Popen[str]) -> str:
-    said = process.communicate(timeout=180)[0]
-    assert process.returncode == 0, said
-    return said
+def run(folder: Path, count: int, *options: str) -> str:
+    """``diffusionrl train`` on so many processes, to its end; returns what it said."""
+    return finish_together(["train", *SMALL, *options], folder, count)
 
 
 def weights(run_dir: Path) -> torch.Tensor:
@@ -95,9 +87,8 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_two_processes_make_the_run_of_one(folder: Path) -> None:
-    runs = [start(folder, count, "--run-dir", name) for count, name in ((1, "one"), (2, "two"))]
-    for run in runs:
-        end(run)
+    run(folder, 1, "--run-dir", "one")
+    run(folder, 2, "--run-dir", "two")
     one, two = folder / "one", folder / "two"
     assert apart(weights(one), weights(two)) < 1e-5
     for step in ("step_000000", "step_000003"):
@@ -115,11 +106,10 @@ def test_two_processes_make_the_run_of_one(folder: Path) -> None:
 
 def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
     options = ("--policy.training", "full", "--optimizer.learning-rate", "1e-4", "--steps", "2")
-    runs = [start(folder, count, *options, "--run-dir", name) for count, name in ((1, "one"), (2, "two"))]
-    for run in runs:
-        end(run)
+    run(folder, 1, *options, "--run-dir", "one")
+    run(folder, 2, *options, "--run-dir", "two")
     assert apart(weights(folder / "one"), weights(folder / "two")) < 1e-4  # the sum is rounded in another order
-    said = end(start(folder, 2, *options, "--run-dir", "two", "--steps", "3"))
+    said = run(folder, 2, *options, "--run-dir", "two", "--steps", "3")
     assert "going on after step 2" in said
     assert said.count("going on after") == 1
     assert len(load_file(next((folder / "two" / "export" / "unet").glob("*.safetensors")))) > 100
@@ -127,23 +117,24 @@ def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
 
 def test_a_process_that_dies_ends_the_run_and_loses_nothing(folder: Path) -> None:
     options = ("--reward", "ours:dies", "--run-dir", "two")
-    run = start(folder, 2, *options)
-    said = run.communicate(timeout=180)[0]
-    assert run.returncode != 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "diffusionrl", "train", *SMALL, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
     # The survivor finds the other one gone, or is told to end by torchrun, which found it first.
     assert "another process has ended or does not answer" in said or "saved and stopped by SIGTERM" in said
     found = load_newest(folder / "two", exact=True)
     assert found is not None
     assert found.step < 3
-    went_on = start(folder, 1, *options)
-    straight = start(folder, 1, "--reward", "ours:dies", "--run-dir", "one")
-    assert "warning: processes differs" in end(went_on)
-    end(straight)
+    assert "warning: processes differs" in run(folder, 1, *options)
+    run(folder, 1, "--reward", "ours:dies", "--run-dir", "one")
     assert apart(weights(folder / "one"), weights(folder / "two")) < 1e-5
 
 
 def test_a_reward_that_fails_on_one_process_has_failed_for_all(folder: Path) -> None:
-    end(start(folder, 2, "--reward", "ours:fails", "--run-dir", "two", "--steps", "2"))
+    run(folder, 2, "--reward", "ours:fails", "--run-dir", "two", "--steps", "2")
     lines = read_metrics(folder / "two")
     assert [line.get("reward/invalid") for line in lines] == [None, 4, 0]
     assert json.loads((folder / "two" / "finished.json").read_text())["steps"] == 2
