@@ -184,7 +184,9 @@ def _main_charts(run: Run, marks: list[float]) -> list[Chart]:
         charts.append(draw(name, "queries", [_line(run, key, "fixed seeds ± s.e.", colour=2, dots=True)], note, marks))
     if any(run.column(KL)[1]):  # 0 throughout where every update is on-policy
         line = _line(run, KL, KL, colour=3)
-        charts.append(draw("approximate KL", "queries", [line], "of a step's updates from its rollout", marks))
+        summed = (run.config.get("algorithm") or {}).get("logprob_reduction") == "sum"
+        unit = "denoising step" if summed else "latent dimension"
+        charts.append(draw("approximate KL", "queries", [line], f"of a step's updates from its rollout, nats a {unit}", marks))
     parts = ["rollout", "reward", "update", *(["pretraining"] if run.column("time/pretraining")[0] else [])]
     times = [_line(run, f"time/{part}", part, colour=i) for i, part in enumerate(parts)]
     charts.append(draw("seconds a step", "queries", times, "rewards are computed during the rollout", marks, from_zero=True))
