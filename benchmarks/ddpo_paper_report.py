@@ -45,8 +45,7 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
 def curve(folder: Path, group: str, key: str = "eval/reward", limit: float = math.inf) -> Curve | None:
     """Of the finished seeds of ``group``; None where there are none."""
     rows = []
-    for seed in SEEDS:
-        run_dir = folder / group / f"seed_{seed}"
+    for run_dir in sorted((folder / group).glob("seed_*")):
         if (run_dir / "seconds.json").is_file():
             lines = [line for line in read_metrics(run_dir) if key in line and line["queries"] <= limit]
             rows.append([(line["queries"], line[key]) for line in lines])
