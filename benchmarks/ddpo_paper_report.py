@@ -135,10 +135,10 @@ def report(folder: Path, out: Path) -> None:
     )
     rounds = {f"{n} rounds": f"fig11/rounds_{n}" if n != 4 else f"{compressibility}/rwr" for n in (1, 2, 4, 16)}
     report_variants(made, "Interleaving of RWR (Fig. 11) on compressibility", "fig11", rounds)
-    reductions = {"mean, clip 1.6e-3": f"{compressibility}/ddpo-is", "sum, clip 1.6": "reduction/sum"}
+    reductions = {"mean, clip 1.6e-3": f"{compressibility}/ddpo-is", "sum, clip 0.8": "reduction/sum"}
     report_variants(made, "Log-probability averaged or summed, DDPO-IS on compressibility", "reduction", reductions)
-    for size in POOLS:
-        pool = {kind: f"advantages/{kind}/pool_{size}" for kind in ("prompt", "group", "batch")}
+    for size, kinds in POOLS.items():
+        pool = {kind: f"advantages/pool_{size}/{kind}" for kind in kinds}
         report_variants(made, f"Advantages with {size} prompts, DDPO-IS on compressibility", f"advantages_{size}", pool)
     report_time(made)
     made.write()

@@ -1,6 +1,6 @@
 """Does the guard stop where the gold score peaks, and only there? Over-optimised and healthy runs of the embedded model.
 
-    python benchmarks/guard.py                         # makes the 20 runs, about 45 core-minutes, then the tables
+    python benchmarks/guard.py                         # makes the 20 runs, about 100 core-minutes, then the tables
     python benchmarks/guard.py --jobs 0                # the tables of the runs that are there
     python benchmarks/guard.py --jobs 0 --guard.noise 2  # the same with another rule
     python benchmarks/guard.py --replay runs/mine --guard.watch clip-score   # what the rule says of any run
@@ -8,9 +8,10 @@
 The guard watches the CLIP score of image and prompt, as any user can. The gold score judges the guard, which cannot see it:
 what an image is truly worth where the held-out classifier still names its subject, and nothing where it does not.
 
-- incompressibility (DDPO, twice the best learning rate): gold = kilobytes * judge;
-- aesthetic head (RWR in 14 rounds): gold = the gold rule's rating * judge;
-- healthy: compressibility (gold = kilobytes saved * judge) and the aesthetic head (gold as above), DDPO, best learning rate.
+- over-optimised: DDPO-SF, until the judge names little of what is drawn; incompressibility (gold = kilobytes * judge) and the
+  aesthetic head (gold = the gold rule's rating * judge);
+- healthy: DDPO-IS at its best learning rate, on compressibility (gold = kilobytes saved * judge) and, for a third as long as it
+  takes to do harm, on incompressibility (gold as above). Whether their gold score falls is in the table.
 
 The runs are not stopped, so that the whole gold curve is there; the rule is replayed on them, which is what ``--guard.stop``
 does (``tests/test_guard.py`` holds the two together). A finished run is not made again and an unfinished one goes on.
@@ -28,10 +29,10 @@ from typing import Any
 import torch
 import tyro
 from ddpo_paper import finished, make
-from ddpo_paper_runs import Run, base, interleaved
+from ddpo_paper_runs import Run, base
 from torch import Tensor
 
-from diffusionrl.config import DDPOConfig, GuardConfig, TrainConfig
+from diffusionrl.config import GuardConfig, TrainConfig
 from diffusionrl.guard import Verdict, judge
 from diffusionrl.monitor import compare, evaluations_in, read_samples
 
@@ -40,8 +41,7 @@ PAGE = HERE.parent / "docs" / "guard.md"
 BEGIN, END = "<!-- figures: benchmarks/guard.py writes these lines -->", "<!-- end of figures -->"
 SEEDS = range(5)
 TOLERANCE = 0.15
-OVER_OPTIMISED = ("incompressibility", "aesthetic-rwr")
-HEALTHY = ("compressibility", "aesthetic")
+OVER_OPTIMISED = ("hacked-incompressibility", "hacked-aesthetic")
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,13 @@ def watched(config: TrainConfig) -> TrainConfig:
 
 def all_runs() -> Iterator[Run]:
     for seed in SEEDS:
-        config = base("ddpo-is", "incompressibility", 300 + seed, 1e-2)
-        yield Run(f"incompressibility/seed_{seed}", watched(replace(config, steps=14)))
-        config = interleaved(base("rwr", "aesthetic", 300 + seed, 2.5e-3), "rwr", 16)
-        yield Run(f"aesthetic-rwr/seed_{seed}", watched(replace(config, steps=14)))
-        for reward in HEALTHY:  # groups of 8, and all denoising steps trained: less noise, so that the head is learned at all
-            config = base("ddpo-is", reward, 300 + seed)
-            assert isinstance(config.algorithm, DDPOConfig)
-            algorithm = replace(config.algorithm, train_fraction=1.0, step_weight_power=1.0)
-            config = replace(config, steps=10, prompts_per_step=8, samples_per_prompt=8, algorithm=algorithm)
-            yield Run(f"{reward}/seed_{seed}", watched(config))
+        for name, method, reward, rate, steps in (
+            ("hacked-incompressibility", "ddpo-sf", "incompressibility", 5e-3, 24),
+            ("hacked-aesthetic", "ddpo-sf", "aesthetic", 1e-2, 16),
+            ("compressibility", "ddpo-is", "compressibility", 5e-3, 16),
+            ("incompressibility", "ddpo-is", "incompressibility", 5e-3, 10),
+        ):
+            yield Run(f"{name}/seed_{seed}", watched(replace(base(method, reward, 300 + seed, rate), steps=steps)))
 
 
 def replayed(run_dir: Path, guard: GuardConfig) -> list[Verdict]:
@@ -89,7 +86,7 @@ def replayed(run_dir: Path, guard: GuardConfig) -> list[Verdict]:
 
 def gold_of(group: str, now: dict[str, Tensor], first: dict[str, Tensor]) -> Tensor:
     """(N,), one a sample."""
-    if group == "incompressibility":
+    if group.endswith("incompressibility"):
         value = now["reward"]
     elif group == "compressibility":
         value = now["reward"] - first["reward"]
@@ -123,6 +120,7 @@ def measure(run_dir: Path, group: str, guard: GuardConfig) -> dict[str, Any]:
         "reward": [line["eval/reward"] for line in lines],
         "clip_score": [line["eval/clip-score"] for line in lines],
         "judge": [line["eval/emoji-judge"] for line in lines],
+        "gold_rule": [line["eval/emoji-gold"] for line in lines],
         "gold": means,
         "peak": queries[peak],
         "plateau": [queries[plateau[0]], queries[plateau[-1]]],
@@ -134,6 +132,12 @@ def measure(run_dir: Path, group: str, guard: GuardConfig) -> dict[str, Any]:
         "measures_percent": 100 * sum(line["time/measures"] for line in lines) / sum(line["time/evaluation"] for line in lines),
         "seconds": json.loads((run_dir / "seconds.json").read_text()),
     }
+
+
+def lost(run: dict[str, Any]) -> bool:
+    """Whether the gold score has fallen by the end."""
+    below, error = run["gold_lost_at_end"]
+    return below > 2 * error
 
 
 def counts(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -154,6 +158,13 @@ def counts(found: dict[str, dict[str, Any]]) -> list[str]:
         ("within 15 % of where the gold score is less than one standard error below its highest value", on_plateau),
         ("kept weights whose gold score is less than one standard error below the highest", kept),
         (f"stopped, of {len(healthy)} healthy runs", sum(each["stop"] is not None for each in healthy)),
+        *(
+            (
+                f"gold score more than two standard errors below its highest at the end, of the {len(runs)} {kind}",
+                sum(map(lost, runs)),
+            )
+            for kind, runs in (("over-optimised", hacked), ("healthy", healthy))
+        ),
     ]
     return ["| | runs |", "|---|---|", *(f"| {what} | {count} |" for what, count in rows), ""]
 
