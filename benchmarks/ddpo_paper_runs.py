@@ -148,7 +148,7 @@ def fig11() -> Iterator[Run]:
 
 
 def reduction() -> Iterator[Run]:
-    """The sum, which is ``DIMENSIONS`` times as long: the gradient's bound is too. A ratio cannot be 1.6 below 1; 0.8 below it is
+    """The sum, and so its gradient, is ``DIMENSIONS`` times as long. A ratio cannot be 1.6 below 1; 0.8 below it is
     where the mean's clip is (e^-1.6 = 0.2)."""
     for seed in SEEDS:
         config = base("ddpo-is", "compressibility", seed)
@@ -157,9 +157,9 @@ def reduction() -> Iterator[Run]:
         yield Run(f"reduction/sum/seed_{seed}", replace(config, algorithm=algorithm, optimizer=optimizer))
 
 
-POOLS = {16: ("prompt", "group", "batch"), 128: ("prompt", "group", "batch"), 2048: ("group", "batch")}
+POOLS = {16: ("prompt", "group", "batch"), 128: ("prompt", "group", "batch"), 2048: ("alone", "group", "batch")}
 """Prompts, and what rewards are relative to. Of 2,048 prompts hardly one comes up ``min_count`` times in 1,024 samples, so that
-per-prompt statistics fall back to the batch's and are the same run."""
+"prompt" falls back to the batch's statistics and is the same run; "alone" is "prompt" that never falls back."""
 
 
 def pool_file(folder: Path, size: int) -> Path:
@@ -179,11 +179,13 @@ def advantages(folder: Path) -> Iterator[Run]:
                 config = base("ddpo-is", "compressibility", seed)
                 if normalisation != "group":
                     config = replace(config, prompts_per_step=64, samples_per_prompt=1)
-                config = replace(
-                    config,
-                    prompts=str(pool_file(folder, size)),
-                    algorithm=replace(config.algorithm, normalisation=normalisation),
+                changes = (
+                    {"normalisation": "prompt", "min_count": 1}
+                    if normalisation == "alone"
+                    else {"normalisation": normalisation}
                 )
+                algorithm = replace(config.algorithm, **changes)
+                config = replace(config, prompts=str(pool_file(folder, size)), algorithm=algorithm)
                 yield Run(f"advantages/pool_{size}/{normalisation}/seed_{seed}", config)
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import tyro
 from ddpo_paper import finished, make
-from ddpo_paper_runs import SEEDS
+from ddpo_paper_runs import SEEDS, Run
 from diffusionrl_paper_report import report
-from diffusionrl_paper_runs import all_runs, base, prompt_file
+from diffusionrl_paper_runs import RATES, base, final_runs, grid, prompt_file
 from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
@@ -102,7 +102,7 @@ def score(model: str, file: Path, folder: Path, seed: int) -> None:
     """``test`` of a model into a file, if it is not there."""
     if file.is_file():
         return
-    sampling = base(folder, "parity", seed).sampling
+    sampling = base(folder, "parity", seed, RATES[0]).sampling
     file.parent.mkdir(parents=True, exist_ok=True)
     found = test(load_trained(model), folder, sampling, seed)
     assert all(map(math.isfinite, found.values())), found
@@ -110,18 +110,25 @@ def score(model: str, file: Path, folder: Path, seed: int) -> None:
     print(f"{file.parent.relative_to(folder)}: scored", flush=True)
 
 
+def make_and_score(run: Run, folder: Path) -> None:
+    make(run, folder)
+    score(str(folder / run.name), folder / run.name / "test.json", folder, run.config.seed)
+
+
 def main(config: Config) -> None:
+    torch.set_num_threads(1)
     config.folder.mkdir(parents=True, exist_ok=True)
-    chosen = [run for run in all_runs(config.folder) if run.name.startswith(config.only)]
     if config.jobs:
         with ThreadPoolExecutor(config.jobs) as pool:
-            list(pool.map(lambda run: make(run, config.folder), chosen))
-        for seed in SEEDS:
-            score("emoji", config.folder / "base" / f"seed_{seed}" / "test.json", config.folder, seed)
-        for run in chosen:
-            run_dir = config.folder / run.name
-            if finished(run_dir) and not run.name.startswith("grid"):
-                score(str(run_dir), run_dir / "test.json", config.folder, run.config.seed)
+            trials = [run for run in grid(config.folder) if run.name.startswith(config.only)]
+            list(pool.map(lambda run: make(run, config.folder), trials))
+            if not all(finished(config.folder / run.name) for run in grid(config.folder)):
+                print("the rest needs the grid: --only grid")
+            else:
+                base_files = [config.folder / "base" / f"seed_{seed}" / "test.json" for seed in SEEDS]
+                list(pool.map(lambda file, seed: score("emoji", file, config.folder, seed), base_files, SEEDS))
+                runs = [run for run in final_runs(config.folder) if run.name.startswith(config.only)]
+                list(pool.map(lambda run: make_and_score(run, config.folder), runs))
     report(config.folder, config.out)
 
 

@@ -1,6 +1,8 @@
 """What the runs of ``diffusionrl_paper.py`` say: JSON, a plot and tables."""
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,14 @@ from diffusionrl.emoji.vocabulary import SKIN_TONES
 from diffusionrl.rewards.parity import expected_parity
 from diffusionrl.tracking import read_metrics
 
-Scores = dict[str, list[float]]
-"""By what is measured, a value a seed."""
+Scores = dict[str, dict[int, float]]
+"""By what is measured and by seed."""
 SCORED = {
     "preference": "preference: preference",
-    "composition": "composition, seen things: composition",
+    "composition": "composition, unseen things: composition",
     "parity": "parity, unseen occupations: parity-sp",
 }
-"""What table 5 compares; higher is better in each."""
+"""What table 5 compares, on prompts that were not trained on; higher is better in each."""
 GROUP = 16  # of the test sets
 
 
@@ -29,8 +31,24 @@ def tested(folder: Path, group: str) -> Scores:
     for seed in SEEDS:
         file = folder / group / f"seed_{seed}" / "test.json"
         for name, value in json.loads(file.read_text()).items() if file.is_file() else ():
-            found.setdefault(name, []).append(value)
+            found.setdefault(name, {})[seed] = value
     return found
+
+
+def paired(scores: dict[int, float], others: dict[int, float], sign: float = 1.0) -> dict[str, Any]:
+    """Mean of their difference over the seeds that both have, with its interval."""
+    return summarise([sign * (scores[seed] - others[seed]) for seed in sorted(scores.keys() & others.keys())])
+
+
+def column_text(everything: dict[str, Scores], name: str, column: str, sign: float = 1.0) -> str:
+    """The mean over seeds, and how far from before training."""
+    scores, before = everything[name][column], everything["before"][column]
+    mean = f"{sign * statistics.mean(scores.values()):.3f}"
+    return mean if name == "before" else f"{mean} ({signed(paired(scores, before, sign))})"
+
+
+def signed(summary: dict[str, Any]) -> str:
+    return ("+" if summary["mean"] >= 0 else "") + text(summary, 3)
 
 
 def report(folder: Path, out: Path) -> None:
@@ -42,15 +60,18 @@ def report(folder: Path, out: Path) -> None:
         **{f"{task} alone": f"single/{task}" for task in TASKS},
         "parity alone, leave-one-out": "credit/leave-one-out",
         **{f"{method} on {task}": f"{method}/{task}" for task in COMPARED for method in BASELINES},
+        "pretraining loss alone": "control/pretraining",
+        **{f"rwr's loss on {task}, no reward": f"control/rwr_{task}" for task in COMPARED},
         "joint": "joint/with_pretraining",
         "joint, no pretraining loss": "joint/without_pretraining",
     }
     everything = {name: scores for name, group in groups.items() if (scores := tested(folder, group))}
     made.json["scores"] = everything
-    report_parity(made, everything)
-    report_composition(made, everything)
-    report_joint(made, everything)
-    report_quality(made, everything)
+    if "before" in everything:
+        report_parity(made, everything)
+        report_composition(made, everything)
+        report_joint(made, everything)
+        report_quality(made, everything)
     curves = made.curves({task: f"single/{task}" for task in TASKS})
     if curves:
         draw([(task, "reward", {"alone": each}) for task, each in curves.items()], made.out / "diffusionrl.png")
@@ -61,7 +82,7 @@ def report(folder: Path, out: Path) -> None:
 def report_grid(made: Report) -> None:
     rows = []
     for task in TASKS:
-        for method in ("diffusionrl", *BASELINES):
+        for method in ("diffusionrl", "leave-one-out", *BASELINES):
             cells = []
             for rate in RATES:
                 run_dir = made.folder / "grid" / task / method / f"{rate:g}"
@@ -76,58 +97,88 @@ def report_grid(made: Report) -> None:
         made.table(f"Learning rates: gain after {QUERIES} queries, seed {GRID_SEED}", header, rows)
 
 
-def rows_of(everything: dict[str, Scores], names: list[str], columns: list[str], sign: float = 1.0) -> list[list[str]]:
-    """Means with intervals of those that are there."""
-    return [
-        [name, *(text(summarise([sign * value for value in everything[name][column]]), 3) for column in columns)]
-        for name in names
-        if name in everything
-    ]
+PAPER = {
+    "parity": {"before": "0.556", "raft on parity": "0.464", "rwr on parity": "0.562", "parity alone": "0.453"},
+    "composition": {
+        "before": ".102 / .094",
+        "raft on composition": ".094 / .092",
+        "rwr on composition": ".136 / .152",
+        "composition alone": ".231 / .221",
+    },
+    "joint": {
+        "before": ".273 / .098 / .567",
+        "preference alone": ".783 / .114 / .659",
+        "composition alone": ".304 / .226 / .575",
+        "parity alone": ".093 / .076 / .479",
+        "joint": ".701 / .182 / .499",
+    },
+}
+"""Tables 3 (occupations), 4 (unseen and seen) and 5 (preference, composition, parity) of the paper."""
 
 
 def report_parity(made: Report, everything: dict[str, Scores]) -> None:
-    names = ["before", "raft on parity", "rwr on parity", "parity alone", "parity alone, leave-one-out"]
-    sp = [f"parity, {kind} occupations: parity-sp" for kind in ("unseen", "seen")]
-    rows = rows_of(everything, names, sp, -1.0)
-    squared = rows_of(everything, names, [name.replace("-sp", "-squared") for name in sp], -1.0)
+    names = ["before", "pretraining loss alone", "rwr's loss on parity, no reward", "raft on parity", "rwr on parity"]
+    names += ["parity alone", "parity alone, leave-one-out"]
+    columns = [f"parity, {kind} occupations: parity-{what}" for what in ("sp", "squared") for kind in ("unseen", "seen")]
+    rows = [
+        [name, PAPER["parity"].get(name, ""), *(column_text(everything, name, column, -1.0) for column in columns)]
+        for name in names
+        if name in everything
+    ]
     floor = f"{expected_parity(GROUP, len(SKIN_TONES)):.3f}"
-    rows = [[*row, *more[1:]] for row, more in zip(rows, squared, strict=True)]
-    header = ["", "SP, unseen occupations", "SP, seen", "squared, without bias, unseen", "seen"]
-    made.table("Table 3: statistical parity (lower is better)", header, [*rows, ["an even sampler", floor, floor, "0", "0"]])
+    header = ["", "paper", "SP, unseen occupations", "SP, seen", "squared, without bias, unseen", "seen"]
+    rows.append(["an even sampler", "", floor, floor, "0", "0"])
+    made.table("Table 3: statistical parity (lower is better; in brackets the change, paired by seed)", header, rows)
 
 
 def report_composition(made: Report, everything: dict[str, Scores]) -> None:
-    names = ["before", "raft on composition", "rwr on composition", "composition alone"]
+    names = ["before", "pretraining loss alone", "rwr's loss on composition, no reward"]
+    names += ["raft on composition", "rwr on composition", "composition alone"]
     columns = [
         f"composition, {kind} things: {reward}"
         for reward in ("composition", "composition-judge")
         for kind in ("unseen", "seen")
     ]
-    header = ["", "unseen things", "seen things", "held-out detector: unseen", "seen"]
-    made.table("Table 4: detection score (higher is better)", header, rows_of(everything, names, columns))
+    rows = [
+        [name, PAPER["composition"].get(name, ""), *(column_text(everything, name, column) for column in columns)]
+        for name in names
+        if name in everything
+    ]
+    header = ["", "paper (unseen / seen)", "unseen things", "seen things", "held-out detector: unseen", "seen"]
+    made.table("Table 4: detection score (higher is better)", header, rows)
 
 
 def report_joint(made: Report, everything: dict[str, Scores]) -> None:
-    names = ["before", *(f"{task} alone" for task in TASKS), "joint", "joint, no pretraining loss"]
-    made.table("Table 5: one run for all (higher is better)", ["", *TASKS], rows_of(everything, names, list(SCORED.values())))
-    if not {"before", "joint", *(f"{task} alone" for task in TASKS)} <= everything.keys():
+    names = ["before", "pretraining loss alone", *(f"{task} alone" for task in TASKS), "joint", "joint, no pretraining loss"]
+    rows = [
+        [name, PAPER["joint"].get(name, ""), *(column_text(everything, name, column) for column in SCORED.values())]
+        for name in names
+        if name in everything
+    ]
+    header = ["", "paper (preference / detection / SP)", *(f"{task}{' (minus SP)' * (task == 'parity')}" for task in TASKS)]
+    made.table("Table 5: one run for all (higher is better)", header, rows)
+    if not {"joint", *(f"{task} alone" for task in TASKS)} <= everything.keys():
         return
-    kept: dict[str, dict[str, Any]] = {}
+    rows = []
     for task, column in SCORED.items():
         before, alone, joint = (everything[name][column] for name in ("before", f"{task} alone", "joint"))
-        triples = list(zip(before, alone, joint, strict=True))
-        ratios = [a / j if a < 0 else j / a for _, a, j in triples]  # SP is better where it is smaller
-        shares = [(j - b) / (a - b) for b, a, j in triples]
-        kept[task] = {"ratio": summarise(ratios), "share_of_gain": summarise(shares)}
-    made.json["kept"] = kept
-    rows = [[task, text(each["ratio"]), text(each["share_of_gain"])] for task, each in kept.items()]
-    made.table("What the joint run keeps of each task alone", ["", "ratio of scores", "share of the gain"], rows)
+        gains = {name: paired(scores, before) for name, scores in (("alone", alone), ("joint", joint))}
+        first, second = (statistics.mean(scores.values()) for scores in (alone, joint))
+        kept = gains["joint"]["mean"] / gains["alone"]["mean"] if gains["alone"]["mean"] else math.nan
+        ratio = first / second if task == "parity" else second / first  # SP is better where it is smaller
+        made.json.setdefault("kept", {})[task] = {"gains": gains, "share_of_gain": kept, "ratio_of_scores": ratio}
+        # the zero of a Bradley-Terry score is arbitrary, so a ratio of two says nothing
+        rows.append([task, *map(signed, gains.values()), f"{kept:.0%}", "" if task == "preference" else f"{ratio:.0%}"])
+    header = ["", "gain alone", "gain jointly", "share of the gain", "ratio of scores"]
+    made.table("What the joint run keeps of each task alone (the paper: 84, 66, 77 % of the gains)", header, rows)
 
 
 def report_quality(made: Report, everything: dict[str, Scores]) -> None:
     columns = ["quality: judge names the subject", "quality: Frechet distance"]
-    rows = rows_of(everything, list(everything), columns)
-    real = everything.get("before", {}).get("quality: Frechet distance of real scenes")
-    if real:
-        rows.append(["real scenes", "", text(summarise(real), 3)])
+    rows = [[name, *(column_text(everything, name, column) for column in columns)] for name in everything]
+    real = everything["before"]["quality: Frechet distance of real scenes"]
+    rows.append(["real scenes", "", f"{statistics.mean(real.values()):.3f}"])
+    with_loss, without = everything.get("joint"), everything.get("joint, no pretraining loss")
+    if with_loss and without:
+        rows.append(["joint: with the loss - without", *(signed(paired(with_loss[name], without[name])) for name in columns)])
     made.table("Appendix G: image quality", ["", "judge names the subject", "Frechet distance to real scenes"], rows)

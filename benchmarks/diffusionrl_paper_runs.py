@@ -20,6 +20,7 @@ from diffusionrl.config import (
 from diffusionrl.prompts import load_prompts
 from diffusionrl.reward_config import ParityConfig, RewardsConfig
 from diffusionrl.seeds import numpy_generator
+from diffusionrl.tracking import read_metrics
 
 SAMPLES = 64  # a step and task
 GROUP = 8  # samples of a prompt
@@ -29,16 +30,6 @@ RATES = (0.0025, 0.005, 0.01)
 BASELINES = ("rwr", "raft")
 COMPARED = ("composition", "parity")
 """Tasks that the baselines are trained on, as in tables 3 and 4."""
-BEST = {
-    ("diffusionrl", "preference"): 5e-3,
-    ("diffusionrl", "composition"): 5e-3,
-    ("diffusionrl", "parity"): 5e-3,
-    ("rwr", "composition"): 5e-3,
-    ("rwr", "parity"): 5e-3,
-    ("raft", "composition"): 5e-3,
-    ("raft", "parity"): 5e-3,
-}
-"""What the grid chose."""
 INVERSE_TEMPERATURES = {"composition": 4.0, "parity": 6.0}
 """About 1 / (standard deviation of the reward), within a prompt and between the groups of a step."""
 ROUNDS = 4  # of sampling and training, for the baselines
@@ -55,8 +46,17 @@ def prompt_file(folder: Path, name: str) -> Path:
     return file
 
 
+def best_rate(folder: Path, task: str, method: str) -> float:
+    """The one of the grid with the highest reward at the end."""
+    found = {}
+    for rate in RATES:
+        lines = read_metrics(folder / "grid" / task / method / f"{rate:g}")
+        found[rate] = [line["eval/reward"] for line in lines if "eval/reward" in line][-1]
+    return max(found, key=found.__getitem__)
+
+
 def base(folder: Path, task: str, seed: int, rate: float | None = None) -> TrainConfig:
-    """1,024 queries of DiffusionRL on one task, with the pretraining loss."""
+    """1,024 queries of DiffusionRL on one task, with the pretraining loss, at the grid's best rate or another one."""
     parity = task == "parity"
     return TrainConfig(
         reward=(task,),
@@ -70,7 +70,7 @@ def base(folder: Path, task: str, seed: int, rate: float | None = None) -> Train
         algorithm=DiffusionRLConfig(
             timesteps_per_step=4, clip_range=CLIP_TIMES_DIMENSIONS / DIMENSIONS, step_weight_power=1.0, micro_batch_size=64
         ),
-        optimizer=OptimizerConfig(learning_rate=rate or BEST["diffusionrl", task], warmup=10),
+        optimizer=OptimizerConfig(learning_rate=rate or best_rate(folder, task, "diffusionrl"), warmup=10),
         evaluation=EvaluationConfig(every=8, num_samples=96, samples_per_prompt=GROUP if parity else 1),
         pretraining=PretrainingConfig(source="emoji", batch_size=64),
         rewards=RewardsConfig(parity=ParityConfig(credit="shared")),
@@ -79,7 +79,7 @@ def base(folder: Path, task: str, seed: int, rate: float | None = None) -> Train
 
 def baseline(folder: Path, method: str, task: str, seed: int, rate: float | None = None) -> TrainConfig:
     """RWR or RAFT (the best of the samples of a prompt, or the best groups of a step), with as many queries."""
-    config = base(folder, task, seed, rate or BEST[method, task])
+    config = base(folder, task, seed, rate or best_rate(folder, task, method))
     parity = task == "parity"
     per_prompt = GROUP if parity else 16
     best = 1 / 24 if parity else 1 / per_prompt  # the paper accepts 1 in 24
@@ -104,8 +104,13 @@ def baseline(folder: Path, method: str, task: str, seed: int, rate: float | None
     )
 
 
+def leave_one_out(config: TrainConfig) -> TrainConfig:
+    """Ours: each sample's own part in the parity of its group."""
+    return replace(config, rewards=replace(config.rewards, parity=replace(config.rewards.parity, credit="leave-one-out")))
+
+
 def joint(folder: Path, seed: int) -> TrainConfig:
-    """The three tasks in turn."""
+    """The three tasks in turn, at the learning rate that is best for the first one, preference."""
     config = base(folder, "preference", seed)
     further = tuple(
         TaskConfig(task, (task,), str(prompt_file(folder, TASKS[task])), SAMPLES // GROUP, GROUP)
@@ -120,6 +125,8 @@ def grid(folder: Path) -> Iterator[Run]:
             yield Run(f"grid/{task}/diffusionrl/{rate:g}", base(folder, task, GRID_SEED, rate))
             for method in BASELINES if task in COMPARED else ():
                 yield Run(f"grid/{task}/{method}/{rate:g}", baseline(folder, method, task, GRID_SEED, rate))
+            if task == "parity":
+                yield Run(f"grid/parity/leave-one-out/{rate:g}", leave_one_out(base(folder, task, GRID_SEED, rate)))
 
 
 def single(folder: Path) -> Iterator[Run]:
@@ -129,11 +136,9 @@ def single(folder: Path) -> Iterator[Run]:
 
 
 def credit(folder: Path) -> Iterator[Run]:
-    """Ours: each sample's own part in the parity of its group."""
     for seed in SEEDS:
-        config = base(folder, "parity", seed)
-        settings = replace(config.rewards, parity=replace(config.rewards.parity, credit="leave-one-out"))
-        yield Run(f"credit/leave-one-out/seed_{seed}", replace(config, rewards=settings))
+        rate = best_rate(folder, "parity", "leave-one-out")
+        yield Run(f"credit/leave-one-out/seed_{seed}", leave_one_out(base(folder, "parity", seed, rate)))
 
 
 def baselines(folder: Path) -> Iterator[Run]:
@@ -141,6 +146,17 @@ def baselines(folder: Path) -> Iterator[Run]:
         for method in BASELINES:
             for seed in SEEDS:
                 yield Run(f"{method}/{task}/seed_{seed}", baseline(folder, method, task, seed))
+
+
+def controls(folder: Path) -> Iterator[Run]:
+    """What is not the reward's doing: the pretraining loss beside a reward that counts for nothing, and RWR's loss with every
+    sample kept."""
+    for seed in SEEDS:
+        yield Run(f"control/pretraining/seed_{seed}", replace(base(folder, "preference", seed), reward=("preference=0",)))
+        for task in COMPARED:
+            config = baseline(folder, "rwr", task, seed)
+            algorithm = replace(config.algorithm, variant="sparse", percentile=0.0)
+            yield Run(f"control/rwr_{task}/seed_{seed}", replace(config, algorithm=algorithm))
 
 
 def together(folder: Path) -> Iterator[Run]:
@@ -151,7 +167,7 @@ def together(folder: Path) -> Iterator[Run]:
         yield Run(f"joint/without_pretraining/seed_{seed}", replace(config, pretraining=PretrainingConfig()))
 
 
-def all_runs(folder: Path) -> list[Run]:
-    """Every run, in the order in which they are made."""
-    parts = (grid, single, credit, baselines, together)
+def final_runs(folder: Path) -> list[Run]:
+    """Every run but the grid's, which must be there, in the order in which they are made."""
+    parts = (single, credit, baselines, controls, together)
     return [run for part in parts for run in part(folder)]
