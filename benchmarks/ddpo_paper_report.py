@@ -147,8 +147,8 @@ def report(folder: Path, out: Path) -> None:
 
 def report_grid(made: Report) -> None:
     rows = []
-    for reward in ("compressibility", "aesthetic"):
-        for method in METHODS:
+    for reward, methods in (("compressibility", METHODS), ("aesthetic", METHODS), ("clip-score", ("ddpo-is",))):
+        for method in methods:
             cells = []
             for rate in LEARNING_RATES[method]:
                 run_dir = made.folder / "grid" / reward / method / f"{rate:g}"

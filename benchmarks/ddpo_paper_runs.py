@@ -38,6 +38,7 @@ BEST = {
     ("ddpo-sf", "aesthetic"): 5e-3,
     ("rwr", "aesthetic"): 5e-3,
     ("rwr-sparse", "aesthetic"): 1e-2,
+    ("ddpo-is", "clip-score"): 2.5e-3,
 }
 """What the grid chose; incompressibility takes compressibility's."""
 INVERSE_TEMPERATURES = {"compressibility": 0.67, "incompressibility": 0.67, "aesthetic": 3.2}
@@ -109,6 +110,8 @@ def grid() -> Iterator[Run]:
             for rate in LEARNING_RATES[method]:
                 config = base(method, reward, GRID_SEED, rate)
                 yield Run(f"grid/{reward}/{method}/{rate:g}", config)
+    for rate in LEARNING_RATES["ddpo-is"]:
+        yield Run(f"grid/clip-score/ddpo-is/{rate:g}", alignment(GRID_SEED, rate))
 
 
 def fig4() -> Iterator[Run]:
@@ -122,11 +125,18 @@ def fig4() -> Iterator[Run]:
                 yield Run(f"fig4/{reward}/{method}/seed_{seed}", config)
 
 
+def alignment(seed: int, rate: float) -> TrainConfig:
+    """DDPO-IS on the CLIP score of animals at an activity."""
+    config = base("ddpo-is", "clip-score", seed, rate)
+    return replace(
+        config, prompts="activities", evaluation=replace(config.evaluation, num_samples=135, held_out=("emoji-judge",))
+    )
+
+
 def fig5() -> Iterator[Run]:
     for seed in SEEDS:
-        config = base("ddpo-is", "clip-score", seed)
-        evaluation = replace(config.evaluation, every=8, num_samples=135, held_out=("emoji-judge",))
-        yield Run(f"fig5/seed_{seed}", replace(config, prompts="activities", steps=2 * config.steps, evaluation=evaluation))
+        config = alignment(seed, BEST["ddpo-is", "clip-score"])
+        yield Run(f"fig5/seed_{seed}", replace(config, steps=2 * config.steps))
 
 
 def fig10() -> Iterator[Run]:
