@@ -1,5 +1,7 @@
 """Scores to advantages."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -74,6 +76,21 @@ def test_prompt_statistics_forget_the_oldest() -> None:
     statistics = PromptStatistics(buffer_size=2, min_count=2)
     statistics.advantages(scores([1000, 1, 3]), ["a", "a", "a"])
     assert statistics.state_dict() == {"a": [1.0, 3.0]}
+
+
+def test_prompt_statistics_forget_prompts_that_have_not_been_sampled_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so does the state that a run goes on from: the order is in it."""
+    monkeypatch.setattr("diffusionrl.advantages._REMEMBERED", 3)
+    straight, resumed = PromptStatistics(4, 2), PromptStatistics(4, 2)
+    for prompt in "abcad":
+        straight.advantages(scores([1, 2]), [prompt] * 2)
+        resumed.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
+        resumed.advantages(scores([1, 2]), [prompt] * 2)
+    assert list(straight.state_dict()) == list(resumed.state_dict()) == ["c", "a", "d"]
+    assert straight.state_dict()["a"] == resumed.state_dict()["a"] == [1, 2, 1, 2]
+    several = straight.advantages(scores([1, 3] * 5), list("vvwwxxyyzz"))
+    torch.testing.assert_close(several, torch.tensor([-1.0, 1.0] * 5))  # more in a step than are remembered
+    assert len(straight.state_dict()) == 3
 
 
 def test_prompt_statistics_take_whole_numbers() -> None:

@@ -4,16 +4,21 @@ import json
 import runpy
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
+from transformers.image_transforms import get_resize_output_image_size
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from diffusionrl.emoji.aesthetics import gold_rating
@@ -24,7 +29,7 @@ from diffusionrl.emoji.vocabulary import DDPO_ANIMALS
 from diffusionrl.errors import UserError
 from diffusionrl.images import to_pil
 from diffusionrl.reward_config import AestheticConfig, CLIPScoreConfig, RewardsConfig
-from diffusionrl.rewards import load_reward
+from diffusionrl.rewards import load_reward, score, try_reward
 from diffusionrl.rewards.aesthetic import EMBEDDED_HEAD, load_head
 from diffusionrl.rewards.clip import CLIP, EMBEDDED_CLIP
 
@@ -56,7 +61,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48), (32, 32), (20, 24)])
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48), (32, 32), (20, 24), (49, 49), (103, 98)])
 def test_images_are_prepared_as_the_processor_prepares_them(tiny_clip: Path, size: tuple[int, int]) -> None:
     images = smooth_images(2, *size)
     ours = CLIP(str(tiny_clip)).preprocess(images)
@@ -66,6 +71,27 @@ def test_images_are_prepared_as_the_processor_prepares_them(tiny_clip: Path, siz
     level = 1 / 255 / 0.26  # theirs is rounded, and clipped, to 8 bits after each of two passes
     assert (ours - theirs).abs().mean() < 0.5 * level
     assert (ours - theirs).abs().max() < 3.5 * level
+
+
+@hypothesis_settings(deadline=None)
+@given(height=st.integers(8, 300), width=st.integers(8, 300), edge=st.sampled_from([32, 64, 224]))
+def test_images_of_any_size_become_what_the_processor_makes_of_their_size(height: int, width: int, edge: int) -> None:
+    clip = CLIP.__new__(CLIP)  # of which only the settings are looked at
+    clip._settings = {"size": {"shortest_edge": edge}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    expected = get_resize_output_image_size(np.zeros((height, width, 3)), edge, False, input_data_format="channels_last")
+    assume(max(expected) < 1000)
+    image = torch.zeros(1, 3, height, width)
+    assert clip.preprocess(image).shape[-2:] == expected
+    clip._settings["crop_size"] = {"height": edge, "width": edge}
+    assert clip.preprocess(image).shape[-2:] == (edge, edge)
+
+
+def test_only_the_newest_texts_are_remembered(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusionrl.rewards.clip._REMEMBERED", 2)
+    clip, texts = CLIP(str(tiny_clip)), ["a cat", "a dog", "an ant", "a cat"]
+    together = clip.embed_texts(texts)
+    assert list(clip._texts) == ["a dog", "an ant"]
+    torch.testing.assert_close(together, torch.cat([clip.embed_texts([text]) for text in texts]))
 
 
 def test_the_score_is_the_models_own(tiny_clip: Path) -> None:
@@ -126,9 +152,19 @@ def test_the_judge_names_the_animal_of_the_prompt() -> None:
     drawn, scenes = draw_images(3, range(20), "subject")
     images = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
     judge = load_reward("emoji-judge")
-    assert sum(judge(images, [scene.caption for scene in scenes], [{}] * 20)) >= 19
-    assert sum(judge(images, [f"{scene.caption} riding a bike" for scene in scenes], [{}] * 20)) >= 19
-    assert sum(judge(images, ["a nobody"] * 20, [{}] * 20)) == 0
+    assert judge(images, [scene.caption for scene in scenes], [{}] * 20).values.sum() >= 19
+    assert judge(images, [f"{scene.caption} riding a bike" for scene in scenes], [{}] * 20).values.sum() >= 19
+    assert judge(images, ["a cat" if "cat" not in scene.caption else "a dog" for scene in scenes], [{}] * 20).values.sum() <= 1
+
+
+@pytest.mark.parametrize("prompt", ["a doctor", "tench, Tinca tinca", "a catapult", "cat", "a", ""])
+def test_the_judge_does_not_judge_what_it_cannot_know(prompt: str) -> None:
+    judge = load_reward("emoji-judge")
+    found = score(judge, torch.rand(2, 3, 64, 64), ["a cat", prompt], [{}, {}])
+    assert found.valid.tolist() == [True, False]
+    assert found.error == f"{prompt!r} begins with no animal or thing that the embedded classifier knows"
+    with pytest.raises(UserError, match="begins with no animal or thing"):
+        try_reward(judge, 64, [prompt], [{}])
 
 
 def test_clip_judges_activities_that_the_diffusion_model_never_saw() -> None:
@@ -189,6 +225,53 @@ def test_heads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=said):
             load_head(file, 8)
+
+
+def copy_with_weights(folder: Path, copy: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def test_a_model_without_some_of_its_weights_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
+    """transformers would make them up, and only warn."""
+
+    def cut(weights: dict[str, Tensor]) -> None:
+        weights["visual_projection.weight"] = weights["visual_projection.weight"][:, :-1].clone()
+
+    part = copy_with_weights(tiny_clip, tmp_path / "part", lambda weights: weights.pop("visual_projection.weight"))
+    none = copy_with_weights(tiny_clip, tmp_path / "none", lambda weights: [weights.pop(name) for name in list(weights)[1:]])
+    resized = copy_with_weights(tiny_clip, tmp_path / "resized", cut)
+    for folder, said in [
+        (part, "its weights lack visual_projection.weight, which would be random"),
+        (none, r"its weights lack .*; .*; .* and \d+ more"),
+        (resized, r"do not fit visual_projection.weight, \(8, 15\) instead of \(8, 16\)"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            CLIP(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("image_mean", None, "has None for image_mean, which must be three numbers"),
+        ("image_std", 0.5, "has 0.5 for image_std, which must be three numbers"),
+        ("size", None, "has None for size, which must be a shortest_edge, or a height and a width"),
+        ("size", {"height": 32}, "for size, which must be"),
+    ],
+)
+def test_image_settings_that_say_too_little_are_refused(
+    tiny_clip: Path, tmp_path: Path, key: str, value: Any, said: str
+) -> None:
+    shutil.copytree(tiny_clip, tmp_path / "clip")
+    file = tmp_path / "clip" / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    del settings[key]
+    file.write_text(json.dumps(settings if value is None else settings | {key: value}))
+    with pytest.raises(UserError, match=rf"preprocessor_config.json of .*{said}"):
+        CLIP(str(tmp_path / "clip"))
 
 
 def test_models_that_do_not_fit_are_refused(tiny_clip: Path, tiny_folder: Path, tmp_path: Path) -> None:

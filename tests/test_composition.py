@@ -1,6 +1,7 @@
 """The compositional reward: what a prompt names, the embedded detector, OWLv2 and Grounding DINO."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -317,12 +319,21 @@ def test_models_that_do_not_fit_are_refused(tiny_owl: Path, tiny_folder: Path, t
         if file.is_file():
             (broken / file.name).write_bytes(file.read_bytes()[: 100 if file.suffix == ".safetensors" else None])
     (tmp_path / "empty").mkdir()
+    part, unsaid = (Path(shutil.copytree(tiny_owl, tmp_path / name)) for name in ("part", "unsaid"))
+    weights = load_file(part / "model.safetensors")
+    del weights["class_head.dense0.weight"]
+    save_file(weights, part / "model.safetensors", {"format": "pt"})
+    settings = json.loads((unsaid / "preprocessor_config.json").read_text())
+    del settings["image_mean"]
+    (unsaid / "preprocessor_config.json").write_text(json.dumps(settings))
     for model, said in [
         ("./nowhere", "was not found"),
         ("some/detector", "give the revision of 'some/detector'"),
         (str(tmp_path / "empty"), "could not be loaded"),
         (str(tiny_folder / "text_encoder"), "could not be loaded"),
         (str(broken), "could not be loaded"),
+        (str(part), r"its weights lack class_head\.dense0\.weight, which would be random"),
+        (str(unsaid), r"preprocessor_config\.json of .* has None for image_mean"),
     ]:
         with pytest.raises(UserError, match=said):
             load_reward("composition", RewardsConfig(composition=CompositionConfig(model=model)))

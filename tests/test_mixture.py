@@ -66,13 +66,25 @@ def test_names_with_weights() -> None:
     mixture = load_mixture(["compressibility=0.5", "emoji-gold"])
     assert mixture.weights == {"compressibility": 0.5, "emoji-gold": 1.0}
     for names, said in [
-        (["compressibility=much"], "the weight 'much' is not a number"),
+        (["compressibility=much"], "the weight 'much' is not a finite number"),
+        (["compressibility=nan"], "the weight 'nan' is not a finite number"),
+        (["compressibility=-inf"], "the weight '-inf' is not a finite number"),
         (["emoji-gold", "emoji-gold=2"], "named twice"),
         (["emoji-gild=2"], "unknown reward 'emoji-gild'"),
         ([], "there is no reward"),
     ]:
         with pytest.raises(UserError, match=said):
             load_mixture(names)
+
+
+def test_a_weight_is_a_finite_number_of_a_reward_that_is_there() -> None:
+    assert Mixture({"red": red, "blue": blue}, {"blue": 2}).weights == {"red": 1.0, "blue": 2.0}
+    for weights, said in [
+        ({"bleu": 0.5}, "unknown reward 'bleu'; did you mean 'blue'"),
+        ({"red": float("nan")}, "weight nan is not"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            Mixture({"red": red, "blue": blue}, weights)
 
 
 def test_the_reward_that_cannot_work_is_named() -> None:

@@ -22,7 +22,7 @@ from diffusionrl.emoji.scenes import draw_images
 from diffusionrl.errors import UserError
 from diffusionrl.policies import EMBEDDED_MODEL
 from diffusionrl.reward_config import CLIPScoreConfig, ParityConfig, RewardsConfig
-from diffusionrl.rewards import load_reward, score, try_reward
+from diffusionrl.rewards import load_mixture, load_reward, score, try_reward
 from diffusionrl.rewards.attributes import ITA_CLASSES, Attribute, ita_classes, load_attribute, skin_pixels, typology_angles
 from diffusionrl.rewards.parity import (
     Parity,
@@ -140,7 +140,8 @@ def test_a_sample_that_shows_nothing_leaves_the_shares() -> None:
 @pytest.mark.parametrize("credit", ["shared", "leave-one-out", "squared"])
 @pytest.mark.parametrize("told", [[None, None, None], [None, 1, None]])
 def test_fewer_than_two_have_no_score(credit: str, told: list[int | None]) -> None:
-    assert not parity_of(told, 2, credit).valid.any()
+    scores = parity_of(told, 2, credit)
+    assert not scores.valid.any() and scores.error == "fewer than two of the 3 samples of 'a' show any number"
 
 
 def test_the_names_say_what_is_measured() -> None:
@@ -233,8 +234,11 @@ def test_too_little_skin_is_none() -> None:
     few[:, :3, :3] = FACES[2][:, 16:17, 16:17]  # 9 of 1024 pixels
     assert not skin_pixels(torch.stack([grey, blue])).any() and skin_pixels(few[None]).sum() == 9
     assert ita_classes(torch.stack([grey, blue, few, FACES[2]]))[:3] == [None, None, None]
-    reward = load_reward("parity", RewardsConfig(parity=ParityConfig(attribute="ita")))
+    config = RewardsConfig(parity=ParityConfig(attribute="ita"))
+    reward = load_reward("parity", config)
     try_reward(reward, 32, ["a"], [{}], 4)  # there is no skin on a grey image, and that is no fault
+    said = load_mixture(["parity"], config).score(torch.full((4, 3, 32, 32), 0.5), ["a doctor"] * 4, [{}] * 4, 4).error
+    assert said == "parity: fewer than two of the 4 samples of 'a doctor' show any skin"
 
 
 def test_ita_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,18 @@ def test_images_of_a_folder_are_cropped_to_the_middle(make_policy: Any, tmp_path
     assert any(torch.allclose(image, red) for image in batch.images)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "PPM"])
+def test_three_formats_are_decoded_and_no_others(tmp_path: Path, kind: str) -> None:
+    """By what is in the file, whatever its name says."""
+    source = write_folder(tmp_path / "pairs", count=1)
+    Image.new("RGB", (40, 50), "red").save(source / "deep" / "0.png", format=kind)
+    if kind in ("JPEG", "PNG", "WEBP"):
+        assert load_pairs(PretrainingConfig(str(source)))
+    else:
+        with pytest.raises(UserError, match="do not decode as JPEG, PNG or WebP"):
+            load_pairs(PretrainingConfig(str(source)))
+
+
 def test_broken_images_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "pairs", broken=(2, 3))
     (source / "deep" / "4.png").unlink()
@@ -229,7 +241,8 @@ def test_broken_images_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
     assert pairs is not None and pairs.draw(2)[1].endswith("5") and sorted(pairs.broken) == [2, 3, 4]
     strict = load_pairs(PretrainingConfig(str(source), max_broken=1))
     assert strict is not None
-    with pytest.raises(RunStopped, match=r"2 images do not decode, more than pretraining.max_broken = 1: .*2\.png .*3\.png"):
+    said = r"2 images do not decode as JPEG, PNG or WebP, more than pretraining.max_broken = 1: .*2\.png .*3\.png"
+    with pytest.raises(RunStopped, match=said):
         strict.draw(2)
     none = write_folder(tmp_path / "none", count=2, broken=(0, 1))
     with pytest.raises(UserError, match=r"no image in .* decodes"):

@@ -1,6 +1,8 @@
 """RWR's promises: the paper's weights, the denoising loss they multiply, and the trainer that takes it as it takes DDPO."""
 
 import math
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusionrl.algorithms import RWR
+from diffusionrl.cli import parse_train
 from diffusionrl.config import RWRConfig, SamplingConfig, TrainConfig
 from diffusionrl.optimization import accumulate_gradient
 from diffusionrl.policies import StableDiffusionPolicy
@@ -166,3 +169,14 @@ def test_training_raises_the_likelihood_of_what_scored_well(make_policy, tmp_pat
     assert metrics["policy/denoising_loss"] > 0
     assert "ratio/max_gap" not in metrics
     assert metrics["queries"] == 8
+
+
+def test_the_commands_of_the_docs_make_five_passes_as_in_the_paper() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "rwr.md").read_text()
+    commands = re.findall(r"^    diffusionrl train (.*(?:\n        .*)*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        config = parse_train(shlex.split(command.replace("\\\n", " ")))
+        assert isinstance(config.algorithm, RWRConfig)
+        assert config.algorithm.updates_per_step * config.algorithm.batch_size == 5 * config.samples_per_step
+        assert config.samples_per_prompt > 1 and config.steps * config.samples_per_step == 1024

@@ -183,6 +183,26 @@ def test_a_client_that_stops_sending_frees_its_thread(serving: Callable[..., Rew
     assert post(server, body())[0] == 200
 
 
+NOT_NEEDED = ("accelerate", "diffusers", "huggingface_hub", "jinja2", "matplotlib", "peft", "psutil", "transformers")
+
+
+def test_an_own_function_is_served_without_transformers(tmp_path: Path) -> None:
+    """As in an environment of its own, where docs/serve_reward.md installs nothing of these."""
+    (tmp_path / "my_scorer.py").write_text("def score(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    without = f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED})); from diffusionrl.cli import entry; entry()"
+    command = [sys.executable, "-c", without, "serve-reward", "my_scorer:score", "--port", "0"]
+    alone = {"cwd": tmp_path, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **alone) as server:
+        try:
+            assert server.stdout is not None
+            said = server.stdout.readline()
+            assert said.startswith("serving my_scorer:score on http://"), said + server.stdout.read()
+            scores = score(load_reward(said.split()[-1], RewardsConfig(remote=QUICK)), IMAGES, PROMPTS, NOTHING)
+        finally:
+            server.terminate()
+    assert torch.equal(scores.values, brightness(IMAGES, None, None)) and scores.valid.all()
+
+
 def test_a_run_with_a_served_reward_is_that_with_the_reward_itself(tiny_folder: Path, tmp_path: Path) -> None:
     """Through the command line: JPEG sees 8-bit pixels in any case, so the runs agree to the bit."""
     command = [sys.executable, "-m", "diffusionrl", "serve-reward", "incompressibility", "--port", "0"]

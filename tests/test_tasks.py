@@ -65,7 +65,7 @@ tasks:
     prompts_per_step: 4
     samples_per_prompt: 2
   - name: people
-    reward: emoji-judge
+    reward: emoji-gold
     prompts: occupations
     prompts_per_step: 8
 """
@@ -126,7 +126,7 @@ def test_tasks_of_a_file_can_be_overridden_and_read_back(tmp_path: Path) -> None
     config = parse_train(["--config", str(tmp_path / "joint.yaml"), "--tasks.0.samples-per-prompt", "8"])
     assert config.tasks == (
         TaskConfig("things", ("compressibility=2", "aesthetic"), "things", 4, 8),
-        TaskConfig("people", ("emoji-judge",), "occupations", 8, 1),
+        TaskConfig("people", ("emoji-gold",), "occupations", 8, 1),
     )
     assert (config.samples_per_step, config.queries_per_step) == (64, 64 + 32 + 8)
     (tmp_path / "config.yaml").write_text(to_yaml(config))

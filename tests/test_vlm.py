@@ -4,10 +4,13 @@ import base64
 import io
 import json
 import math
+import shutil
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -335,6 +339,59 @@ def test_descriptions_are_scored_against_the_prompt(server: Server, bert_folder:
         server.behaviour = reply(text_answer(nonsense))
         scores = score(load_reward("vlm-bertscore", config), IMAGES[:1], ["a cat"], NOTHING[:1])
         assert not scores.valid.any() and "the reply holds no text" in (scores.error or "")
+
+
+def test_a_text_model_that_fails_on_one_answer_fails_that_sample_alone(server: Server, bert_folder: Path) -> None:
+    def long_about_the_second(handler: Handler, request: dict[str, Any]) -> None:
+        sent = request["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2]
+        white = max(Image.open(io.BytesIO(base64.b64decode(sent))).tobytes()) == 255
+        answer = "a cat sits here " * 200 if white else "a cat"  # 800 tokens, of which the model takes 512
+        send(handler, json.dumps(text_answer(answer)).encode())
+
+    server.behaviour = long_about_the_second
+    config = RewardsConfig(vlm=settings(server, bert=str(bert_folder), bert_layer=2, timeout=5.0))
+    reward = load_reward("vlm-bertscore", config)
+    images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8), torch.zeros(3, 8, 8)])
+    scores = score(reward, images, ["a cat", "a dog", "a cat"], NOTHING)
+    assert scores.valid.tolist() == [True, False, True]
+    assert scores.error is not None and scores.error.endswith("(asked about 'a dog')") and "Error: " in scores.error
+    assert reward.counts["failed"] == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("row", ['{"choices": [{"mess', "", "[1, 2]", "{}"])
+def test_a_torn_row_of_the_cache_is_as_if_it_were_not_there(server: Server, tmp_path: Path, row: str) -> None:
+    cache = tmp_path / "cache.sqlite"
+    whole, _ = ask(server, cache=cache)
+    with closing(sqlite3.connect(cache)) as database, database:
+        database.execute("UPDATE answers SET answer = ? WHERE rowid = 2", (row,))
+    scores, counts = ask(server, cache=cache)
+    assert scores.valid.all() and torch.equal(scores.values, whole.values)
+    assert counts == {"asked": 1, "cached": 2, "failed": 0}
+    assert ask(server, cache=cache)[1]["cached"] == 3, "it is written again"
+
+
+def test_a_text_model_without_weights_that_are_used_is_refused(bert_folder: Path, tmp_path: Path) -> None:
+    """The pooler is not used, and checkpoints of masked language models lack it."""
+    for name, missing, said in [
+        ("masked", "pooler.", None),
+        (
+            "part",
+            "encoder.layer.1.output.dense.",
+            r"lack encoder\.layer\.1\.output\.dense\.bias; encoder.*weight,",
+        ),
+    ]:
+        folder = tmp_path / name
+        shutil.copytree(bert_folder, folder)
+        weights = load_file(folder / "model.safetensors")
+        kept = {key: value for key, value in weights.items() if not key.startswith(missing)}
+        assert len(kept) == len(weights) - 2
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        if said:
+            with pytest.raises(UserError, match=said):
+                BERTScore(str(folder))
+        else:
+            same = [BERTScore(str(each), layer=2).recall(["a cat sits here"], ["a dog"]) for each in (folder, bert_folder)]
+            assert same[0] == same[1]
 
 
 def test_a_text_model_that_does_not_fit_is_an_error(bert_folder: Path, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusionrl.prompts import Prompt
+from diffusionrl.prompts import Prompt, keep_newest
 from diffusionrl.rewards.base import Scores
 
 EPSILON = 1e-6
+_REMEMBERED = 65_536  # prompts; at 32 rewards each, about 100 MB
 
 
 def standardise(values: Tensor, reference: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ class PromptStatistics:
     """Relative to a prompt's recent rewards (DDPO, App. D.3: "running mean and standard deviation per context").
 
     The paper gives no more; buffer, minimum and order are those of its code: the step's rewards enter the buffer first, and a
-    prompt with fewer than ``min_count`` remembered rewards takes the statistics of the whole step.
+    prompt with fewer than ``min_count`` remembered rewards takes the statistics of the whole step. Prompts that 65,536 others
+    have been sampled after are forgotten: beyond as many, a prompt hardly comes back.
     """
 
     def __init__(self, buffer_size: int, min_count: int) -> None:
@@ -56,15 +58,17 @@ class PromptStatistics:
         """Remember the valid scores, then standardise every sample. Returns (N,)."""
         advantages = torch.zeros_like(scores.values)
         for prompt, members in members_of(prompts).items():
-            buffer = self._buffers.setdefault(prompt, deque(maxlen=self.buffer_size))
+            buffer = self._buffers.pop(prompt, None) or deque(maxlen=self.buffer_size)
+            self._buffers[prompt] = buffer  # as the last, also where it was known
             buffer.extend(scores.values[members][scores.valid[members]].tolist())
             remembered = torch.tensor(list(buffer))
             enough = len(buffer) >= self.min_count
             advantages[members] = standardise(scores.values[members], remembered if enough else scores.values[scores.valid])
+        keep_newest(self._buffers, _REMEMBERED)
         return advantages * scores.valid
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Every prompt's remembered rewards, oldest first."""
+        """Every prompt's remembered rewards, oldest first; the prompt that was sampled last is the last."""
         return {prompt: list(buffer) for prompt, buffer in self._buffers.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-
 from diffusionrl.errors import UserError
 
 PINNED = {
@@ -61,6 +59,8 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     Raises:
         UserError: no token, no network, or the hub refused.
     """
+    from huggingface_hub import HfApi  # here: ``serve-reward`` runs without it
+
     hub = HfApi()
     try:
         address = hub.create_repo(repo_id, private=private or None, exist_ok=True)

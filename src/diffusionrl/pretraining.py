@@ -38,6 +38,7 @@ from diffusionrl.rewards import Scores
 from diffusionrl.rollout import Rollout, make_table
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
+_FORMATS = ("JPEG", "PNG", "WEBP")  # of Pillow's some forty decoders, the ones that are needed
 _EXAMPLE = '{"file_name": "0001.png", "text": "a cat"}'
 
 
@@ -81,7 +82,8 @@ class ScenePairs:
 
 
 class FolderPairs:
-    """A folder in the convention of ``datasets``' imagefolder: metadata.jsonl or metadata.csv with file_name and text.
+    """A folder in the convention of ``datasets``' imagefolder: metadata.jsonl or metadata.csv with file_name and text. Images
+    are JPEG, PNG or WebP.
 
     In the place of an image that does not decode stands the next that does.
 
@@ -116,13 +118,14 @@ class FolderPairs:
             place = (address + further) % len(self._entries)
             name, caption = self._entries[place]
             try:
-                with Image.open(self.folder / name) as image:
+                with Image.open(self.folder / name, formats=_FORMATS) as image:
                     return ImageOps.exif_transpose(image).convert("RGB"), caption
             except Exception as error:  # Pillow raises whatever a broken file leads it to
                 self.broken[place] = f"{self.folder / name} ({type(error).__name__}: {error})"
                 if len(self.broken) > self.max_broken:
                     raise RunStopped(
-                        f"{len(self.broken)} images do not decode, more than pretraining.max_broken = {self.max_broken}: "
+                        f"{len(self.broken)} images do not decode as JPEG, PNG or WebP, "
+                        f"more than pretraining.max_broken = {self.max_broken}: "
                         f"{'; '.join(list(self.broken.values())[:3])}"
                     ) from error
         raise RunStopped(f"no image in {self.folder} decodes")

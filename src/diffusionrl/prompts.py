@@ -55,6 +55,12 @@ def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> 
     return DatasetPrompts(source, max_broken) if path.suffix == ".parquet" else PromptFile(path, max_broken, limit)
 
 
+def keep_newest(known: dict[str, Any], count: int) -> None:
+    """Drop what is known of all prompts but those that were entered last: there may be millions of them."""
+    for prompt in list(known)[:-count]:
+        del known[prompt]
+
+
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """Of their texts and metadata: a run that is taken up must have the same."""
     known = getattr(prompts, "fingerprint", None)

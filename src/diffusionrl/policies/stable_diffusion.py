@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from diffusionrl import processes, seeds
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import chunks
+from diffusionrl.prompts import keep_newest
 from diffusionrl.transitions import Grid, to_x0_and_noise, variance_preserving_grid
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -113,8 +114,7 @@ class StableDiffusionPolicy:
                 self._warn_if_truncated(prompt)
                 self._embeddings[prompt] = self.pipeline.encode_prompt(prompt, self.device, 1, False)[0].to(self.dtype)
         found = torch.cat([self._embeddings[prompt] for prompt in prompts])
-        for prompt in list(self._embeddings)[:-_REMEMBERED]:
-            del self._embeddings[prompt]
+        keep_newest(self._embeddings, _REMEMBERED)
         return found
 
     def _warn_if_truncated(self, prompt: str) -> None:

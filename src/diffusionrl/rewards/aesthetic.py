@@ -34,8 +34,8 @@ def load_head(file: Path, width: int) -> nn.Sequential:
         raise UserError(f"aesthetic head {file}: no such file")
     if file.suffix != ".safetensors":
         raise UserError(
-            f"aesthetic head {file} is no safetensors file; python examples/convert_to_safetensors.py {file} head.safetensors "
-            "converts one that you trust"
+            f"aesthetic head {file} is no safetensors file; examples/convert_to_safetensors.py of the repository converts one "
+            f"that you trust: python convert_to_safetensors.py {file} head.safetensors"
         )
     try:
         tensors = load_file(file)

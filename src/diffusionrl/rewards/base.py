@@ -56,6 +56,10 @@ class Scores:
         return Scores(values, valid, errors[-1] if errors else None, parts)
 
 
+class NothingSeen(UserError):
+    """Raised by a reward that sees nothing on the images that it could score: all are invalid, through no fault of its own."""
+
+
 def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
     """A built-in reward by name, ``package.module:function`` (looked up from the working directory too), or the address of one
     that is served (``rewards.remote``).
@@ -157,12 +161,14 @@ def try_reward(
 
     Raises:
         UserError: the reward raised, said what stops it, or returned something else than ``count`` numbers. Invalid numbers
-            alone pass: there may be nothing to see on a grey image.
+            alone pass, and ``NothingSeen``: there may be nothing to see on a grey image.
     """
     images = torch.full((count, 3, image_size, image_size), 0.5)
     tried = f"the reward failed on {'two' if count == 2 else count} grey {image_size} x {image_size} images"
     try:
         returned = reward(images, (list(prompts) * count)[:count], (list(metadata) * count)[:count])
+    except NothingSeen:
+        return
     except Exception as error:  # whatever it raises is the answer
         raise UserError(f"{tried}: {type(error).__name__}: {error}") from error
     scores = _as_scores(returned, [""] * count, (-math.inf, math.inf))

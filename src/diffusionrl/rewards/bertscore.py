@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer
 
 from diffusionrl.errors import UserError
-from diffusionrl.hub import cached_first, locate
+from diffusionrl.hub import locate
+from diffusionrl.rewards.pretrained import load_network, load_tokenizer
 
 
 class BERTScore:
@@ -25,20 +25,16 @@ class BERTScore:
         layer: index into the hidden states, of which 0 is the embedding; -1 is the last.
 
     Raises:
-        UserError: it is not there, has no safetensors, or no such layer.
+        UserError: it is not there, has no safetensors, not all of its weights, or no such layer.
     """
 
     def __init__(self, model: str, revision: str | None = None, layer: int = -1) -> None:
-        source = locate(model, revision)
-        try:
-            self.model = cached_first(AutoModel.from_pretrained, *source, use_safetensors=True, dtype=torch.float32).eval()
-            self.tokenizer = cached_first(AutoTokenizer.from_pretrained, *source)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"BERTScore's model {model!r} could not be loaded: {error}") from error
+        source, what = locate(model, revision), f"BERTScore's model {model!r}"
+        self.model = load_network(what, "AutoModel", source, optional=("pooler.",))  # which acts on top of the hidden states
+        self.tokenizer = load_tokenizer(what, source)
         count = self.model.config.num_hidden_layers
         if not -count - 1 <= layer <= count:
-            raise UserError(f"BERTScore's model {model!r} has {count} layers: layer {layer} does not exist")
-        self.model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+            raise UserError(f"{what} has {count} layers: layer {layer} does not exist")
         self.layer = layer
 
     def recall(self, texts: Sequence[str], references: Sequence[str]) -> list[float]:

@@ -38,25 +38,29 @@ class ChatClient:
         self._cache = AnswerCache(config.cache.expanduser()) if config.cache else None
 
     def ask(self, image: Tensor, question: str, options: dict[str, Any], read: Callable[[dict[str, Any]], float]) -> float:
-        """What ``read`` finds in the answer about one image, (3, H, W) in [0, 1]. An answer that it refuses is not kept.
+        """What ``read`` finds in the answer about one image, (3, H, W) in [0, 1]. An answer that it refuses is not kept; one
+        that was kept all the same is asked for again.
 
         Raises:
             BadAnswer: no proper answer after all tries.
+            Exception: whatever else ``read`` raises.
         """
         png = to_png(image)
         request = {"model": self.config.model, "question": question, **options}
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode() + png).hexdigest()
         kept = self._cache.get(key) if self._cache else None
         if kept is not None:
-            self._http.count("cached")
-            return read(kept)
+            with suppress(BadAnswer):
+                value = read(kept)
+                self._http.count("cached")
+                return value
         url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
         body = {"model": self.config.model, "messages": [{"role": "user", "content": content}], **options}
         try:
             answer = self._http.post(json.dumps(body).encode(), key)
             value = read(answer)
-        except BadAnswer:
+        except Exception:
             self._http.count("failed")
             raise
         if self._cache:
@@ -84,7 +88,9 @@ class AnswerCache:
     def get(self, key: str) -> dict[str, Any] | None:
         with self._lock, suppress(sqlite3.Error):  # a cache that fails costs a question, not an answer
             row = self._database.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-            return json.loads(row[0]) if row else None
+            with suppress(ValueError):  # a torn row
+                kept = json.loads(row[0]) if row else None
+                return kept if isinstance(kept, dict) else None
         return None
 
     def put(self, key: str, answer: dict[str, Any]) -> None:

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
-from transformers import AutoModel, AutoTokenizer
-from transformers.image_processing_utils import BaseImageProcessor
 
 from diffusionrl.errors import UserError
-from diffusionrl.hub import cached_first, locate
+from diffusionrl.hub import locate
+from diffusionrl.prompts import keep_newest
 from diffusionrl.reward_config import CLIPScoreConfig, RewardsConfig
 from diffusionrl.rewards.base import Reward, register
+from diffusionrl.rewards.pretrained import load_image_settings, load_network, load_tokenizer
 
 EMBEDDED_CLIP = Path(__file__).parent.parent / "emoji" / "weights" / "clip"
+_REMEMBERED = 2048  # embeddings of texts, a few kilobytes each
 
 
 class CLIP:
@@ -31,7 +31,8 @@ class CLIP:
         processor: where the tokenizer and the image settings are, if not with the model.
 
     Raises:
-        UserError: it is not there, is no such model, or has no safetensors.
+        UserError: it is not there, is no such model, has no safetensors or not all of its weights, or its image settings do not
+            say how images are prepared.
     """
 
     def __init__(
@@ -40,28 +41,22 @@ class CLIP:
         model = str(EMBEDDED_CLIP) if model == "emoji" else model
         weights = locate(model, revision)
         parts = locate(processor, processor_revision) if processor else weights
-        try:
-            self.model = cached_first(AutoModel.from_pretrained, *weights, use_safetensors=True, dtype=torch.float32).eval()
-            self.tokenizer = cached_first(AutoTokenizer.from_pretrained, *parts)
-            settings, _ = cached_first(BaseImageProcessor.get_image_processor_dict, *parts)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"CLIP model {model!r} could not be loaded: {error}") from error
+        what = f"CLIP model {model!r}"
+        self.model = load_network(what, "AutoModel", weights)
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "logit_scale"):
             raise UserError(f"{model!r} is a {type(self.model).__name__}, not a model of images and texts like CLIP")
-        self.model.requires_grad_(False)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._settings = settings
+        self.tokenizer = load_tokenizer(what, parts)
+        self._settings = load_image_settings(what, parts)
         self._texts: dict[str, Tensor] = {}
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images in [0, 1] as the model was trained to see them: resized, cropped, normalised. (B, 3, H, W) -> (B, 3, h, w)."""
         settings = self._settings
         size, crop = settings["size"], settings.get("crop_size")
-        size = {"shortest_edge": size} if isinstance(size, int) else size
         height, width = images.shape[-2:]
         if "shortest_edge" in size:
-            ratio = size["shortest_edge"] / min(height, width)
-            target = (int(height * ratio), int(width * ratio))
+            edge, short = size["shortest_edge"], min(height, width)
+            target = (edge * height // short, edge * width // short)  # the shorter one is the edge: floats would round below it
         else:
             target = (size["height"], size["width"])
         if target != (height, width):
@@ -81,12 +76,14 @@ class CLIP:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """B texts -> (B, D), of length 1, on the CPU; each computed once."""
+        """B texts -> (B, D), of length 1, on the CPU; the newest 2,048 are kept."""
         for text in dict.fromkeys(texts):
             if text not in self._texts:
                 tokens = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").to(self.model.device)
                 self._texts[text] = normalize(self.model.get_text_features(**tokens).pooler_output.cpu(), dim=-1)
-        return torch.cat([self._texts[text] for text in texts])
+        found = torch.cat([self._texts[text] for text in texts])
+        keep_newest(self._texts, _REMEMBERED)
+        return found
 
     def similarity(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         """exp(logit scale) * cosine of each image with its text, (B,); differentiable in the images."""

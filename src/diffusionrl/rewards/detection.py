@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
-from transformers import AutoModelForZeroShotObjectDetection, AutoTokenizer
-from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_transforms import get_size_with_aspect_ratio
 
 from diffusionrl.errors import UserError
-from diffusionrl.hub import cached_first, locate
+from diffusionrl.hub import locate
+from diffusionrl.rewards.pretrained import load_image_settings, load_network, load_tokenizer
 
 FAMILIES = ("owlv2", "grounding-dino")
 
@@ -29,26 +26,24 @@ class Detector:
         threshold: boxes of lower confidence do not count.
 
     Raises:
-        UserError: it is not there, is of no known family, or has no safetensors.
+        UserError: it is not there, is of no known family, has no safetensors or not all of its weights, or its image settings
+            do not say how images are prepared.
     """
 
     def __init__(self, model: str, revision: str | None = None, query: str = "{object}", threshold: float = 0.0) -> None:
-        source = locate(model, revision)
-        try:
-            load = AutoModelForZeroShotObjectDetection.from_pretrained
-            self.model = cached_first(load, *source, use_safetensors=True, dtype=torch.float32).eval()
-            self.tokenizer = cached_first(AutoTokenizer.from_pretrained, *source)
-            self._settings, _ = cached_first(BaseImageProcessor.get_image_processor_dict, *source)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"detector {model!r} could not be loaded: {error}") from error
+        source, what = locate(model, revision), f"detector {model!r}"
+        self.model = load_network(what, "AutoModelForZeroShotObjectDetection", source)
         self.family = self.model.config.model_type
         if self.family not in FAMILIES:
-            raise UserError(f"detector {model!r} is of the family {self.family}; there are {', '.join(FAMILIES)}")
+            raise UserError(f"{what} is of the family {self.family}; there are {', '.join(FAMILIES)}")
+        self.tokenizer = load_tokenizer(what, source)
+        self._settings = load_image_settings(what, source)
         self.query, self.threshold = query, threshold
-        self.model.requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images in [0, 1] as the model was trained to see them: padded to a square (OWLv2), resized, normalised."""
+        from transformers.image_transforms import get_size_with_aspect_ratio
+
         settings, (height, width) = self._settings, images.shape[-2:]
         size = settings["size"]
         if self.family == "owlv2":

@@ -4,13 +4,14 @@ A normalised score is (score - mean) / std with the statistics of the evaluation
 the first step to the last and in every evaluation.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusionrl.errors import UserError
+from diffusionrl.errors import UserError, one_of
 from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.base import Reward, Scores, load_reward, looks_at_groups, score, score_groups, try_reward
 
@@ -20,20 +21,24 @@ class Mixture:
 
     Args:
         rewards: by the name under which each is logged.
-        weights: by the same names; 1 where left out.
+        weights: by the same names, finite; 1 where left out.
 
     Attributes:
         grouped: names of the rewards that look at whole groups, the samples of one prompt together.
 
     Raises:
-        UserError: no reward, or a weight that is not a number.
+        UserError: no reward, a weight that is not a finite number, or one of no reward.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float] | None = None) -> None:
         if not rewards:
             raise UserError("there is no reward: name at least one")
         self.rewards = dict(rewards)
-        self.weights = {name: float((weights or {}).get(name, 1.0)) for name in rewards}
+        self.weights = dict.fromkeys(rewards, 1.0)
+        for name, weight in (weights or {}).items():
+            if name not in rewards:
+                raise one_of("reward", name, rewards, "; each weight is by the name of its reward")
+            self.weights[name] = _finite(name, weight)
         self.grouped = tuple(name for name, reward in self.rewards.items() if looks_at_groups(reward))
         self.statistics = dict.fromkeys(rewards, (0.0, 1.0))
         self._counted_before: dict[str, float] = {}
@@ -120,11 +125,22 @@ def reward_name(reward: Reward) -> str:
     return f"{reward.__module__}:{getattr(reward, '__qualname__', type(reward).__name__)}"
 
 
+def _finite(name: str, weight: float | str) -> float:
+    """Raises UserError unless a reward's weight is a finite number."""
+    try:
+        value = float(weight)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"reward {name!r}: the weight {weight!r} is not a finite number")
+    return value
+
+
 def load_mixture(names: Sequence[str], config: RewardsConfig | None = None) -> Mixture:
     """The rewards of ``NAME`` or ``NAME=WEIGHT`` each.
 
     Raises:
-        UserError: see ``load_reward``; or a weight that is no number, or a name twice.
+        UserError: see ``load_reward``; or a weight that is no finite number, or a name twice.
     """
     rewards: dict[str, Reward] = {}
     weights = {}
@@ -132,10 +148,7 @@ def load_mixture(names: Sequence[str], config: RewardsConfig | None = None) -> M
         name, equals, weight = entry.partition("=")
         if name in rewards:
             raise UserError(f"reward {name!r} is named twice")
-        try:
-            weights[name] = float(weight) if equals else 1.0
-        except ValueError as error:
-            raise UserError(f"reward {entry!r}: the weight {weight!r} is not a number") from error
+        weights[name] = _finite(name, weight) if equals else 1.0
         rewards[name] = load_reward(name, config)
     return Mixture(rewards, weights)
 

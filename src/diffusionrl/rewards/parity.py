@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.attributes import Attribute, load_attribute
-from diffusionrl.rewards.base import Reward, Scores, register
+from diffusionrl.rewards.base import NothingSeen, Reward, Scores, register
 
 Credit = Literal["shared", "leave-one-out", "squared"]
 
@@ -90,11 +90,12 @@ class Parity:
     def __init__(self, attribute: Attribute, credit: Credit) -> None:
         self.attribute, self.credit = attribute, credit
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores | list[None]:
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        """Raises NothingSeen where fewer than two samples show the attribute."""
         told = self.attribute(images)
         valid = torch.tensor([each is not None for each in told])
         if valid.sum() < 2:
-            return [None] * len(told)
+            raise NothingSeen(f"fewer than two of the {len(told)} samples of {prompts[0]!r} show any {self.attribute.name}")
         classes = torch.tensor([each for each in told if each is not None])
         values = torch.zeros(len(told))
         values[valid] = self._scores(classes).float()

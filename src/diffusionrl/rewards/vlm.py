@@ -61,8 +61,9 @@ class VLMReward:
             return self.client.ask(
                 image, self.question.replace("{prompt}", prompt), self.options, lambda answer: self.read(answer, prompt)
             )
-        except BadAnswer as error:
-            return f"{error} (asked about {prompt!r})"
+        except Exception as error:  # the text model may fail on one answer in any way, and the others have their scores
+            said = str(error) if isinstance(error, BadAnswer) else f"{type(error).__name__}: {error}"
+            return f"{said} (asked about {prompt!r})"
 
 
 def read_text(answer: dict[str, Any]) -> str:
