@@ -15,7 +15,7 @@ import tyro
 import yaml
 
 from diffusionrl.config import ALGORITHMS, SamplingConfig, TaskConfig, TrainConfig
-from diffusionrl.errors import RunStopped, UserError, one_of
+from diffusionrl.errors import RunStopped, UserError, one_of, require
 from diffusionrl.interruption import Interrupted, noted
 from diffusionrl.presets import PRESETS
 from diffusionrl.reward_config import BUILT_IN_REWARDS, RewardsConfig, ServeConfig
@@ -80,10 +80,8 @@ class EvaluateConfig:
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
 
     def __post_init__(self) -> None:
-        if self.samples_per_prompt < 1:
-            raise UserError(f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
-        if self.num_samples is not None and self.num_samples < 1:
-            raise UserError(f"num_samples must be at least 1, not {self.num_samples}")
+        require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        require(self.num_samples is None or self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}")
         for name in self.reward:
             if "=" in name:
                 raise UserError(f"evaluate reports each reward on its own: leave out the weight of {name!r}")
