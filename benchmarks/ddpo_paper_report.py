@@ -196,7 +196,7 @@ def report_alignment(made: Report) -> None:
         run_dir = made.folder / "fig5" / f"seed_{seed}"
         if not (run_dir / "seconds.json").is_file():
             continue
-        folders = sorted((run_dir / "samples").iterdir())
+        folders = sorted((run_dir / "samples").glob("step_*"))
         queries = [64 * int(folder.name.removeprefix("step_")) for folder in folders]
         means: dict[str, list[float]] = {name: [] for name in rows}
         for folder in folders:

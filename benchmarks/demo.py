@@ -36,7 +36,7 @@ def measure(seed: int, run_dir: Path) -> dict[str, float]:
         (run_dir / "seconds.json").write_text(json.dumps(time.perf_counter() - began))
     metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rewards = []
-    for folder in sorted((run_dir / "samples").iterdir()):
+    for folder in sorted((run_dir / "samples").glob("step_*")):
         rewards.append([json.loads(line)["reward"] for line in (folder / "samples.jsonl").read_text().splitlines()])
     gains = [after - before for before, after in zip(rewards[0], rewards[-1], strict=True)]
     trained = sum(line.get("time/rollout", 0.0) + line.get("time/update", 0.0) for line in metrics)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusionrl import TrainConfig, rollout, train
 from diffusionrl.alarms import PATIENCE, Alarm, Watch, ratio_tolerance
+from diffusionrl.api import _try
 from diffusionrl.config import (
     CheckpointConfig,
     DDPOConfig,
@@ -21,6 +22,8 @@ from diffusionrl.config import (
     RWRConfig,
     SamplingConfig,
 )
+from diffusionrl.prompts import Prompt
+from diffusionrl.rewards import as_mixture
 from diffusionrl.tracking import RunFolder
 
 CONFIG = TrainConfig(
@@ -110,6 +113,27 @@ def test_a_ratio_that_is_off(make_policy: Any, tmp_path: Path, monkeypatch: pyte
 def test_a_policy_that_stands_still(make_policy: Any, tmp_path: Path) -> None:
     config = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=1e-30))
     assert run(make_policy(), tmp_path / "run", config) == [(PATIENCE, "policy-still")]
+
+
+ON_POLICY = DDPOConfig(variant="sf", updates_per_step=1, normalisation="group")
+
+
+@pytest.mark.parametrize("algorithm", [ON_POLICY, RWRConfig(updates_per_step=2, batch_size=4)], ids=["sf", "rwr"])
+def test_a_policy_that_stands_still_is_seen_without_ratios_too(make_policy: Any, tmp_path: Path, algorithm: Any) -> None:
+    """At the evaluations, once; the adapter is moved off zero by the first of many steps where it learns."""
+    config = replace(CONFIG, steps=3, algorithm=algorithm, evaluation=EvaluationConfig(every=1, num_samples=4))
+    still = replace(config, optimizer=OptimizerConfig(learning_rate=1e-30, weight_decay=0.0))
+    assert run(untrained(make_policy), tmp_path / "still", still) == [(1, "policy-still")]
+    assert run(untrained(make_policy), tmp_path / "moving", config) == []
+
+
+def untrained(make_policy: Any) -> Any:
+    """Whose adapter changes nothing yet."""
+    policy = make_policy()
+    for name, weight in policy.trainable().items():
+        if "lora_B" in name:
+            weight.data.zero_()
+    return policy
 
 
 def test_updates_beyond_the_clip(make_policy: Any, tmp_path: Path) -> None:
@@ -228,6 +252,26 @@ def test_what_is_made_again_is_alarmed_again(
 @pytest.fixture
 def make_folder() -> Callable[[Path], RunFolder]:
     return lambda run_dir: RunFolder(run_dir, CONFIG)
+
+
+def test_a_reward_that_does_not_repeat_itself_is_told_when_a_run_begins(
+    capsys: Any,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def rolling(images: Tensor, prompts: Sequence[str], metadata: Any) -> Tensor:
+        return images.mean((1, 2, 3)) + torch.rand(len(images), generator=generator)
+
+    def by_prompt(images: Tensor, prompts: Sequence[str], metadata: Any) -> Tensor:
+        return images.mean((1, 2, 3)) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    def nothing_on_grey(images: Tensor, prompts: Sequence[str], metadata: Any) -> list[float | None]:
+        return [None, *[1.0] * (len(images) - 1)]
+
+    for name, reward in (("steady", by_prompt), ("unseen", nothing_on_grey), ("rolling", rolling)):
+        _try(as_mixture(reward), [Prompt("a cat"), Prompt("a dog on a chair")], 8, 60.0, (2,))
+        said = capsys.readouterr().err
+        assert ("rolling: the same grey image twice gets different scores" in said) == (name == "rolling"), name
 
 
 def test_alarms_are_told_before_the_run_begins_too(make_policy: Any, tmp_path: Path, capsys: Any) -> None:

@@ -325,6 +325,36 @@ def test_push_uploads_the_export(run: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert Path(calls[1][1]["folder_path"]) == run / "export"
 
 
+def test_a_run_pushes_when_it_is_finished_if_asked(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To a private repository; a hub that refuses does the run no harm, and the command that pushes later is said."""
+    calls: list[dict[str, Any]] = []
+
+    def create_repo(self: HfApi, repo_id: str, **keywords: Any) -> str:
+        calls.append(keywords)
+        if len(calls) == 1:
+            raise ConnectionError("no way there")
+        return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **keywords: calls.append(keywords))
+    command = ["train", "--config", str(run / "config.yaml"), "--run-dir", str(run.parent / "pushed"), "--steps", "1"]
+    command += ["--push-to-hub", "someone/dark"]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    assert "no way there" in said and f"diffusionrl push {run.parent / 'pushed'} someone/dark --private" in said
+    assert (run.parent / "pushed" / "finished.json").is_file()
+    assert main(command) == 0, "and the same command tries again"
+    assert "pushed: https://huggingface.co/someone/dark" in capsys.readouterr().out
+    assert [call.get("private") for call in calls] == [True, True, None]
+    assert calls[2]["folder_path"] == run.parent / "pushed" / "export"
+    assert "push_to_hub: null" in (run.parent / "pushed" / "config.yaml").read_text(), "not for who runs it again"
+    assert "someone/dark" not in (run.parent / "pushed" / "export" / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["train", "--push-to-hub", "https://huggingface.co/someone/dark"])
+
+
 def test_push_without_network_or_run_says_so(run: Path, tmp_path: Path) -> None:
     """In a process of its own, whose hub is a port where nobody listens."""
     program = "from diffusionrl.cli import entry; entry()"

@@ -425,6 +425,42 @@ def test_memory_is_proposed_that_keeps_prompts_and_groups(
             assert resources.check_memory(smaller, tried, advantages, measured).verdict == "pass"
 
 
+def test_the_memory_of_an_evaluation_counts(
+    tiny: Callable[..., StableDiffusionPolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 8 samples, an evaluation of 64,000: their batches and all that is held of them, trajectories too."""
+    config = replace(CONFIG, evaluation=EvaluationConfig(num_samples=64_000), sampling=replace(CONFIG.sampling, batch_size=32))
+    trainer = trainer_of(config, tiny())
+    tried = _tiny_rollout(trainer, CONFIG.sampling)
+    advantages = trainer.algorithm.advantages(tried)
+    cost = Cost((0.0, 0.1), (5e8, 1e7), 8)
+    held = 2 * 64_000 * (tried.latents[0].nbytes + tried.embeddings[0].nbytes + tried.images[0].nbytes)
+    need = 5e8 + 32 * 1e7 + held
+    for limit, verdict, remedy in [
+        (need / 0.8, "pass", ""),
+        (need / 0.9, "warn", "--sampling.batch-size"),
+        (need / 1.5, "fail", "lower evaluation.num_samples"),
+    ]:
+        monkeypatch.setattr(resources, "limit_bytes", lambda device, limit=limit: limit)
+        found = resources.check_memory(trainer, tried, advantages, Costs(cost, cost, cost))
+        assert found.verdict == verdict and remedy in found.remedy, (limit, found)
+        assert "GB at the peak, an evaluation" in found.said
+
+
+def test_the_time_of_evaluations_counts(tiny: Callable[..., StableDiffusionPolicy]) -> None:
+    """A held-out reward of 0.1 s and an embedding of 0.05 s an image, over 5 evaluations of 40: 30 s beside little else."""
+    config = replace(CONFIG, evaluation=EvaluationConfig(every=1, num_samples=40))
+    trainer = trainer_of(config, tiny(), held_out=as_mixture(sluggish))
+    trainer.monitor.embed = lambda images: time.sleep(0.05 * len(images)) or images  # type: ignore[func-returns-value]
+    tried = _tiny_rollout(trainer, CONFIG.sampling)
+    scores, beside = resources.measure_beside(trainer, tried)
+    assert scores is not None and scores.valid.all() and beside == pytest.approx(0.15, rel=0.3)
+    none = Cost((0.0, 0.0), (1e8, 1e6), 8)
+    advantages = trainer.algorithm.advantages(tried)
+    _, found = resources.check_time(trainer, tried, advantages, Costs(none, none, none, beside=0.15))
+    assert "6 s an evaluation" in found.said and "30 s for 4 steps and 5 evaluations" in found.said, found.said
+
+
 def test_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """8 MB and 10 ms for each of a batch, on top of 50 ms; the clock is ours."""
     now = [0.0]

@@ -172,6 +172,19 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(run: Path, tiny_folder: Path,
     assert "exists: choose another --out" in capsys.readouterr().err
 
 
+def test_the_number_of_samples_can_be_the_runs(run: Path, tmp_path: Path) -> None:
+    """Six over four prompts, as an evaluation of six samples would take them; and fewer than there are prompts."""
+    for count, prompts in ((6, ["a cat", "a dog", "an owl", "a fox", "a cat", "a dog"]), (3, ["a cat", "a dog", "an owl"])):
+        out = tmp_path / f"{count}.json"
+        command = ["evaluate", "--model", str(run), "--reward", "compressibility", "--num-samples", str(count)]
+        assert main([*command, "--out", str(out)]) == 0
+        found = json.loads(out.read_text())
+        assert [sample["prompt"] for sample in found["samples"]] == prompts
+        kept = [json.loads(line) for line in (run / "samples" / "step_000002" / "samples.jsonl").read_text().splitlines()]
+        for sample, own in zip(found["samples"], kept, strict=False):
+            assert sample["model"]["compressibility"] == pytest.approx(own["reward"], rel=1e-5)
+
+
 def test_a_lora_on_its_model_is_the_run(run: Path, tiny_folder: Path, tmp_path: Path) -> None:
     options = ["--baseline", str(run), "--sampling.num-steps", "3", "--prompts", str(run.parent / "prompts.txt")]
     options += ["--reward", "incompressibility", "--samples-per-prompt", "2"]
@@ -216,6 +229,7 @@ def test_scores_that_fail_are_counted_and_said(
         (["--reward", "aesthetic=2"], "leave out the weight"),
         (["--prompts", "nowhere.txt"], "no such file"),
         (["--samples-per-prompt", "0"], "at least 1"),
+        (["--num-samples", "0"], "num_samples must be at least 1"),
         (["--bseline", "emoji"], "--baseline"),
     ],
 )

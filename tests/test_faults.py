@@ -86,6 +86,18 @@ def test_a_kill_while_saving(tiny_folder: Path, tmp_path: Path, undisturbed: dic
     assert not list((run_dir / "checkpoints").glob(".*")), "nothing half-written is left"
 
 
+def test_a_kill_amid_the_samples_of_a_step(tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    """Step 5's are there, step 2's are gone, and the run goes on from step 4."""
+    kept = {Path(name).parent.name for name in undisturbed["files"] if name.startswith("samples/recent/")}
+    assert kept == {"step_000004", "step_000005", "step_000006"}
+    run_dir = tmp_path / "run"
+    process = start(tiny_run(tiny_folder, run_dir), tmp_path / "log")
+    wait_for((run_dir / "samples" / "recent" / "step_000005").is_dir, 60)
+    kill(process)
+    assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log") == 0
+    assert_same(run_dir, undisturbed)
+
+
 def test_what_a_kill_left_of_an_export_is_removed(tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     run_dir = tmp_path / "run"
     assert finish(tiny_run(tiny_folder, run_dir), tmp_path / "log", "die_at:rename:1") == -signal.SIGKILL

@@ -93,6 +93,9 @@ def rollout_of(policy: Any, sampler: str, eta: float, count: int, steps: int = 4
     return Rollout(SAMPLERS[sampler](grid, eta), [Prompt("a cat")] * count, empty, latents, empty, empty, SimpleNamespace(), {})  # type: ignore[arg-type]
 
 
+NO_DISTANCE = {"prediction_distance": 0.0, "prediction_norm": 1.0, "kl_per_step": 0.0}
+
+
 @pytest.mark.parametrize("batch_size", [3, 100])
 def test_the_distance_from_the_reference_of_a_shifted_mean(batch_size: int) -> None:
     policy: Any = Shifted(0.1)
@@ -102,9 +105,10 @@ def test_the_distance_from_the_reference_of_a_shifted_mean(batch_size: int) -> N
     closed_form = (4 * (0.1 * table.kept) ** 2 / (2 * table.fresh**2)).mean().item()  # every step twice, 4 dimensions
     assert found["kl_per_step"] == pytest.approx(closed_form, rel=1e-5)
     assert found["prediction_distance"] == pytest.approx(0.1, rel=1e-5)
-    assert distance_from_reference(Shifted(0.0), rollout, 1.0, 100) == {"prediction_distance": 0.0, "kl_per_step": 0.0}
+    assert found["prediction_norm"] == pytest.approx(1.1, rel=1e-5)
+    assert distance_from_reference(Shifted(0.0), rollout, 1.0, 100) == NO_DISTANCE
     without_noise = distance_from_reference(policy, rollout_of(policy, "ode", 0.0, 8), 1.0, 100)
-    assert without_noise.keys() == {"prediction_distance"}, "a deterministic step has no density"
+    assert without_noise.keys() == {"prediction_distance", "prediction_norm"}, "a deterministic step has no density"
 
 
 def test_an_untouched_policy_is_its_reference(load_tiny: Any, make_policy: Any) -> None:
@@ -113,7 +117,7 @@ def test_an_untouched_policy_is_its_reference(load_tiny: Any, make_policy: Any) 
         found = evaluate(policy, grey, [Prompt("a cat"), Prompt("a dog")], 6, sampling, 0, needs="trajectories")
         return distance_from_reference(policy, found.rollout, 2.0, 4), found.rollout
 
-    assert measure(StableDiffusionPolicy(load_tiny()))[0] == {"prediction_distance": 0.0, "kl_per_step": 0.0}
+    assert measure(StableDiffusionPolicy(load_tiny()))[0] == NO_DISTANCE
     policy = make_policy()
     found, rollout = measure(policy)
     assert found["kl_per_step"] > 0
@@ -380,3 +384,23 @@ def test_a_best_checkpoint_that_is_gone_is_said(tiny_folder: Path, tmp_path: Pat
     assert finish(guarded(tiny_folder, run_dir, "--guard.stop"), log) == 1
     assert "the guard's best weights cannot be exported" in log.read_text()
     assert finish(guarded(tiny_folder, run_dir, "--guard.no-stop"), log) == 0
+
+
+def test_other_settings_of_the_guard_take_the_best_of_what_was_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    """To a guard that forgives everything, the best evaluation is one whose checkpoint the strict one had pruned."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    assert finish(guarded(tiny_folder, run_dir), log) == 0, log.read_text()
+    file = run_dir / "metrics.jsonl"
+    lines = read_lines(file)
+    for line in lines:
+        line["eval/reward"] = float(line["step"] == 1)  # as if step 1 had been the best, and were not kept
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.rmtree(checkpoint.folder_of(run_dir, 1), ignore_errors=True)
+    (run_dir / "finished.json").unlink()
+    forgiving = guarded(tiny_folder, run_dir, "--guard.stop", "--guard.noise", "1e9")
+    assert finish(forgiving, log) == 0, log.read_text()
+    ending = json.loads((run_dir / "finished.json").read_text())
+    assert ending["exported_step"] in checkpoint.complete_steps(run_dir) and ending["exported_step"] != 1
+    assert (
+        f"the guard's best is step 1, whose weights were not kept; it takes step {ending['exported_step']}" in log.read_text()
+    )

@@ -18,7 +18,7 @@ FLOORS = [
     {"rollout", "advantages"},
     {"algorithms", "measures"},
     {"evaluation", "tracking", "optimization", "tasks"},
-    {"pretraining"},
+    {"pretraining", "recent"},
     {"state", "card", "monitor"},
     {"trainer"},
     {"sampling", "report", "presets", "doctor", "emoji.recipe"},

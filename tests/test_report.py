@@ -5,10 +5,13 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
+import time
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +19,11 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic import make_run, noise
+from synthetic import ENVIRONMENT, make_run, noise
 
-from diffusionrl import UserError, checkpoint
-from diffusionrl.cli import START_AGAIN, main
+from diffusionrl import UserError, checkpoint, tracking, train
+from diffusionrl.card import make_card
+from diffusionrl.cli import START_AGAIN, main, parse_train
 from diffusionrl.config import DDPOConfig, EvaluationConfig, PolicyConfig, RWRConfig, SamplingConfig
 from diffusionrl.intervals import Estimate, mean_interval
 from diffusionrl.policies import load_policy
@@ -115,6 +119,69 @@ def test_a_run_rewrites_its_report_at_every_evaluation_and_at_its_end(
     assert image.size == (32, 32)
 
 
+def test_the_report_is_rewritten_between_evaluations_too(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a minute after it was last written, at the next step; the clock is ours, and a call of the reward takes 12 s."""
+    now = [0.0]
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pages: list[str] = []
+
+    def slow(images: Any, prompts: Any, metadata: Any) -> Any:
+        report = tmp_path / "run" / "report.html"
+        pages.append(Page(report).text if report.is_file() else "")
+        now[0] += 12.0
+        return images.mean((1, 2, 3))
+
+    config = parse_train(tiny_train(tiny_folder, tmp_path / "run", "--steps", "6", "--evaluation.every", "0")[1:])
+    train(config, reward=slow)
+    said = [re.search(r"(\d) of 6 steps are done", page) for page in pages]
+    assert [int(found[1]) for found in said if found] == [0, 0, 0, 3, 3, 3, 3], "the last call is step 6's evaluation"
+
+
+def test_the_hours_of_a_slow_reward_are_counted(tiny_folder: Path, tmp_path: Path) -> None:
+    """Sampling four images takes a few hundredths of a second, and the reward half a second."""
+
+    def sleeping(images: Any, prompts: Any, metadata: Any) -> Any:
+        time.sleep(0.5)
+        return images.mean((1, 2, 3))
+
+    train(parse_train(tiny_train(tiny_folder, tmp_path / "run")[1:]), reward=sleeping)
+    assert read_run(tmp_path / "run").metrics[-1]["hours"] * 3600 >= 2 * 0.5
+
+
+def test_best_worst_and_failed_are_those_of_the_last_training_steps(tiny_folder: Path, tmp_path: Path) -> None:
+    """Of 16 samples a step, whose score says which call and which image it was; the first image of a call fails."""
+    pages: list[Page] = []
+    calls: list[int] = []
+
+    def counted(images: Any, prompts: Any, metadata: Any) -> list[float | None]:
+        calls.append(len(images))
+        if (tmp_path / "run" / "report.html").is_file():
+            pages.append(Page(write_report(tmp_path / "run")))
+        scores = [100.0 * len(calls) + i for i in range(len(images))]
+        return [None, *scores[1:]] if len(images) == 16 else scores  # type: ignore[list-item]
+
+    options = ["--steps", "4", "--evaluation.every", "0", "--prompts-per-step", "16", "--samples-per-prompt", "1"]
+    options += ["--algorithm.updates-per-step", "1"]
+    train(parse_train(tiny_train(tiny_folder, tmp_path / "run", *options)[1:]), reward=counted)
+    first = calls.index(16) + 1  # the first step's call
+    recent = sorted((tmp_path / "run" / "samples" / "recent").iterdir())
+    assert [folder.name for folder in recent] == ["step_000002", "step_000003", "step_000004"]
+    lines = [json.loads(line) for line in (recent[-1] / "samples.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [0, *range(1, 7), *range(10, 16)]
+    assert lines[0]["reward"] is None and "it returned nan for" in lines[0]["error"] and "error" not in lines[1]
+    assert lines[-1]["reward"] == 100.0 * (first + 3) + 15 and lines[-1]["prompt"].startswith("a")
+    assert {file.stem for file in recent[-1].glob("*.png")} == {f"{line['index']:05d}" for line in lines}
+
+    assert "Highest reward at the evaluation of step 0" in pages[0].text, "before the first step is done"
+    said = Page(tmp_path / "run" / "report.html").text
+    best, worst, failed = re.split(r"(?:Highest|Lowest) reward in training, steps 2 to 4|Without a valid score", said)[1:]
+    assert f"{100 * (first + 3) + 15}" in best and "step 4" in best and "step 2" not in best
+    assert f"{100 * (first + 1) + 1}" in worst and "step 2" in worst and "step 4" not in worst
+    assert [failed.count(f"invalid step {step}") for step in (1, 2, 3, 4)] == [0, 1, 1, 1] and "it returned nan for" in failed
+
+
 def test_the_report_says_what_stopped_a_run_and_goes_on_with_it(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,9 +252,11 @@ def test_what_the_report_says(tmp_path: Path) -> None:
     assert "diffusionrl train --name 'a run; rm -rf ~'" in page.text
     for said in ("NVIDIA H100", "2.13.0", "1.25 GB", "samples_per_prompt: 1", "threads 8"):
         assert said in page.text
-    best, worst, failed = re.split("Highest reward at step 8|Lowest reward at step 8|Without a valid score", page.text)[1:]
+    best, worst, failed = re.split(
+        "Highest reward at the evaluation of step 8|Lowest reward at the evaluation of step 8|Without a valid score", page.text
+    )[1:]
     assert best.split()[:3] == ["a", "dog", "5.000"] and worst.split()[:3] == ["an", "owl", "2.000"]
-    assert "a fox invalid step 8" in failed
+    assert "a fox invalid evaluation, step 8" in failed
 
 
 def test_the_slider_holds_every_evaluation_of_the_same_samples(tmp_path: Path) -> None:
@@ -275,6 +344,25 @@ def test_the_result_loads_in_five_lines(tmp_path: Path, model: str, training: An
     compile(code, "load.py", "exec")
     assert repr(str(tmp_path / "a 'run'" / "export"))[1:-1] in code
     assert ("pipe.unet =" in code) == (training == "full") and ("load_pipeline('emoji')" in code) == (model == "emoji")
+
+
+def test_the_lines_draw_what_was_trained_where_the_model_says_nothing_of_clipping(tiny_folder: Path, tmp_path: Path) -> None:
+    """As a PNDM scheduler's file may not: DDIM then clips the estimate of x0 by default, which a run never does."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder, model)
+    for file in (model / "scheduler" / "scheduler_config.json", model / "model_index.json"):
+        settings = json.loads(file.read_text().replace("DDIMScheduler", "PNDMScheduler"))
+        settings.pop("clip_sample", None)
+        file.write_text(json.dumps(settings))
+    page = code_of(write_report(make_run(tmp_path / "run", model=str(model))))
+    run = read_run(tmp_path / "run")
+    environment = ENVIRONMENT | {"versions": {"diffusionrl": "0", "torch": "0", "diffusers": "0"}}
+    card = make_card(run.config, environment, run.metrics, ["a cat"], full=False)
+    for lines in (page, card):
+        assert "DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)" in lines
+    names: dict[str, Any] = {}
+    exec("\n".join(page.splitlines()[:3]), names)
+    assert names["pipe"].scheduler.config.clip_sample is False
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
@@ -497,6 +585,17 @@ def test_what_the_guard_measures_has_its_place(tmp_path: Path) -> None:
     text = Page(compare_page.write_comparison(runs, tmp_path / "compare.html")).text
     assert "eval/kl_per_step, as measured at the evaluations" in text
     assert "reward gain judge kl_per_step vendi queries" in text
+
+
+def test_what_updates_of_a_further_task_moved_is_no_measured_kl(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    for run in runs:
+        lines = [
+            json.loads(line) | {"faces/policy/approx_kl": 5.0} for line in (run / "metrics.jsonl").read_text().splitlines()
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(compare_page.write_comparison(runs, tmp_path / "compare.html")).text
+    assert "policy/approx_kl summed over the steps" in text and "as measured at the evaluations" not in text
 
 
 def test_one_seed_twice_is_no_second_seed(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ from diffusionrl.config import TrainConfig
 PATIENCE = 3
 """Steps in a row that a rule must find wrong: one batch may be so by chance."""
 VARIATION = 0.01
-"""A reward varies no more once its standard deviation in a step is below this share of the largest so far. Healthy runs of the
-benchmarks stay above a tenth; divided by so little, the noise of the reward is what is learned."""
+"""A reward varies no more once its standard deviation in a step is below this share of the largest so far: divided by so
+little, the noise of the reward is what is learned."""
 ROUNDING = 1e-6
 """Relative to the mean: equal float32 scores may seem to differ by as much."""
 IDLE = 0.5
 """Share of prompts without any advantage: beyond it, most of what is sampled and scored teaches nothing."""
 CLIPPED = 0.5
-"""Share of ratios beyond the clip. The benchmarks stay below 0.25, and reach 0.4 at twice their learning rate."""
+"""Share of ratios beyond the clip."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,14 @@ class Watch:
         yield "idle-prompts", PATIENCE, None if constant else self._idle(line)
         if line.get("grad_rms") is not None:
             yield "small-gradient", PATIENCE, None if constant else self._gradient(line["grad_rms"])
+        several = "ratio/max_gap" in line and getattr(self.config.algorithm, "updates_per_step", 1) > 1
+        if not several and line.get("eval/kl_per_step") is not None:
+            yield "policy-still", 1, None if constant else self._unmoved(line)
         if line.get("ratio/max_gap") is not None:
             off = self._ratio(line["ratio/max_gap"])
             yield "ratio", 1, off
-            yield "policy-still", PATIENCE, None if constant or off else self._still(line)
+            if several:
+                yield "policy-still", PATIENCE, None if constant or off else self._still(line)
             yield "clip-fraction", PATIENCE, self._clipped(line)
 
     def _first_evaluation(self, mean: float, standard_error: float) -> str | None:
@@ -131,10 +135,19 @@ class Watch:
 
     def _still(self, line: dict[str, Any]) -> str | None:
         """Between two updates of a step the ratio moves, unless the policy does not; a gap of rounding is no movement."""
-        kl, several = line.get("policy/approx_kl"), getattr(self.config.algorithm, "updates_per_step", 1) > 1
-        if kl is None or not several or kl > 0.5 * line["ratio/max_gap"] ** 2:
+        kl = line.get("policy/approx_kl")
+        if kl is None or kl > 0.5 * line["ratio/max_gap"] ** 2:
             return None
         return "the policy does not move: the new one is equal to the old one. Raise optimizer.learning_rate"
+
+    def _unmoved(self, line: dict[str, Any]) -> str | None:
+        """Where no ratio is seen between two updates of a step, evaluations tell."""
+        if line["eval/kl_per_step"] != 0:
+            return None
+        return (
+            f"the policy has not moved: after {line['step']} steps it predicts what it did before training, to the bit. "
+            "Raise optimizer.learning_rate"
+        )
 
     def _clipped(self, line: dict[str, Any]) -> str | None:
         share = line.get("policy/clip_fraction")

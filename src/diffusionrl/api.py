@@ -2,10 +2,10 @@
 
 import copy
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, TaskConfig, TrainConfig
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
+from diffusionrl.hub import push
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.presets import emoji
@@ -59,16 +60,29 @@ def train(
         if finished:
             if processes.is_main():
                 print(f"{run_dir} is finished: {finished}")
-            return tell_result(run_dir)
-        trainer = _prepare(config, policy, reward, prompts, algorithm)
-        groups = check_groups(trainer)
-        if groups.verdict != "pass" and processes.is_main():
-            print(f"warning: {groups.said}: {groups.remedy}", file=sys.stderr)
-        try:
-            return trainer.run(folder)
-        except interruption.Interrupted as error:
-            error.saved_in = run_dir if trainer.at_start is not None else None
-            raise
+            result = tell_result(run_dir)
+        else:
+            trainer = _prepare(config, policy, reward, prompts, algorithm)
+            groups = check_groups(trainer)
+            if groups.verdict != "pass" and processes.is_main():
+                print(f"warning: {groups.said}: {groups.remedy}", file=sys.stderr)
+            try:
+                result = trainer.run(folder)
+            except interruption.Interrupted as error:
+                error.saved_in = run_dir if trainer.at_start is not None else None
+                raise
+    if config.push_to_hub is not None and processes.is_main():
+        _push(run_dir, config.push_to_hub)
+    return result
+
+
+def _push(run_dir: Path, repo_id: str) -> None:
+    """Upload what a run exported. The run is finished: where the hub does not take it, that is said, no more."""
+    try:
+        print(f"pushed: {push(run_dir / 'export', repo_id, private=True)}")
+    except UserError as error:
+        command = shlex.join(["diffusionrl", "push", str(run_dir), repo_id, "--private"])
+        print(f"warning: {error}; or later: {command}", file=sys.stderr)
 
 
 def diagnose(
@@ -154,12 +168,19 @@ def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, 
 
 
 def _try(reward: Mixture, prompts: Sequence[Prompt], image_size: int, timeout: float, group_sizes: Sequence[int]) -> None:
-    """Raises UserError for a reward that cannot score a few grey images in time."""
+    """Raises UserError for a reward that cannot score a few grey images in time; warns of one that does not repeat itself."""
     samples = [prompts[0], prompts[-1]]
-    trial = partial(try_mixture, reward, image_size, [p.text for p in samples], [p.metadata for p in samples], group_sizes)
-    if not within(timeout, trial):
+    texts, metadata = [prompt.text for prompt in samples], [prompt.metadata for prompt in samples]
+    unsteady: list[str] = []
+    if not within(timeout, lambda: unsteady.extend(try_mixture(reward, image_size, texts, metadata, group_sizes))):
         seconds = f"{timeout:g} s (rewards.timeout)"
-        raise UserError(f"the reward gave no scores for two grey images within {seconds}: {', '.join(reward.rewards)}")
+        raise UserError(f"the reward gave no scores for a few grey images within {seconds}: {', '.join(reward.rewards)}")
+    if unsteady and processes.is_main():
+        print(
+            f"warning: {', '.join(unsteady)}: the same grey image twice gets different scores, and noise is learned too; "
+            "diffusionrl doctor says how much of it there is",
+            file=sys.stderr,
+        )
 
 
 def _check_groups(config: TrainConfig, mixture: Mixture, held_out: Mixture | None) -> None:

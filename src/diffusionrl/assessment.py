@@ -44,15 +44,17 @@ def score_model(
     sampling: SamplingConfig,
     seed: int,
     timeout: float = 600.0,
+    num_samples: int | None = None,
 ) -> Sheet:
     """Score the images that a run with this seed makes in its own evaluations, and further ones of the same prompts: prompt
     after prompt where a reward looks at whole groups, all the prompts over and over otherwise.
 
     Args:
         timeout: seconds for one call of the rewards.
+        num_samples: images; by default, ``samples_per_prompt`` of every prompt.
     """
     in_a_row = samples_per_prompt if rewards.grouped else 1
-    count = len(prompts) * samples_per_prompt
+    count = num_samples or len(prompts) * samples_per_prompt
     found = evaluate(policy, rewards, prompts, count, sampling, seed, timeout=timeout, samples_per_prompt=in_a_row)
     scores = found.rollout.scores
     parts = {reward: values.tolist() for reward, values in scores.parts.items()}

@@ -22,7 +22,7 @@ from diffusionrl.hub import local_folder
 from diffusionrl.tracking import read_metrics, replace_file
 
 _SHOWN = 4  # prompts in the gallery
-_OWN_NAMES = ("--name", "--run-dir")  # options that say where a run lies, and nothing about it
+_OWN_NAMES = ("--name", "--run-dir", "--push-to-hub")  # options that say where a run lies, and nothing about it
 
 
 def write_card(run_dir: Path, step: int) -> None:
@@ -203,7 +203,7 @@ def _usage(config: dict[str, Any], base: str | None, prompts: Sequence[str], ful
         lines = [
             "from diffusers import DDIMScheduler, StableDiffusionPipeline",
             f"pipe = StableDiffusionPipeline.from_pretrained({json.dumps(base or 'folder of the base model')})",
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)",
         ]
     if full:
         lines.append(f'pipe.unet = type(pipe.unet).from_pretrained({here}, subfolder="unet")')

@@ -15,7 +15,7 @@ import tyro
 import yaml
 
 from diffusionrl.config import ALGORITHMS, SamplingConfig, TaskConfig, TrainConfig
-from diffusionrl.errors import RunStopped, UserError, one_of
+from diffusionrl.errors import RunStopped, UserError, one_of, require
 from diffusionrl.interruption import Interrupted, noted
 from diffusionrl.presets import PRESETS
 from diffusionrl.reward_config import BUILT_IN_REWARDS, RewardsConfig, ServeConfig
@@ -70,6 +70,8 @@ class EvaluateConfig:
     """A built-in set, a text file (one prompt a line) or a JSONL file ("prompt" and any metadata)."""
     samples_per_prompt: int = 1
     """With several, intervals of means are over prompts."""
+    num_samples: int | None = None
+    """Images, over the prompts in turn; by default samples_per_prompt for each of them. All are in memory at once."""
     seed: int = 0
     """The same seed draws the same noise."""
     out: Path = Path("evaluation.json")
@@ -78,8 +80,8 @@ class EvaluateConfig:
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
 
     def __post_init__(self) -> None:
-        if self.samples_per_prompt < 1:
-            raise UserError(f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        require(self.num_samples is None or self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}")
         for name in self.reward:
             if "=" in name:
                 raise UserError(f"evaluate reports each reward on its own: leave out the weight of {name!r}")
@@ -99,7 +101,7 @@ class PushConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write a run's report.html again, from what is in its folder. A run does so itself at every evaluation and at its end."""
+    """Write a run's report.html again, from what is in its folder. A run does so itself as it goes on."""
 
     run: tyro.conf.Positional[Path]
     """The run folder."""
@@ -346,14 +348,15 @@ def _evaluate(arguments: Sequence[str]) -> None:
     asked = [(config.model, config.lora), *([(config.baseline, None)] if config.baseline else [])]
     found = [find_trained(*each) for each in asked]
     rewards = load_mixture(config.reward, config.rewards)
-    size, count = config.samples_per_prompt, len(prompts) * config.samples_per_prompt
-    rewards.require_groups(size, "samples_per_prompt", count, "samples")
+    size = config.samples_per_prompt
+    count = config.num_samples or len(prompts) * size
+    rewards.require_groups(size, "samples_per_prompt", count, "num_samples")
     try_mixture(rewards, found[0].image_size, [p.text for p in prompts[:2]], [p.metadata for p in prompts[:2]], (size,))
     sheets = []
     for each, trained in zip(asked, found, strict=True):
-        print(f"{trained.name}: {len(prompts) * config.samples_per_prompt} samples", flush=True)
+        print(f"{trained.name}: {count} samples", flush=True)
         policy = load_trained(*each)
-        settings = (config.samples_per_prompt, config.sampling, config.seed, config.rewards.timeout)
+        settings = (size, config.sampling, config.seed, config.rewards.timeout, count)
         sheets.append(score_model(trained.name, policy, rewards, prompts, *settings))
     result = report(*sheets)
     settings_said = json.loads(json.dumps(dataclasses.asdict(config), default=str))

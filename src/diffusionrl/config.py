@@ -236,6 +236,8 @@ class TrainConfig:
     """The run folder, in place of runs/NAME."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that mirror metrics.jsonl."""
+    push_to_hub: str | None = None
+    """OWNER/NAME on the Hugging Face hub, where export/ is uploaded when the run is finished; a new repository is private."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     algorithm: AlgorithmConfig = field(default_factory=DDPOConfig)
@@ -271,6 +273,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         require(self.max_broken_prompts >= 0, f"max_broken_prompts must not be negative, not {self.max_broken_prompts}")
+        require(
+            self.push_to_hub is None or re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.push_to_hub) is not None,
+            f"push_to_hub must be OWNER/NAME, not {self.push_to_hub!r}",
+        )
         self._check_tasks()
         if not isinstance(self.algorithm, RWRConfig):
             self._check_policy_gradient(self.algorithm)
@@ -317,8 +323,10 @@ class TrainConfig:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML that ``--config`` reads back, but for the run folder, which is where it lies."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)) | {"name": None, "run_dir": None}, sort_keys=False)
+    """The configuration as YAML that ``--config`` reads back, but for the run folder, which is where it lies, and the
+    repository, which another run should not overwrite."""
+    own = {"name": None, "run_dir": None, "push_to_hub": None}
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)) | own, sort_keys=False)
 
 
 def _plain(value: Any) -> Any:

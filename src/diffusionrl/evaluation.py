@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,21 +130,20 @@ def write_samples(evaluation: Evaluation, folder: Path) -> None:
     """``grid.png``, every image, and ``samples.jsonl``. File names come from the index, never from a prompt."""
     folder.mkdir(parents=True, exist_ok=True)
     rollout = evaluation.rollout
-    scores = rollout.scores
     tiles = [to_pil(image) for image in rollout.images]
     image_grid(tiles, columns=8).save(folder / "grid.png")
     with (folder / "samples.jsonl").open("w") as lines:
-        for index, (tile, prompt) in enumerate(zip(tiles, rollout.prompts, strict=True)):
+        for index, tile in enumerate(tiles):
             tile.save(folder / f"{index:05d}.png")
-            valid = bool(scores.valid[index])
-            entry = {
-                "index": index,
-                "prompt": prompt.text,
-                "reward": scores.values[index].item() if valid else None,
-                "valid": valid,
-            }
-            entry |= {name: finite_or_none(values[index].item()) for name, values in evaluation.beside.items()}
-            lines.write(json.dumps(entry) + "\n")
+            lines.write(json.dumps(sample_entry(rollout, index, evaluation.beside)) + "\n")
+
+
+def sample_entry(rollout: Rollout, index: int, beside: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A line of samples.jsonl; ``beside`` is what is known beside the reward, by name, (N,) each."""
+    valid = bool(rollout.scores.valid[index])
+    reward = rollout.scores.values[index].item() if valid else None
+    entry = {"index": index, "prompt": rollout.prompts[index].text, "reward": reward, "valid": valid}
+    return entry | {name: finite_or_none(values[index].item()) for name, values in beside.items()}
 
 
 def finite_or_none(value: float) -> float | None:

@@ -3,7 +3,7 @@
 It reads nothing but lines of metrics.jsonl, so it can be replayed on any run, and a resumed run needs no state for it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ class Verdict:
     Attributes:
         fallen: the watched scores that are below their peak beyond noise.
         streak: evaluations in a row, until this one, with a fallen score.
-        best: step of the evaluation with the highest reward among those where no score had fallen; None before there is one.
+        best: step of the evaluation with the highest reward among those where no score had fallen, as far as there
+            are weights of it; None before there is one.
         stop: the run should end here.
         alarm: the kind of the alarm that is due at this evaluation, or None: "reward-hacking" where the reward has risen since
             the peak of the score that fell, "held-out-falls" where it has not.
@@ -34,12 +35,15 @@ class Verdict:
     message: str = ""
 
 
-def judge(lines: Sequence[Line], watched: Sequence[str], config: GuardConfig) -> Verdict:
+def judge(lines: Sequence[Line], watched: Sequence[str], config: GuardConfig, kept: Collection[int] | None = None) -> Verdict:
     """The verdict at the newest evaluation among lines of metrics.jsonl.
 
     A score has fallen where its paired difference from its peak is more than ``config.noise`` standard errors below 0
     (``eval/NAME_from_peak`` and ``eval/NAME_from_peak_se``; see ``monitor.py``). An evaluation without a valid watched score is
     passed over.
+
+    Args:
+        kept: steps whose weights there are, of which one can be the best; None: all.
     """
     evaluations = [line for line in lines if any(line.get(f"eval/{name}") is not None for name in watched)]
     fallen: tuple[str, ...] = ()
@@ -47,7 +51,7 @@ def judge(lines: Sequence[Line], watched: Sequence[str], config: GuardConfig) ->
     for line in evaluations:
         fallen = tuple(name for name in watched if _has_fallen(line, name, config.noise))
         streak = streak + 1 if fallen else 0
-        reward = line.get("eval/reward")
+        reward = line.get("eval/reward") if kept is None or line["step"] in kept else None
         if not fallen and reward is not None and (best is None or reward > best["eval/reward"]):
             best = line
     best_step = best["step"] if best else None

@@ -79,7 +79,8 @@ def distance_from_reference(policy: Policy, rollout: Rollout, guidance: float, b
 
     - kl_per_step: KL(policy || reference) of the sampler's Gaussians, in nats, summed over the latent dimensions and averaged
       over the steps with fresh noise; left out where no step has any;
-    - prediction_distance: |difference of the predicted noises| / |the reference's|.
+    - prediction_distance: |difference of the predicted noises| / |the reference's|;
+    - prediction_norm: |the predicted noise| / |the reference's|.
 
     Args:
         rollout: with trajectories.
@@ -91,7 +92,7 @@ def distance_from_reference(policy: Policy, rollout: Rollout, guidance: float, b
     steps = stochastic if len(stochastic) else torch.arange(len(rollout.table))
     count = min(PAIRS, len(rollout.prompts))
     steps = steps[torch.arange(count) * len(steps) // count].to(rollout.latents.device)
-    divergences, distances = [], []
+    divergences, distances, norms = [], [], []
     for part in chunks(count, batch_size):
         interruption.check()
         rows, samples = steps[part], torch.arange(part.start, part.stop, device=steps.device)
@@ -102,6 +103,8 @@ def distance_from_reference(policy: Policy, rollout: Rollout, guidance: float, b
             reference = predict(*arguments)
         mean, reference_mean = (rollout.table.mean(rows, x0, noise) for x0, noise in (own, reference))
         divergences.append(gaussian_kl(mean, reference_mean, rollout.table.std(rows, x), "sum"))
-        distances.append((own[1] - reference[1]).flatten(1).norm(dim=1) / reference[1].flatten(1).norm(dim=1))
-    found = {"prediction_distance": torch.cat(distances).mean().item()}
+        of_reference = reference[1].flatten(1).norm(dim=1)
+        distances.append((own[1] - reference[1]).flatten(1).norm(dim=1) / of_reference)
+        norms.append(own[1].flatten(1).norm(dim=1) / of_reference)
+    found = {"prediction_distance": torch.cat(distances).mean().item(), "prediction_norm": torch.cat(norms).mean().item()}
     return found | ({"kl_per_step": torch.cat(divergences).mean().item()} if len(stochastic) else {})

@@ -4,6 +4,7 @@ Nothing is remembered here that is not in the run folder, so a run that is taken
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl import processes
+from diffusionrl import checkpoint, processes
 from diffusionrl.config import MIN_PAIRS, TrainConfig
 from diffusionrl.errors import UserError
 from diffusionrl.evaluation import Evaluation, by_group, evaluate, finite_or_none, mean_and_error, write_samples
@@ -57,9 +58,17 @@ class Monitor:
             self.has_reference = False
 
     def recall(self, run_dir: Path) -> None:
-        """Take the verdict from what the run folder says."""
+        """Take the verdict from what the run folder says. With other settings of the guard than before, its best weights may be
+        ones that were not kept: the best of those that were are taken, and that is said."""
         if (run_dir / "metrics.jsonl").is_file():
-            self.verdict = judge(evaluations_in(run_dir), self.config.watched, self.config.guard)
+            lines, settings = evaluations_in(run_dir), (self.config.watched, self.config.guard)
+            self.verdict = judge(lines, *settings, checkpoint.complete_steps(run_dir))
+            best = judge(lines, *settings).best
+            if best != self.verdict.best:
+                kept = "no other" if self.verdict.best is None else f"step {self.verdict.best}"
+                print(
+                    f"warning: the guard's best is step {best}, whose weights were not kept; it takes {kept}", file=sys.stderr
+                )
         self._tell_verdict()
 
     def _tell_verdict(self) -> None:
@@ -100,7 +109,8 @@ class Monitor:
         measured = time.perf_counter()
         write_samples(found, samples)
         line = {key: finite_or_none(value) for key, value in metrics.items()}
-        self.verdict = judge([*before, {"step": step} | line], config.watched, config.guard)
+        kept = {*checkpoint.complete_steps(folder.run_dir), step}
+        self.verdict = judge([*before, {"step": step} | line], config.watched, config.guard, kept)
         if self.verdict.alarm is not None:
             folder.alarm(step, self.verdict.alarm, self.verdict.message)
         if config.watched:

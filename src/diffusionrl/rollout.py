@@ -35,7 +35,7 @@ class Rollout:
             only endpoints are kept.
         images: float32 in [0, 1], (n, 3, H, W), on the CPU.
         scores: N scores.
-        seconds: time spent in "rollout" and, overlapping it, in "reward".
+        seconds: time spent in "rollout", until the last sample is scored, and, overlapping it, in "reward".
         group_size: samples in a row that one process drew.
         batch_size: samples that were drawn at once.
     """
@@ -179,7 +179,6 @@ def collect(
         log_probs.append(densities if whole else densities[:, :0])
         images.append(policy.decode(path[:, -1]).cpu())
         queue.add(images[-1], texts, metadata)
-    rollout_seconds = time.perf_counter() - began
     scores = queue.result(timeout)
     found = Rollout(
         table,
@@ -189,11 +188,16 @@ def collect(
         torch.cat(log_probs),
         torch.cat(images),
         scores,
-        {"rollout": rollout_seconds, "reward": queue.seconds},
+        {},
         group_size,
         sampling.batch_size,
     )
-    return replace(found, scores=gather_scores(scores, found.shares))
+    scores = gather_scores(scores, found.shares)
+    seconds = {
+        "rollout": time.perf_counter() - began,
+        "reward": queue.seconds,
+    }  # with the wait for scores, one's own and others'
+    return replace(found, scores=scores, seconds=seconds)
 
 
 def gather_scores(own: Scores, shares: Sequence[range]) -> Scores:

@@ -6,6 +6,7 @@ import platform
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from diffusionrl.trackers import IMAGES, Mirror, check_trackers, close_all, make
 
 _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
 PARTIAL = ".partial"  # what a killed process may leave behind
+_SHOW_AFTER = 30.0  # seconds: the report is no older than that and a step
 SAFE_CHANGES = ("steps", "track", "evaluation.every", "checkpoint.", "guard.")
 """Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
 
@@ -128,6 +130,7 @@ class RunFolder:
         self._progress = Progress(config.steps, config.queries_per_step)
         self.new, self._begun = True, False
         self.finished: str | None = None
+        self._shown = time.monotonic()
         self._made: list[Path] = []
         self._mirrors: list[Mirror] = []
         self._watch = Watch(config)
@@ -162,6 +165,7 @@ class RunFolder:
     def _show(self) -> None:
         if self._report is not None:
             self._report(self.run_dir)
+            self._shown = time.monotonic()  # when it was done, so that a slow disk is not kept busy
 
     def check_disk(self, need: int) -> None:
         """Raises UserError where the disk cannot hold ``need`` bytes more."""
@@ -240,7 +244,7 @@ class RunFolder:
         for half_written in (*self.run_dir.glob(f"*{PARTIAL}"), *self.run_dir.glob("export/**/.tmp*")):  # safetensors' own
             half_written.unlink()
         self._progress.begin(step or 0)
-        for samples in (self.run_dir / "samples").glob("step_*"):
+        for samples in (*self.run_dir.glob("samples/step_*"), *self.run_dir.glob("samples/recent/step_*")):
             if step is None or int(samples.name.removeprefix("step_")) > step:
                 shutil.rmtree(samples)
         for marker in ("finished.json", "stopped.json"):
@@ -314,7 +318,7 @@ class RunFolder:
         self._progress.show(metrics)
         for alarm in self._watch.see(finite):
             self.alarm(alarm.step, alarm.kind, alarm.message)
-        if "eval/reward" in finite:
+        if "eval/reward" in finite or time.monotonic() - self._shown > _SHOW_AFTER:
             self._show()
 
     def alarm(self, step: int, kind: str, message: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusionrl import checkpoint, interruption, processes
+from diffusionrl import checkpoint, interruption, processes, recent
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.card import write_card
 from diffusionrl.checkpoint import Checkpoint
@@ -121,7 +121,7 @@ class Trainer:
             if self.monitor.verdict.stop:
                 break
             try:
-                metrics = self.step(step)
+                metrics = self.step(step, folder.run_dir / "samples" if processes.is_main() else None)
             except NonFiniteError as error:
                 raise RunStopped(
                     f"{error} not finite in step {step}; the weights are as before it, and the batch is in "
@@ -171,12 +171,16 @@ class Trainer:
         config = self.config
         weights = sum(parameter.nbytes for parameter in self.state.optimization.parameters.values())
         evaluations = 2 + (config.steps // config.evaluation.every if config.evaluation.every else 0)
-        images = evaluations * len(self.tasks) * config.evaluation.num_samples * 3 * self.policy.image_size**2
+        count = len(self.tasks) * (evaluations * config.evaluation.num_samples + (recent.KEPT + 1) * 3 * recent.PICKED)
+        images = count * 3 * self.policy.image_size**2
         there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
         return 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
 
-    def step(self, step: int) -> dict[str, float]:
+    def step(self, step: int, samples: Path | None = None) -> dict[str, float]:
         """Every task in turn, then the pretraining loss if there is one. Returns the step's metrics.
+
+        Args:
+            samples: the run's folder for them, where the best, worst and failed ones are written; None writes none.
 
         Raises:
             RunStopped: too many samples without a valid score, or too many broken images.
@@ -185,12 +189,12 @@ class Trainer:
         metrics: dict[str, float] = {"step": step, "queries": step * self.config.queries_per_step}
         traffic = replace(processes.traffic)
         for task in self.tasks:
-            metrics |= {f"{task.prefix}{key}": value for key, value in self._train_on(task, step).items()}
+            metrics |= {f"{task.prefix}{key}": value for key, value in self._train_on(task, step, samples).items()}
         if self.pretraining is not None:
             metrics |= self.pretraining.train(self.policy, self.state.optimization, step)
         return metrics | processes.metrics(traffic) | {"peak_memory_gb": peak_memory_gb(self.policy.device)}
 
-    def _train_on(self, task: Task, step: int) -> dict[str, float]:
+    def _train_on(self, task: Task, step: int, samples: Path | None) -> dict[str, float]:
         """Sample, score, weigh, update: one pass through the picture."""
         config = self.config
         rollout = collect(
@@ -206,6 +210,8 @@ class Trainer:
             config.rewards.timeout,
             task.settings.samples_per_prompt,
         )
+        if samples is not None:
+            recent.write_recent(rollout, samples, step, task.name)
         task.check_scores(rollout)
         advantages = task.algorithm.advantages(rollout)
         began = time.perf_counter()

@@ -14,7 +14,15 @@ from diffusionrl.config import SamplingConfig
 from diffusionrl.doctor.export import check_export, check_images
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.doctor.groups import check_groups
-from diffusionrl.doctor.resources import Costs, check_disk, check_memory, check_time, measure_sampling, measure_update
+from diffusionrl.doctor.resources import (
+    Costs,
+    check_disk,
+    check_memory,
+    check_time,
+    measure_beside,
+    measure_sampling,
+    measure_update,
+)
 from diffusionrl.doctor.reward import check_repeats, check_scores, check_variation, normalised
 from diffusionrl.doctor.update import check_update, rows_of_an_update
 from diffusionrl.prompts import Prompt
@@ -45,7 +53,8 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
     sampling = replace(trainer.config.sampling, batch_size=min(_SAMPLES, denoise.tried, decode.tried))
     rollout = _tiny_rollout(trainer, sampling)
     yield check_images(rollout)
-    yield check_scores(trainer, rollout)
+    held_out, beside = measure_beside(trainer, rollout)
+    yield check_scores(trainer, rollout, held_out)
     if rollout.scores.valid.any():
         yield check_repeats(trainer, rollout)
         yield check_variation(trainer, rollout)
@@ -53,7 +62,7 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
     rollout, advantages = _something_to_learn(trainer, rollout)
     rows = rows_of_an_update(trainer, rollout, advantages)
     update = measure_update(trainer, rollout, rows, advantages)
-    costs = Costs(denoise, decode, update)
+    costs = Costs(denoise, decode, update, beside)
     speed, time = check_time(trainer, rollout, advantages, costs)
     yield speed
     memory = check_memory(trainer, rollout, advantages, costs)

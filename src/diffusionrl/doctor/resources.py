@@ -1,5 +1,6 @@
 """What the whole run will take, from what small pieces of it took: memory, time, disk."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from torch import Tensor
 from diffusionrl import checkpoint, seeds
 from diffusionrl.doctor.costs import Cost, limit_bytes, measure
 from diffusionrl.doctor.findings import Finding
+from diffusionrl.doctor.reward import ask
+from diffusionrl.measures import PAIRS
 from diffusionrl.optimization import accumulate_gradient
 from diffusionrl.policies.base import chunks
 from diffusionrl.rewards import Scores
@@ -27,6 +30,8 @@ class Costs:
     denoise: Cost
     decode: Cost
     update: Cost
+    beside: float = 0.0
+    """Seconds an image, of what an evaluation asks and measures beside the reward."""
 
     def sampling_peak(self, batch: int) -> float:
         return max(self.denoise.peak(batch), self.decode.peak(min(batch, _DECODED)))
@@ -50,6 +55,23 @@ def measure_sampling(trainer: Trainer) -> tuple[Cost, Cost]:
         measure(denoise, batch, policy.device),
         measure(lambda n: policy.decode(noise(n)), min(batch, _DECODED), policy.device),
     )
+
+
+def measure_beside(trainer: Trainer, rollout: Rollout) -> tuple[Scores | None, float]:
+    """Scores of the held-out rewards, and the seconds an image that they and the embeddings take at an evaluation."""
+    monitor, images = trainer.monitor, rollout.images
+    scores = None
+    began = time.perf_counter()
+    if monitor.held_out is not None:
+        scores = ask(trainer, monitor.held_out, rollout, images, trainer.config.evaluation.samples_per_prompt)
+    seconds = time.perf_counter() - began
+    if monitor.embed is not None:
+        with torch.no_grad():
+            monitor.embed(images[:1])  # whatever is slow the first time
+            began = time.perf_counter()
+            monitor.embed(images)
+        seconds += time.perf_counter() - began
+    return scores, seconds / len(images)
 
 
 def measure_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Cost:
@@ -89,16 +111,30 @@ def _whole_step(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> list[
 def check_memory(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Costs) -> Finding:
     """The peak at the configured batch sizes against what there is; smaller ones where that is not enough."""
     config, device = trainer.config, trainer.policy.device
-    limit, kept = limit_bytes(device), _kept(trainer, rollout)
-    batch, micro = min(config.sampling.batch_size, config.samples_per_step), _micro_batch(trainer, rollout, advantages)
-    sampling, update = costs.sampling_peak(batch) + kept, costs.update.peak(micro) + kept
-    need = max(sampling, update)
+    limit, kept, evaluated = limit_bytes(device), _kept(trainer, rollout), _kept_evaluation(trainer, rollout)
+    size, images = config.sampling.batch_size, config.evaluation.num_samples
+    batch, micro = min(size, max(config.samples_per_step, images)), _micro_batch(trainer, rollout, advantages)
+
+    def sampling(n: int) -> float:
+        return costs.sampling_peak(min(n, config.samples_per_step)) + kept
+
+    def evaluation(n: int) -> float:
+        return costs.sampling_peak(min(n, images)) + evaluated
+
+    def update(n: int) -> float:
+        return costs.update.peak(n) + kept
+
+    peaks = {"sampling": sampling(batch), "an evaluation": evaluation(batch), "updates": update(micro)}
+    need, when = max((peak, when) for when, peak in peaks.items())
     where = "the GPU" if device.type == "cuda" else "memory"
-    told = f"{need / 1e9:.2f} GB at the peak, {'updates' if update > sampling else 'sampling'}; {limit / 1e9:.1f} GB of {where}"
+    told = f"{need / 1e9:.2f} GB at the peak, {when}; {limit / 1e9:.1f} GB of {where}"
     if need <= _FULL * limit:
         return Finding("pass", "memory", told)
-    smaller_batch = _largest(batch, lambda n: costs.sampling_peak(n) + kept <= _FULL * limit)
-    smaller_micro = _largest(micro, lambda n: costs.update.peak(n) + kept <= _FULL * limit)
+    smaller_batch = _largest(batch, lambda n: max(sampling(n), evaluation(n)) <= _FULL * limit)
+    smaller_micro = _largest(micro, lambda n: update(n) <= _FULL * limit)
+    if evaluation(1) > _FULL * limit >= sampling(1):
+        remedy = "all images of an evaluation are held until it ends: lower evaluation.num_samples"
+        return Finding("fail" if need > limit else "warn", "memory", told, remedy)
     if not (smaller_batch and smaller_micro):
         remedy = "not even one at a time fits: take policy.training lora, policy.dtype bfloat16, or more memory"
         return Finding("fail", "memory", told, remedy)
@@ -121,11 +157,27 @@ def _largest(size: int, fits: Callable[[int], bool]) -> int:
 def _kept(trainer: Trainer, rollout: Rollout) -> int:
     """What a run holds beside its batches: AdamW's moments, the samples of a step (twice, when they are put together) and, in
     memory, two copies of weights and moments for checkpoints."""
+    tensors = [rollout.latents, rollout.embeddings, rollout.log_probs]
+    samples = _bytes_of(trainer, rollout, sum(tensor[0].nbytes for tensor in tensors)) * trainer.config.samples_per_step
+    return 2 * samples + _weights(trainer)
+
+
+def _kept_evaluation(trainer: Trainer, rollout: Rollout) -> int:
+    """The same while an evaluation lasts, whose trajectories are held where there is a reference to compare the policy with."""
+    latents = rollout.latents[0, 0].nbytes * (len(rollout.table) + 1 if trainer.monitor.has_reference else 1)
+    samples = _bytes_of(trainer, rollout, latents + rollout.embeddings[0].nbytes) * trainer.config.evaluation.num_samples
+    return 2 * samples + _weights(trainer)
+
+
+def _bytes_of(trainer: Trainer, rollout: Rollout, tensors: int) -> int:
+    """Of a sample whose tensors are on the policy's device; its image is always in memory."""
+    return tensors + (rollout.images[0].nbytes if trainer.policy.device.type == "cpu" else 0)
+
+
+def _weights(trainer: Trainer) -> int:
+    """AdamW's moments and, in memory, the copies for checkpoints."""
     weights = sum(parameter.nbytes for parameter in trainer.state.optimization.parameters.values())
-    on_cpu = trainer.policy.device.type == "cpu"
-    tensors = [rollout.latents, rollout.embeddings, rollout.log_probs, *([rollout.images] if on_cpu else [])]
-    samples = sum(tensor[0].nbytes for tensor in tensors) * trainer.config.samples_per_step
-    return 2 * samples + weights * (2 + (6 if on_cpu else 0))
+    return weights * (2 + (6 if trainer.policy.device.type == "cpu" else 0))
 
 
 # Time
@@ -136,7 +188,7 @@ def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Co
     config = trainer.config
     score = rollout.seconds["reward"] / len(rollout.prompts)
     sampling = _sampling_seconds(trainer, costs, config.samples_per_step)
-    evaluation = _sampling_seconds(trainer, costs, config.evaluation.num_samples)
+    evaluation = _evaluation_seconds(trainer, costs, score)
     micro = trainer.algorithm.micro_batch_size
     parts = [part for rows in _whole_step(trainer, rollout, advantages) for part in chunks(len(rows), micro)]
     update = sum(costs.update.time(part.stop - part.start) for part in parts)
@@ -145,9 +197,12 @@ def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Co
     step = sampling + waiting + update
     every = config.evaluation.every
     evaluations = 1 + (config.steps // every + (config.steps % every > 0) if every else 1)
-    run = config.steps * step + evaluations * (evaluation + score * config.evaluation.num_samples)
-    of_it = f"sampling {_clock(sampling)}, updates {_clock(update)}"
-    told = f"about {_clock(step)} a step ({of_it}), {_clock(run)} for {config.steps} steps"
+    run = config.steps * step + evaluations * evaluation
+    of_it = f"sampling {_clock(sampling)}, waiting for the reward {_clock(waiting)}, updates {_clock(update)}"
+    told = (
+        f"about {_clock(step)} a step ({of_it}), {_clock(evaluation)} an evaluation; "
+        f"{_clock(run)} for {config.steps} steps and {evaluations} evaluations"
+    )
     return _speed(trainer, score, waiting / step), Finding("pass", "time", told)
 
 
@@ -173,6 +228,15 @@ def _sampling_seconds(trainer: Trainer, costs: Costs, count: int) -> float:
         seconds += sampling.num_steps * costs.denoise.time(size)
         seconds += sum(costs.decode.time(each.stop - each.start) for each in chunks(size, _DECODED))
     return seconds
+
+
+def _evaluation_seconds(trainer: Trainer, costs: Costs, score: float) -> float:
+    """Sampling, the reward (``score`` seconds an image), and what is asked and measured beside it."""
+    config = trainer.config
+    count, batch = config.evaluation.num_samples, config.sampling.batch_size
+    pairs = [part.stop - part.start for part in chunks(min(PAIRS, count), batch)] if trainer.monitor.has_reference else []
+    distance = sum(2 * costs.denoise.time(size) for size in pairs)  # by the policy and by the reference
+    return _sampling_seconds(trainer, costs, count) + count * (score + costs.beside) + distance
 
 
 def _clock(seconds: float) -> str:

@@ -29,11 +29,9 @@ def ask(trainer: Trainer, reward: Mixture, rollout: Rollout, images: Tensor, gro
     return call.result(trainer.config.rewards.timeout)
 
 
-def check_scores(trainer: Trainer, rollout: Rollout) -> Finding:
-    """Finite and in range; held-out rewards too."""
-    found, size = {"": rollout.scores}, trainer.config.evaluation.samples_per_prompt
-    if trainer.monitor.held_out is not None:
-        found["held-out "] = ask(trainer, trainer.monitor.held_out, rollout, rollout.images, size)
+def check_scores(trainer: Trainer, rollout: Rollout, held_out: Scores | None) -> Finding:
+    """Finite and in range; those of held-out rewards too."""
+    found = {"": rollout.scores} | ({"held-out ": held_out} if held_out is not None else {})
     for kind, scores in found.items():
         invalid, total = int((~scores.valid).sum()), len(scores.valid)
         if invalid:

@@ -147,7 +147,7 @@ def _kl_of(runs: list[Run]) -> tuple[Callable[[Run], Values], str]:
     """How far each run's policy has moved, at each step; and what that number is."""
     keys = dict.fromkeys(key for run in runs for line in run.metrics for key in line)
     for key in keys:
-        measured = not key.startswith("policy/") and re.search(r"(^|[/_])kl($|[/_])", key)
+        measured = key.startswith("eval/") and re.search(r"(^|[/_])kl($|[/_])", key)
         if measured and all(any(value is not None for value in run.column(key)[1]) for run in runs):
             return partial(_values, key=key), f"{key}, as measured at the evaluations"
     return (

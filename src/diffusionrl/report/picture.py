@@ -15,7 +15,7 @@ _ROWS, _COLUMNS = 3, 5
 
 def draw_before_after(run_dir: Path) -> Path:
     """Write ``before_after.png`` into the run folder, from its samples and metrics. Returns its path."""
-    folders = sorted((run_dir / "samples").iterdir())
+    folders = sorted((run_dir / "samples").glob("step_*"))
     last = exported_step(run_dir, int(folders[-1].name.removeprefix("step_")))
     metrics = read_metrics(run_dir)
     figure = Figure(figsize=(12, 3.3), layout="constrained")

@@ -16,19 +16,20 @@ from diffusionrl.tracking import is_held, read_metrics
 DERIVED = ("_se", "_change", "_from_peak")
 """Ends of the names of metrics that say more of another one."""
 TRAINING = ("time/rollout", "time/update", "time/pretraining")
-"""Ends of the names of metrics that add up to the time of a step, over its tasks; a reward's overlaps the rollout's."""
-ASIDE = ("reward", "invalid", "prediction_distance", "saturation", "sharpness", "high_frequency")
+"""Ends of the names of metrics that add up to the time of a step, over its tasks; a rollout lasts until all is scored."""
+ASIDE = ("reward", "invalid", "prediction_distance", "prediction_norm", "saturation", "sharpness", "high_frequency")
 """Measures of an evaluation that are no scores, or shown elsewhere."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of an evaluation.
+    """One image of an evaluation, or of a training step.
 
     Attributes:
-        index: which of the evaluation's prompts and seeds; the same in every evaluation of a run.
+        index: which of the evaluation's prompts and seeds, the same in every evaluation of a run; or which of the step's.
         reward: None where it is invalid.
         scores: held-out rewards and the parts of the reward, by name.
+        error: why a training step's has no valid score.
     """
 
     index: int
@@ -36,6 +37,7 @@ class Sample:
     reward: float | None
     scores: dict[str, float | None]
     image: Path
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Run:
         environment: env.json.
         metrics: the lines of metrics.jsonl, each with "hours" of training until then.
         evaluations: oldest first.
+        recent: best, worst and failed samples of the last training steps by step, oldest first.
         alarms: "step", "kind" and "message", as text.
     """
 
@@ -78,6 +81,7 @@ class Run:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     evaluations: list[Evaluated]
+    recent: dict[int, list[Sample]]
     alarms: list[dict[str, str]]
     ending: Ending
 
@@ -126,14 +130,17 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{folder} cannot be read as a run: {type(error).__name__}: {error}") from error
     evaluations = [
-        Evaluated(step, queries[step], samples) for step, samples in _read_evaluations(folder) if step in queries and samples
+        Evaluated(step, queries[step], samples)
+        for step, samples in _read_samples(folder / "samples")
+        if step in queries and samples
     ]
+    recent = {step: list(samples.values()) for step, samples in _read_samples(folder / "samples" / "recent") if samples}
     alarms = [
         {key: str(entry.get(key, "")) for key in ("step", "kind", "message")} for entry in _objects(folder / "alarms.jsonl")
     ]
     environment = next(_objects(folder / "env.json", whole=True), {})
     done = max(queries, default=0)
-    return Run(folder, config, config_text, environment, metrics, evaluations, alarms, _ending(folder, done, steps))
+    return Run(folder, config, config_text, environment, metrics, evaluations, recent, alarms, _ending(folder, done, steps))
 
 
 def time_unit(runs: Sequence[Run]) -> tuple[str, int]:
@@ -162,8 +169,8 @@ def _objects(file: Path, whole: bool = False) -> Iterator[dict[str, Any]]:
             yield entry
 
 
-def _read_evaluations(folder: Path) -> Iterator[tuple[int, dict[int, Sample]]]:
-    for samples in sorted((folder / "samples").glob("step_*")):
+def _read_samples(folder: Path) -> Iterator[tuple[int, dict[int, Sample]]]:
+    for samples in sorted(folder.glob("step_*")):
         step = samples.name.removeprefix("step_")
         if step.isdecimal():
             yield int(step), {s.index: s for entry in _objects(samples / "samples.jsonl") if (s := _sample(entry, samples))}
@@ -174,9 +181,11 @@ def _sample(entry: dict[str, Any], folder: Path) -> Sample | None:
     if not isinstance(index, int):
         return None
     reward = number_or_none(entry.get("reward")) if entry.get("valid") else None
-    known = {"index", "prompt", "valid", *ASIDE}
+    known = {"index", "prompt", "valid", "error", *ASIDE}
     scores = {str(name): number_or_none(value) for name, value in entry.items() if name not in known}
-    return Sample(index, str(entry.get("prompt", "")), reward, scores, folder / f"{index:05d}.png")
+    return Sample(
+        index, str(entry.get("prompt", "")), reward, scores, folder / f"{index:05d}.png", str(entry.get("error") or "")
+    )
 
 
 def _ending(folder: Path, done: int, steps: int) -> Ending:

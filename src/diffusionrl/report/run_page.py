@@ -78,8 +78,8 @@ def _content(run: Run) -> dict[str, Any]:
         "scrubber": scrubbed,
         "charts": _main_charts(run, marks),
         "more_charts": _other_charts(run, marks),
-        "picked": _picked(run.evaluations, pictures, places),
-        "picked_at": run.evaluations[-1] if run.evaluations else None,
+        "picked": _picked(run, pictures, places),
+        "picked_at": _picked_at(run),
         "command": _command(run),
         "load": _load(run),
         "config": cut(run.config_text, MAX_CONFIG),
@@ -189,7 +189,9 @@ def _main_charts(run: Run, marks: list[float]) -> list[Chart]:
         charts.append(draw("approximate KL", "queries", [line], f"of a step's updates from its rollout, nats a {unit}", marks))
     parts = ["rollout", "reward", "update", *(["pretraining"] if run.column("time/pretraining")[0] else [])]
     times = [_line(run, f"time/{part}", part, colour=i) for i, part in enumerate(parts)]
-    charts.append(draw("seconds a step", "queries", times, "rewards are computed during the rollout", marks, from_zero=True))
+    charts.append(
+        draw("seconds a step", "queries", times, "a rollout lasts until its rewards are there", marks, from_zero=True)
+    )
     return [chart for chart in charts if chart is not None]
 
 
@@ -211,24 +213,34 @@ def _other_charts(run: Run, marks: list[float]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _picked(evaluations: Sequence[Evaluated], pictures: Pictures, places: int) -> dict[str, list[dict[str, Any]]]:
-    """Best and worst samples of the last evaluation; those of the last three that have no valid score."""
-    if not evaluations:
+def _picked(run: Run, pictures: Pictures, places: int) -> dict[str, list[dict[str, Any]]]:
+    """Best, worst and failed samples of the last training steps, or of the last evaluation where there is none yet; and failed
+    ones of the last three evaluations."""
+    if not run.recent and not run.evaluations:
         return {}
-    scored = sorted(
-        (sample for sample in evaluations[-1].samples.values() if sample.reward is not None),
-        key=lambda sample: sample.reward or 0.0,
-    )
+    newest = [(step, sample) for step, samples in reversed(run.recent.items()) for sample in samples]
+    found = newest or [(run.evaluations[-1].step, sample) for sample in run.evaluations[-1].samples.values()]
+    scored = sorted(((step, s) for step, s in found if s.reward is not None), key=lambda each: each[1].reward or 0.0)
     count = min(PICKED, len(scored) // 2)
-    failed = [(each, s) for each in evaluations[:-4:-1] for s in each.samples.values() if s.reward is None]
+    failed = [(f"step {step:,}", sample) for step, sample in newest if sample.reward is None][:PICKED]
+    for each in run.evaluations[:-4:-1]:
+        failed += [(f"evaluation, step {each.step:,}", s) for s in each.samples.values() if s.reward is None]
     return {
-        "best": [_shown(sample, pictures, places) for sample in scored[::-1][:count]],
-        "worst": [_shown(sample, pictures, places) for sample in scored[:count]],
-        "failed": [_shown(sample, pictures, places, f"step {each.step:,}") for each, sample in failed[:PICKED]],
+        "best": [_shown(sample, pictures, places, f"step {step:,}") for step, sample in scored[::-1][:count]],
+        "worst": [_shown(sample, pictures, places, f"step {step:,}") for step, sample in scored[:count]],
+        "failed": [_shown(sample, pictures, places, when) for when, sample in failed[:PICKED]],
     }
 
 
-def _shown(sample: Sample, pictures: Pictures, places: int, when: str = "") -> dict[str, Any]:
+def _picked_at(run: Run) -> str:
+    """Where the best and the worst are from."""
+    if not run.recent:
+        return f"at the evaluation of step {run.evaluations[-1].step:,}" if run.evaluations else ""
+    first, last = min(run.recent), max(run.recent)
+    return f"in training, step {last:,}" if first == last else f"in training, steps {first:,} to {last:,}"
+
+
+def _shown(sample: Sample, pictures: Pictures, places: int, when: str) -> dict[str, Any]:
     shown = cell(sample, None, pictures, places)
     return {
         "uri": pictures.uris[shown.image] if shown.image >= 0 else None,
@@ -236,6 +248,7 @@ def _shown(sample: Sample, pictures: Pictures, places: int, when: str = "") -> d
         "score": shown.score,
         "others": [(name, number(value)) for name, value in sample.scores.items()],
         "when": when,
+        "error": cut(sample.error),
     }
 
 
@@ -276,7 +289,7 @@ def _load(run: Run) -> str:
         lines = [
             "from diffusers import DDIMScheduler, StableDiffusionPipeline",
             f"pipe = StableDiffusionPipeline.from_pretrained({'MODEL' if own else repr(str(model))})",
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)",
         ]
     unet, lora = f"pipe.unet = type(pipe.unet).from_pretrained({export + '/unet'!r})", f"pipe.load_lora_weights({export!r})"
     lines += [unet if full else lora, f"image = pipe({(prompts or ['a cat'])[0]!r}, {settings}).images[0]"]

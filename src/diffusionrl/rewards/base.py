@@ -156,8 +156,9 @@ def _describe(returned: Any) -> str:
 
 def try_reward(
     reward: Reward, image_size: int, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], count: int = 2
-) -> None:
-    """Score two grey images, or ``count``, before anything slow starts, so that a reward that cannot work is found now.
+) -> Scores:
+    """Score two grey images, or ``count``, before anything slow starts, so that a reward that cannot work is found now. Prompts
+    come in turn. Returns the scores.
 
     Raises:
         UserError: the reward raised, said what stops it, or returned something else than ``count`` numbers. Invalid numbers
@@ -174,3 +175,4 @@ def try_reward(
     scores = _as_scores(returned, [""] * count, (-math.inf, math.inf))
     if isinstance(returned, Scores) and not scores.valid.any():
         raise UserError(f"{tried}: {scores.error}")
+    return scores

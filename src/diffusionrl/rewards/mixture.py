@@ -15,6 +15,8 @@ from diffusionrl.errors import UserError, one_of
 from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.base import Reward, Scores, load_reward, looks_at_groups, score, score_groups, try_reward
 
+_ROUNDING = 1e-3  # relative, of a score: networks in low precision may round by the place in a batch
+
 
 class Mixture:
     """A weighted sum of rewards; a sample without a valid score from each of them is invalid.
@@ -159,15 +161,27 @@ def try_mixture(
     prompts: Sequence[str],
     metadata: Sequence[dict[str, Any]],
     group_sizes: Sequence[int] = (),
-) -> None:
+) -> list[str]:
     """``try_reward`` for each, with a group of every size that it will be called with where it looks at groups; the error names
-    the reward where there are several."""
+    the reward where there are several.
+
+    Args:
+        prompts: one or two; where a reward does not look at groups, the first one's image is scored twice.
+
+    Returns:
+        Names of the rewards that did not give the same image the same score.
+    """
+    unsteady = []
     for name, reward in mixture.rewards.items():
         try:
             if name not in mixture.grouped:
-                try_reward(reward, image_size, prompts, metadata)
+                found = try_reward(reward, image_size, prompts, metadata, 1 + len(prompts))
+                first, again = found.values[[0, -1]].tolist()
+                if found.valid[[0, -1]].all() and not math.isclose(first, again, rel_tol=_ROUNDING):
+                    unsteady.append(name)
                 continue
             for size in dict.fromkeys(group_sizes):
                 try_reward(reward, image_size, prompts[:1], metadata[:1], size)
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(mixture.rewards) > 1 else str(error)) from error
+    return unsteady
