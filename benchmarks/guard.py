@@ -65,7 +65,7 @@ def watched(config: TrainConfig) -> TrainConfig:
 def all_runs() -> Iterator[Run]:
     for seed in SEEDS:
         for name, method, reward, rate, steps in (
-            ("hacked-incompressibility", "ddpo-sf", "incompressibility", 5e-3, 24),
+            ("hacked-incompressibility", "ddpo-sf", "incompressibility", 1e-2, 18),
             ("hacked-aesthetic", "ddpo-sf", "aesthetic", 1e-2, 16),
             ("compressibility", "ddpo-is", "compressibility", 5e-3, 16),
             ("incompressibility", "ddpo-is", "incompressibility", 5e-3, 10),
@@ -111,7 +111,7 @@ def measure(run_dir: Path, group: str, guard: GuardConfig) -> dict[str, Any]:
     below = [difference(golds[peak], gold) for gold in golds]  # how much less than at the peak
     plateau = [i for i, (lost, error) in enumerate(below) if lost <= error]
     verdicts = replayed(run_dir, guard)
-    stop = next((i for i, verdict in enumerate(verdicts) if verdict.streak >= guard.patience), None)
+    stop = next((i for i, verdict in enumerate(verdicts) if verdict.message), None)
     steps = [line["step"] for line in lines]
     kept = steps.index(verdicts[-1 if stop is None else stop].best)
     queries = [line["queries"] for line in lines]

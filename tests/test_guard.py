@@ -199,27 +199,36 @@ def parting(falls: Sequence[float], rises: Sequence[float] | None = None) -> Ser
 
 
 def test_the_guard_speaks_when_reward_and_held_out_score_part() -> None:
-    lines = history(parting([0, 0, 0, 0.5, 0.6, 0.7, 0.8]))
+    lines = history(parting([0, 0, 0, 0.9, 1.0, 1.1, 1.2]))
     verdicts = replay(lines, GuardConfig(stop=True))
     assert [v.streak for v in verdicts] == [0, 0, 0, 1, 2, 3, 4]
     assert [v.alarm for v in verdicts] == [None] * 5 + ["reward-hacking", None], "once"
     assert [v.stop for v in verdicts] == [False] * 5 + [True, True]
     assert verdicts[5].best == 2, "the highest reward before the score fell"
     assert verdicts[5].fallen == ("held",)
-    for said in ("held is below its peak of step", "3 standard errors in 3 evaluations in a row", "Best before: step 2"):
+    beyond = "3 standard errors in 3 evaluations in a row", "0.8 standard deviations between images"
+    for said in ("held is below its peak of step", *beyond, "Best before: step 2"):
         assert said in verdicts[5].message
     assert not any(v.stop for v in replay(lines)), "only if asked"
 
 
+def test_a_small_fall_counts_for_the_streak_and_stops_nothing() -> None:
+    verdicts = replay(history(parting([0, 0.3, 0.4, 0.5, 0.6, 0.9, 0.6, 0.9, 0, 0.9, 0.9, 0.9])))
+    assert [v.streak for v in verdicts] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    assert [bool(v.fallen) for v in verdicts] == [False] * 5 + [True, False, True, False] + [True] * 3
+    assert [i for i, v in enumerate(verdicts) if v.alarm] == [5, 11], "once in a streak"
+    assert [v.best for v in verdicts[:9]] == [0, 1, 2, 3, 4, 4, 6, 6, 8], "the highest reward before a fall that matters"
+
+
 def test_a_score_that_recovers_begins_a_new_streak() -> None:
-    verdicts = replay(history(parting([0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, 0, 0.5, 0.5, 0.5])))
+    verdicts = replay(history(parting([0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1])))
     assert [v.streak for v in verdicts] == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3]
     assert [i for i, v in enumerate(verdicts) if v.alarm] == [6, 10]
     assert verdicts[-1].best == 7
 
 
 def test_where_the_reward_falls_too_it_is_another_alarm() -> None:
-    verdicts = replay(history(parting([0, 0.5, 0.6, 0.7], rises=[0, -0.1, -0.2, -0.3])))
+    verdicts = replay(history(parting([0, 1, 1, 1], rises=[0, -0.1, -0.2, -0.3])))
     assert verdicts[-1].alarm == "held-out-falls"
     assert verdicts[-1].best == 0
 
@@ -230,7 +239,7 @@ def test_a_rising_or_flat_held_out_score_is_left_alone() -> None:
     base = noise(0)
     flat = replay(history([(base + 0.1 * i, base) for i in range(12)]))  # to the bit: a standard error of 0
     assert not any(v.fallen for v in flat) and flat[-1].best == 11
-    sunk = replay(history([(base, base - 0.1 * (i > 0)) for i in range(4)]))
+    sunk = replay(history([(base, base - float(i > 0)) for i in range(4)]))
     assert sunk[-1].alarm is not None, "all samples alike: no noise at all"
 
 
@@ -245,12 +254,12 @@ def test_noise_alone_seldom_triggers(kept: float) -> None:
         for draw in draws:
             wander = kept * wander + draw
             series.append((draws[0], draws[0] + wander))
-        alarms += any(v.alarm for v in replay(history(series)))
+        alarms += any(v.alarm for v in replay(history(series), GuardConfig(drop=0)))
     assert alarms <= 0.03 * runs
 
 
 def test_missing_scores_are_passed_over() -> None:
-    series = list(parting([0, 0, 0.5, 0.5, 0.5, 0.5]))
+    series = list(parting([0, 0, 1, 1, 1, 1]))
     gone = torch.full((64,), math.nan)
     series[3] = (series[3][0], gone)
     series[4] = (gone, series[4][1])
@@ -267,8 +276,9 @@ def test_missing_scores_are_passed_over() -> None:
 
 def test_knobs() -> None:
     lines = history(parting([0, 0.02, 0.5]))
-    assert replay(lines, GuardConfig(patience=1))[-1].alarm == "reward-hacking"
-    assert replay(lines, GuardConfig(patience=1, noise=100.0))[-1].alarm is None
+    assert replay(lines, GuardConfig(patience=1, drop=0.3))[-1].alarm == "reward-hacking"
+    assert replay(lines, GuardConfig(patience=1, drop=0.3, noise=100.0))[-1].alarm is None
+    assert replay(lines, GuardConfig(patience=1))[-1].alarm is None
     assert judge(lines, [], GuardConfig()) == Verdict()
     few = history([(reward[:9], held[:9]) for reward, held in parting([0, 5, 5, 5, 5])])
     assert not any(v.fallen for v in replay(few)), "fewer than ten samples have no noise to speak of"
@@ -290,6 +300,8 @@ def test_settings_that_cannot_work(guard: GuardConfig, evaluation: EvaluationCon
         GuardConfig(noise=0)
     with pytest.raises(UserError, match="at least 1"):
         GuardConfig(patience=0)
+    with pytest.raises(UserError, match="must not be negative"):
+        GuardConfig(drop=-0.1)
 
 
 # Whole runs: what is held out is the reward with the other sign, so the two cannot but part
@@ -297,7 +309,7 @@ def test_settings_that_cannot_work(guard: GuardConfig, evaluation: EvaluationCon
 
 def guarded(model: Path, run_dir: Path, *more: str) -> list[str]:
     options = """--steps 4 --evaluation.every 1 --evaluation.num-samples 10 --evaluation.held-out compressibility
-        --guard.patience 1 --guard.noise 0.01 --optimizer.learning-rate 1e-2"""
+        --guard.patience 1 --guard.noise 0.01 --guard.drop 0 --optimizer.learning-rate 1e-2"""
     return tiny_run(model, run_dir, *options.split(), *more)
 
 

@@ -139,14 +139,17 @@ class GuardConfig:
     watch: tuple[str, ...] = ()
     """Which of evaluation.held_out are watched; none named: all of them."""
     noise: float = 3.0
-    """A score has fallen where it is this many standard errors below its peak."""
+    """A score is below its peak where it is so many standard errors below it."""
     patience: int = 3
-    """Evaluations in a row with a fallen score before the warning."""
+    """Evaluations in a row with a score below its peak before a fall counts."""
+    drop: float = 0.8
+    """A score has fallen where it is, besides, so many standard deviations between images below its peak."""
     stop: bool = False
     """Stop there; and export the best weights before any score had fallen, not the last ones."""
 
     def __post_init__(self) -> None:
         require(self.noise > 0, f"guard.noise must be positive, not {self.noise}")
+        require(self.drop >= 0, f"guard.drop must not be negative, not {self.drop}")
         require(self.patience >= 1, f"guard.patience must be at least 1, not {self.patience}")
 
 

@@ -165,7 +165,8 @@ def compare(
     group_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Paired differences of the newest evaluation: of everything from the first one (``eval/NAME_change``), and of the watched
-    scores from their highest one so far (``eval/NAME_from_peak``), each with its standard error.
+    scores from their highest one so far (``eval/NAME_from_peak``), each with its standard error; and the standard deviation
+    between images at that highest one (``eval/NAME_peak_std``).
 
     Args:
         now: by name, (N,), NaN where invalid.
@@ -176,7 +177,7 @@ def compare(
     if not before:
         return {}
     sizes = group_sizes or {}
-    differences = {}
+    differences, spreads = {}, {}
     first = samples_of(before[0]["step"])
     for name, values in now.items():
         differences[f"eval/{name}_change"] = paired(values, first.get(name), sizes.get(name, 1))
@@ -185,7 +186,15 @@ def compare(
         if peak is not None and name in now:
             then = samples_of(peak["step"]).get(name)
             differences[f"eval/{name}_from_peak"] = paired(now[name], then, sizes.get(name, 1))
-    return {f"{key}{end}": each for key, pair in differences.items() for end, each in zip(("", "_se"), pair, strict=True)}
+            spreads[f"eval/{name}_peak_std"] = spread(then, sizes.get(name, 1))
+    pairs = {f"{key}{end}": each for key, pair in differences.items() for end, each in zip(("", "_se"), pair, strict=True)}
+    return pairs | spreads
+
+
+def spread(values: Tensor | None, group_size: int = 1) -> float:
+    """Standard deviation of the valid ones, sample by sample or group by group; NaN with fewer than two."""
+    each = by_group(torch.empty(0) if values is None else values.double(), group_size)
+    return each[each.isfinite()].std().item() if int(each.isfinite().sum()) > 1 else float("nan")
 
 
 def paired(now: Tensor, then: Tensor | None, group_size: int = 1) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import yaml
 from diffusionrl.errors import UserError
 from diffusionrl.tracking import is_held, read_metrics
 
-DERIVED = ("_se", "_change", "_from_peak")
+DERIVED = ("_se", "_change", "_from_peak", "_peak_std")
 """Ends of the names of metrics that say more of another one."""
 TRAINING = ("time/rollout", "time/update", "time/pretraining")
 """Ends of the names of metrics that add up to the time of a step, over its tasks; a rollout lasts until all is scored."""
