@@ -168,8 +168,8 @@ def try_reward(
     tried = f"the reward failed on {'two' if count == 2 else count} grey {image_size} x {image_size} images"
     try:
         returned = reward(images, (list(prompts) * count)[:count], (list(metadata) * count)[:count])
-    except NothingSeen:
-        return
+    except NothingSeen as nothing:
+        return Scores(torch.zeros(count), torch.zeros(count, dtype=torch.bool), str(nothing))
     except Exception as error:  # whatever it raises is the answer
         raise UserError(f"{tried}: {type(error).__name__}: {error}") from error
     scores = _as_scores(returned, [""] * count, (-math.inf, math.inf))
