@@ -162,7 +162,7 @@ def test_an_option_can_put_a_file_right(tmp_path: Path) -> None:
         (["--reward", "compresibility"], "unknown reward 'compresibility'; did you mean 'compressibility'?"),
         (["--algorithm.name", "rvr"], "did you mean 'rwr'?"),
         (["--reward", "aesthetic=2", "aesthetic"], "named twice"),
-        (["--reward", "aesthetic=lots"], "the weight 'lots' is not a number"),
+        (["--reward", "aesthetic=lots"], "the weight 'lots' is not a finite number"),
         (["--evaluation.held-out", "emoji-jugde"], "unknown reward 'emoji-jugde'"),
         (["--reward", "vlm-yes"], "rewards.vlm.model is needed"),
         (["--reward", "clip-score", "--rewards.clip-score.model", "./nowhere"], "was not found"),
