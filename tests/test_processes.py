@@ -105,9 +105,15 @@ def test_two_processes_make_the_run_of_one(folder: Path) -> None:
 
 
 def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
-    options = ("--policy.training", "full", "--optimizer.learning-rate", "1e-4", "--steps", "2")
+    options = ["--policy.training", "full", "--optimizer.learning-rate", "1e-4", "--steps", "2"]
+    # Shares of 4 and 5 samples, in 1 and 2 batches of 4.
+    options += ["--prompts-per-step", "9", "--samples-per-prompt", "1", "--algorithm.updates-per-step", "3"]
+    options += ["--evaluation.num-samples", "9"]
     run(folder, 1, *options, "--run-dir", "one")
     run(folder, 2, *options, "--run-dir", "two")
+    alone, together = (read_metrics(folder / name) for name in ("one", "two"))
+    assert alone[0]["eval/reward"] == pytest.approx(together[0]["eval/reward"], rel=1e-5)
+    assert alone[1]["reward/mean"] == pytest.approx(together[1]["reward/mean"], rel=1e-5)
     assert apart(weights(folder / "one"), weights(folder / "two")) < 1e-4  # the sum is rounded in another order
     said = run(folder, 2, *options, "--run-dir", "two", "--steps", "3")
     assert "going on after step 2" in said

@@ -79,7 +79,7 @@ class Optimization:
     @property
     def sharded(self) -> bool:
         """Each process holds a part of the weights; then all are needed for what wants them whole."""
-        return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
+        return processes.sharded(self.parameters.values())
 
     def update(
         self, algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor

@@ -11,7 +11,7 @@ Attributes:
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -181,6 +181,11 @@ def tell_tensors(files: Mapping[str, Mapping[str, Tensor]] | None) -> dict[str, 
                 _broadcast(moved, 0)
             found[file][name] = moved.cpu()
     return found
+
+
+def sharded(parameters: Iterable[Tensor]) -> bool:
+    """Each process holds a part of the weights: all of them are needed whenever the model is used, equally often."""
+    return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
 def whole(tensor: Tensor) -> Tensor:
