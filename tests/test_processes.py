@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from diffusionrl import processes
 from diffusionrl.algorithms import DDPO
+from diffusionrl.api import _check_shares, train
 from diffusionrl.checkpoint import load_newest
-from diffusionrl.config import DDPOConfig, TrainConfig
+from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, PretrainingConfig, SamplingConfig, TrainConfig
 from diffusionrl.errors import RunStopped, UserError
-from diffusionrl.optimization import micro_batches
+from diffusionrl.optimization import Optimization, micro_batches
 from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import as_mixture
@@ -119,6 +120,47 @@ def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
     assert "going on after step 2" in said
     assert said.count("going on after") == 1
     assert len(load_file(next((folder / "two" / "export" / "unet").glob("*.safetensors")))) > 100
+
+
+def test_sharded_weights_are_gathered_for_checkpoints_alone(
+    monkeypatch: pytest.MonkeyPatch, make_policy: Callable[..., StableDiffusionPolicy], tmp_path: Path
+) -> None:
+    captured: list[int] = []
+    original = TrainingState.capture
+    monkeypatch.setattr(
+        TrainingState, "capture", lambda self, step, *rest: captured.append(step) or original(self, step, *rest)
+    )
+    monkeypatch.setattr(Optimization, "sharded", True)
+    config = TrainConfig(
+        steps=5,
+        prompts_per_step=4,
+        sampling=SamplingConfig(num_steps=2),
+        evaluation=EvaluationConfig(every=0, num_samples=2),
+        checkpoint=CheckpointConfig(every=2),
+        run_dir=tmp_path / "run",
+    )
+    train(config, make_policy(), lambda images, *_: images.mean((1, 2, 3)), ["a cat"])
+    assert captured == [0, 2, 4, 5]
+
+
+def test_whole_copies_are_the_main_processs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[int] = []
+    monkeypatch.setattr(processes, "whole", lambda tensor: gathered.append(len(tensor)) or tensor)
+    tensors = {"a": torch.ones(1), "b": torch.ones(2)}
+    assert list(processes.copies(tensors)) == ["a", "b"]
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    assert processes.copies(tensors) == {} and gathered == [1, 2, 1, 2], "the others help"
+
+
+def test_what_cannot_be_shared_is_refused_by_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    for setting, config in (
+        ("prompts_per_step", TrainConfig(prompts_per_step=2, samples_per_prompt=2)),
+        ("evaluation.num_samples", TrainConfig(evaluation=EvaluationConfig(num_samples=6, samples_per_prompt=2))),
+        ("pretraining.batch_size", TrainConfig(pretraining=PretrainingConfig("emoji", batch_size=3))),
+    ):
+        with pytest.raises(UserError, match=f"among 4 processes: start fewer, or raise {setting}$"):
+            _check_shares(config)
 
 
 def test_a_process_that_dies_ends_the_run_and_loses_nothing(folder: Path) -> None:
