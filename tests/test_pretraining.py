@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, train
+from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, processes, train
 from diffusionrl.algorithms import RWR, make_algorithm
 from diffusionrl.cli import main
 from diffusionrl.config import (
@@ -220,6 +220,14 @@ def test_images_of_a_folder_are_cropped_to_the_middle(make_policy: Any, tmp_path
     red = torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 32, 32)
     assert batch.images.shape == (40, 3, 32, 32)
     assert any(torch.allclose(image, red) for image in batch.images)
+
+
+def test_too_many_broken_images_on_one_process_stop_all(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(pretraining=PretrainingConfig("emoji", batch_size=2))
+    loss = Pretraining(ScenePairs(), config, 2)
+    monkeypatch.setattr(processes, "ask", lambda said: [said, "3 images do not decode"])
+    with pytest.raises(RunStopped, match="3 images do not decode"):
+        loss.batch(make_policy(), 1, range(2))
 
 
 def test_broken_images_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
