@@ -55,12 +55,31 @@ def dies(images, prompts, metadata):  # the trial is the first call, the evaluat
     return images.mean((1, 2, 3))
 
 
+def bright(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+def side(images):
+    return (images[:, 0, 0, 0] > images[:, 0, -1, -1]).long()
+
+
 def fails(images, prompts, metadata):
     global calls
     calls += 1
     if calls == 3 and not first:
         raise ValueError("only here")
     return images.mean((1, 2, 3))
+"""
+
+
+JOINT = """
+algorithm: {name: diffusionrl, timesteps_per_step: 2, micro_batch_size: 2}
+reward: ours:bright
+rewards: {parity: {attribute: ours:side, classes: [left, right], credit: leave-one-out}}
+evaluation: {samples_per_prompt: 2}
+tasks:
+  - {name: people, reward: parity, prompts: occupations, prompts_per_step: 4, samples_per_prompt: 2}
+pretraining: {source: emoji, batch_size: 4, updates: 2}
 """
 
 
@@ -83,6 +102,21 @@ def weights(run_dir: Path) -> torch.Tensor:
     return torch.cat([found.tensors["policy"][name].flatten() for name in sorted(found.tensors["policy"])])
 
 
+def samples(run_dir: Path) -> dict[str, bytes]:
+    """Every image of every evaluation."""
+    images = sorted((run_dir / "samples").rglob("0*.png"))
+    assert images
+    return {str(image.relative_to(run_dir)): image.read_bytes() for image in images}
+
+
+def compare_metrics(one: Path, two: Path) -> None:
+    """Those of two processes are those of one, to the rounding of their sums."""
+    for alone, together in zip(read_metrics(one), read_metrics(two), strict=True):
+        for key in alone:
+            if alone[key] is not None and "time/" not in key and not key.startswith("peak"):
+                assert together[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-9), key
+
+
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / a.norm())
 
@@ -91,18 +125,26 @@ def test_two_processes_make_the_run_of_one(folder: Path) -> None:
     run(folder, 1, "--run-dir", "one")
     run(folder, 2, "--run-dir", "two")
     one, two = folder / "one", folder / "two"
-    assert apart(weights(one), weights(two)) < 1e-5
-    for step in ("step_000000", "step_000003"):
-        for image in sorted((one / "samples" / step).glob("0*.png")):
-            assert image.read_bytes() == (two / "samples" / step / image.name).read_bytes()
-    for alone, together in zip(read_metrics(one), read_metrics(two), strict=True):
-        for key in alone:
-            if alone[key] is not None and not key.startswith(("time/", "peak")):
-                assert together[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-9), key
+    assert torch.equal(weights(one), weights(two))
+    assert samples(one) == samples(two)
+    compare_metrics(one, two)
     line = read_metrics(two)[-1]
     assert line["processes"] == 2 and line["communication/bytes"] > 0 and line["time/communication"] > 0
     exported = [load_file(run / "export" / "pytorch_lora_weights.safetensors") for run in (one, two)]
-    assert all(apart(exported[0][name], exported[1][name]) < 1e-5 for name in exported[0])
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+
+
+def test_two_processes_make_the_joint_run_of_one(folder: Path) -> None:
+    """DiffusionRL on two rewards, of which one looks at groups, and the pretraining loss."""
+    (folder / "joint.yaml").write_text(JOINT)
+    for count, name in ((1, "one"), (2, "two")):
+        run(folder, count, "--config", "joint.yaml", "--steps", "2", "--run-dir", name)
+    one, two = folder / "one", folder / "two"
+    assert torch.equal(weights(one), weights(two))
+    assert samples(one) == samples(two)
+    compare_metrics(one, two)
+    last = read_metrics(two)[-1]
+    assert last["pretraining/loss"] > 0 and last["people/policy/approx_kl"] > 0, "all three were trained on"
 
 
 def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
