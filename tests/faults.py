@@ -67,10 +67,13 @@ def finish_together(arguments: list[str], folder: Path, count: int) -> str:
     group = [start(arguments, log, prepare) for log, prepare in zip(logs, prepared, strict=True)]
     for process in group:
         process.join(100)
+    still = [process for process in group if process.exitcode is None]
+    for process in still:
+        kill(process)
     said = "".join(log.read_text() for log in logs)
     for log in logs:
         log.unlink()
-    assert [process.exitcode for process in group] == [0] * count, said
+    assert [process.exitcode for process in group] == [0] * count, f"{len(still)} hung; {said}"
     return said
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, train
+from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, processes, train
 from diffusionrl.algorithms import RWR, make_algorithm
 from diffusionrl.cli import main
 from diffusionrl.config import (
@@ -232,6 +232,14 @@ def test_three_formats_are_decoded_and_no_others(tmp_path: Path, kind: str) -> N
     else:
         with pytest.raises(UserError, match="do not decode as JPEG, PNG or WebP"):
             load_pairs(PretrainingConfig(str(source)))
+
+
+def test_too_many_broken_images_on_one_process_stop_all(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(pretraining=PretrainingConfig("emoji", batch_size=2))
+    loss = Pretraining(ScenePairs(), config, 2)
+    monkeypatch.setattr(processes, "ask", lambda said: [said, "3 images do not decode"])
+    with pytest.raises(RunStopped, match="3 images do not decode"):
+        loss.batch(make_policy(), 1, range(2))
 
 
 def test_broken_images_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from diffusionrl import processes
 from diffusionrl.algorithms import DDPO
+from diffusionrl.api import _check_shares, train
 from diffusionrl.checkpoint import load_newest
-from diffusionrl.config import DDPOConfig, TrainConfig
+from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, PretrainingConfig, SamplingConfig, TrainConfig
 from diffusionrl.errors import RunStopped, UserError
-from diffusionrl.optimization import micro_batches
+from diffusionrl.optimization import Optimization, micro_batches
 from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import as_mixture
@@ -54,12 +55,31 @@ def dies(images, prompts, metadata):  # the trial is the first call, the evaluat
     return images.mean((1, 2, 3))
 
 
+def bright(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+def side(images):
+    return (images[:, 0, 0, 0] > images[:, 0, -1, -1]).long()
+
+
 def fails(images, prompts, metadata):
     global calls
     calls += 1
     if calls == 3 and not first:
         raise ValueError("only here")
     return images.mean((1, 2, 3))
+"""
+
+
+JOINT = """
+algorithm: {name: diffusionrl, timesteps_per_step: 2, micro_batch_size: 2}
+reward: ours:bright
+rewards: {parity: {attribute: ours:side, classes: [left, right], credit: leave-one-out}}
+evaluation: {samples_per_prompt: 2}
+tasks:
+  - {name: people, reward: parity, prompts: occupations, prompts_per_step: 4, samples_per_prompt: 2}
+pretraining: {source: emoji, batch_size: 4, updates: 2}
 """
 
 
@@ -82,6 +102,21 @@ def weights(run_dir: Path) -> torch.Tensor:
     return torch.cat([found.tensors["policy"][name].flatten() for name in sorted(found.tensors["policy"])])
 
 
+def samples(run_dir: Path) -> dict[str, bytes]:
+    """Every image of every evaluation."""
+    images = sorted((run_dir / "samples").rglob("0*.png"))
+    assert images
+    return {str(image.relative_to(run_dir)): image.read_bytes() for image in images}
+
+
+def compare_metrics(one: Path, two: Path) -> None:
+    """Those of two processes are those of one, to the rounding of their sums."""
+    for alone, together in zip(read_metrics(one), read_metrics(two), strict=True):
+        for key in alone:
+            if alone[key] is not None and "time/" not in key and not key.startswith("peak"):
+                assert together[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-9), key
+
+
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / a.norm())
 
@@ -90,29 +125,84 @@ def test_two_processes_make_the_run_of_one(folder: Path) -> None:
     run(folder, 1, "--run-dir", "one")
     run(folder, 2, "--run-dir", "two")
     one, two = folder / "one", folder / "two"
-    assert apart(weights(one), weights(two)) < 1e-5
-    for step in ("step_000000", "step_000003"):
-        for image in sorted((one / "samples" / step).glob("0*.png")):
-            assert image.read_bytes() == (two / "samples" / step / image.name).read_bytes()
-    for alone, together in zip(read_metrics(one), read_metrics(two), strict=True):
-        for key in alone:
-            if alone[key] is not None and not key.startswith(("time/", "peak")):
-                assert together[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-9), key
+    assert torch.equal(weights(one), weights(two))
+    assert samples(one) == samples(two)
+    compare_metrics(one, two)
     line = read_metrics(two)[-1]
     assert line["processes"] == 2 and line["communication/bytes"] > 0 and line["time/communication"] > 0
     exported = [load_file(run / "export" / "pytorch_lora_weights.safetensors") for run in (one, two)]
-    assert all(apart(exported[0][name], exported[1][name]) < 1e-5 for name in exported[0])
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+
+
+def test_two_processes_make_the_joint_run_of_one(folder: Path) -> None:
+    """DiffusionRL on two rewards, of which one looks at groups, and the pretraining loss."""
+    (folder / "joint.yaml").write_text(JOINT)
+    for count, name in ((1, "one"), (2, "two")):
+        run(folder, count, "--config", "joint.yaml", "--steps", "2", "--run-dir", name)
+    one, two = folder / "one", folder / "two"
+    assert torch.equal(weights(one), weights(two))
+    assert samples(one) == samples(two)
+    compare_metrics(one, two)
+    last = read_metrics(two)[-1]
+    assert last["pretraining/loss"] > 0 and last["people/policy/approx_kl"] > 0, "all three were trained on"
 
 
 def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
-    options = ("--policy.training", "full", "--optimizer.learning-rate", "1e-4", "--steps", "2")
+    options = ["--policy.training", "full", "--optimizer.learning-rate", "1e-4", "--steps", "2"]
+    # Shares of 4 and 5 samples, in 1 and 2 batches of 4.
+    options += ["--prompts-per-step", "9", "--samples-per-prompt", "1", "--algorithm.updates-per-step", "3"]
+    options += ["--evaluation.num-samples", "9"]
     run(folder, 1, *options, "--run-dir", "one")
     run(folder, 2, *options, "--run-dir", "two")
+    alone, together = (read_metrics(folder / name) for name in ("one", "two"))
+    assert alone[0]["eval/reward"] == pytest.approx(together[0]["eval/reward"], rel=1e-5)
+    assert alone[1]["reward/mean"] == pytest.approx(together[1]["reward/mean"], rel=1e-5)
     assert apart(weights(folder / "one"), weights(folder / "two")) < 1e-4  # the sum is rounded in another order
     said = run(folder, 2, *options, "--run-dir", "two", "--steps", "3")
     assert "going on after step 2" in said
     assert said.count("going on after") == 1
     assert len(load_file(next((folder / "two" / "export" / "unet").glob("*.safetensors")))) > 100
+
+
+def test_sharded_weights_are_gathered_for_checkpoints_alone(
+    monkeypatch: pytest.MonkeyPatch, make_policy: Callable[..., StableDiffusionPolicy], tmp_path: Path
+) -> None:
+    captured: list[int] = []
+    original = TrainingState.capture
+    monkeypatch.setattr(
+        TrainingState, "capture", lambda self, step, *rest: captured.append(step) or original(self, step, *rest)
+    )
+    monkeypatch.setattr(Optimization, "sharded", True)
+    config = TrainConfig(
+        steps=5,
+        prompts_per_step=4,
+        sampling=SamplingConfig(num_steps=2),
+        evaluation=EvaluationConfig(every=0, num_samples=2),
+        checkpoint=CheckpointConfig(every=2),
+        run_dir=tmp_path / "run",
+    )
+    train(config, make_policy(), lambda images, *_: images.mean((1, 2, 3)), ["a cat"])
+    assert captured == [0, 2, 4, 5]
+
+
+def test_whole_copies_are_the_main_processs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[int] = []
+    monkeypatch.setattr(processes, "whole", lambda tensor: gathered.append(len(tensor)) or tensor)
+    tensors = {"a": torch.ones(1), "b": torch.ones(2)}
+    assert list(processes.copies(tensors)) == ["a", "b"]
+    monkeypatch.setattr(processes, "is_main", lambda: False)
+    assert processes.copies(tensors) == {} and gathered == [1, 2, 1, 2], "the others help"
+
+
+def test_what_cannot_be_shared_is_refused_by_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    for setting, config in (
+        ("prompts_per_step", TrainConfig(prompts_per_step=2, samples_per_prompt=2)),
+        ("evaluation.num_samples", TrainConfig(evaluation=EvaluationConfig(num_samples=6, samples_per_prompt=2))),
+        ("pretraining.batch_size", TrainConfig(pretraining=PretrainingConfig("emoji", batch_size=3))),
+    ):
+        with pytest.raises(UserError, match=f"among 4 processes: start fewer, or raise {setting}$"):
+            _check_shares(config)
 
 
 def test_a_process_that_dies_ends_the_run_and_loses_nothing(folder: Path) -> None:

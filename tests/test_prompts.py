@@ -143,6 +143,19 @@ def test_parquet_and_datasets(tmp_path: Path) -> None:
         load_prompts(f"dataset:{tmp_path / 'nowhere'}")
 
 
+def test_rows_are_checked_many_at_once_and_no_more_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    file = tmp_path / "p.parquet"
+    datasets.Dataset.from_dict({"prompt": [f"prompt {i}" for i in range(5000)] + [None]}).to_parquet(file)
+    read: list[int] = []
+    original = datasets.Dataset.__getitem__
+    monkeypatch.setattr(datasets.Dataset, "__getitem__", lambda self, key: (read.append(key), original(self, key))[1])
+    assert len(load_prompts(str(file), limit=10)) == 5001, "as the command line looks at it first"
+    with pytest.raises(UserError, match="row 5000: the prompt is a NoneType"):
+        load_prompts(str(file))
+    assert len(read) <= 2 * 2000, "two thousand for the fingerprint, and none one by one"
+
+
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     first = fingerprint(load_prompts(str(tmp_path / "p.txt")))

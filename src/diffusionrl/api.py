@@ -145,9 +145,10 @@ def _check_shares(config: TrainConfig) -> None:
     """Raises UserError where there is too little for each process to have a part of it."""
     for task in config.all_tasks:
         processes.share(task.prompts_per_step * task.samples_per_prompt, task.samples_per_prompt)
-    processes.share(config.evaluation.num_samples, config.evaluation.samples_per_prompt)
+    evaluation = config.evaluation
+    processes.share(evaluation.num_samples, evaluation.samples_per_prompt, setting="evaluation.num_samples")
     if config.pretraining.source:
-        processes.share(config.pretraining.batch_size)
+        processes.share(config.pretraining.batch_size, setting="pretraining.batch_size")
 
 
 def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, image_size: int) -> Task:

@@ -97,7 +97,8 @@ class CheckpointConfig:
     """What a run can be taken up from again; see docs/reliability.md."""
 
     every: int = 10
-    """Steps between checkpoints; there is one after the last step, and one whenever a run is asked to stop."""
+    """Steps between checkpoints; there is one after the last step, and one whenever a run is asked to stop (but for full
+    fine-tuning on several processes: docs/processes.md)."""
     keep: int = 2
     """How many of the newest are kept, beside the one with the best evaluation."""
     exact: bool = False

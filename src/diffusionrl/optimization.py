@@ -79,7 +79,7 @@ class Optimization:
     @property
     def sharded(self) -> bool:
         """Each process holds a part of the weights; then all are needed for what wants them whole."""
-        return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
+        return processes.sharded(self.parameters.values())
 
     def update(
         self, algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
@@ -114,9 +114,9 @@ class Optimization:
         return min(norm, self.config.max_grad_norm) / math.sqrt(count)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments by parameter and kind, "NAME.exp_avg"."""
+        """The moments by parameter and kind, "NAME.exp_avg", as they are: of sharded weights, sharded."""
         return {
-            f"{name}.{key}": whole(value)
+            f"{name}.{key}": value
             for name, parameter in self.parameters.items()
             for key, value in self.adamw.state.get(parameter, {}).items()
         }

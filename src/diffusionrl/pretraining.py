@@ -17,7 +17,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
@@ -191,7 +191,7 @@ class Pretraining:
         draws its share, and does not know the captions of the others."""
         seed, dropped = self.config.seed, self.config.pretraining.drop_caption
         own = processes.share(len(indices))
-        pairs = [self.pairs.draw(seeds.address(seed, "pretraining_pair", step, indices[i])) for i in own]
+        pairs = self._draw([seeds.address(seed, "pretraining_pair", step, indices[i]) for i in own])
         without = [seeds.numpy_generator(seed, "pretraining_caption", step, indices[i]).random() < dropped for i in own]
         captions = ["" if drop else caption for (_, caption), drop in zip(pairs, without, strict=True)]
         prompts = [Prompt("")] * len(indices)
@@ -208,6 +208,19 @@ class Pretraining:
             Scores(nothing, nothing == 0),
             {},
         )
+
+    def _draw(self, addresses: Sequence[int]) -> list[tuple[Image.Image, str]]:
+        """Raises RunStopped on all processes where one of them finds too many broken images."""
+        pairs: list[tuple[Image.Image, str]] = []
+        error = None
+        try:
+            pairs = [self.pairs.draw(address) for address in addresses]
+        except RunStopped as raised:
+            error = raised
+        for said in processes.ask(str(error) if error else None):
+            if said is not None:
+                raise RunStopped(said) from error
+        return pairs
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sample = rows[:, 0].to(rollout.latents.device)

@@ -11,7 +11,7 @@ Attributes:
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,7 +32,8 @@ PATIENCE = 600.0  # seconds for which a process waits for the others, beside wha
 @dataclass
 class Traffic:
     """Since the process began: seconds spent in collective operations, waiting for the others included, and bytes sent (of a
-    tensor of B bytes on W processes: 2 B (W - 1) / W for a sum, B (W - 1) / W on average for one that is told to all)."""
+    tensor of B bytes on W processes: 2 B (W - 1) / W for a sum, B (W - 1) / W on average for one that is told to all). What
+    FSDP2 sends is not counted; on NCCL, the seconds are those of starting an operation, which is over later."""
 
     seconds: float = 0.0
     bytes: float = 0.0
@@ -74,18 +75,18 @@ def is_main() -> bool:
     return index() == 0
 
 
-def share(total: int, unit: int = 1, of: int | None = None) -> range:
+def share(total: int, unit: int = 1, of: int | None = None, setting: str = "prompts_per_step") -> range:
     """Which of ``total`` samples are a process's own (this one's by default): whole units, as even as can be, in order.
 
     Raises:
-        UserError: there are fewer units than processes.
+        UserError: there are fewer units than processes; the message says that ``setting`` is to be raised.
     """
     if count() == 1:
         return range(total)
     units, process = total // unit, index() if of is None else of
     if units < count():
         each = "samples" if unit == 1 else f"groups of {unit} samples"
-        raise UserError(f"{units} {each} cannot be shared among {count()} processes: start fewer, or raise prompts_per_step")
+        raise UserError(f"{units} {each} cannot be shared among {count()} processes: start fewer, or raise {setting}")
     first, last = units * process // count(), units * (process + 1) // count()
     return range(first * unit, total if process == count() - 1 else last * unit)
 
@@ -183,9 +184,25 @@ def tell_tensors(files: Mapping[str, Mapping[str, Tensor]] | None) -> dict[str, 
     return found
 
 
+def sharded(parameters: Iterable[Tensor]) -> bool:
+    """Each process holds a part of the weights: all of them are needed whenever the model is used, equally often."""
+    return any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that is sharded over the processes, in one piece on each of them; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole copies on the CPU of the main process. The others help where a tensor is sharded, and keep nothing; one is gathered
+    after the other, as all of them together may not fit on a GPU."""
+    found = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor.detach())
+        if is_main():
+            found[name] = gathered.to("cpu", copy=True)
+    return found
 
 
 def like(parameter: Tensor, tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +23,7 @@ PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 MAX_LENGTH = 10_000  # characters
 CHECKED = 100_000  # lines that are checked before a run starts; the others, when they are drawn
 _CHUNK = 1 << 22
+_ROWS = 1000  # read at once: one by one, each takes tens of microseconds
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> 
     ``dataset:ID`` or ``dataset:ID:SPLIT`` of the library ``datasets``, likewise; any other file, one prompt a line.
 
     Blank lines are skipped. Broken ones are too, up to ``max_broken`` of them. With a ``limit``, no more lines of a file are
-    looked at.
+    looked at, and no more rows are checked.
 
     Raises:
         UserError: naming file and line.
@@ -49,10 +50,10 @@ def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> 
     files = {file.stem: file for file in sorted(PROMPT_SETS.glob("*.txt"))}
     path = files.get(source, Path(source))
     if source.startswith("dataset:"):
-        return DatasetPrompts(source, max_broken)
+        return DatasetPrompts(source, max_broken, limit)
     if not path.is_file():
         raise UserError(f"prompts {source!r}: no such file, and no built-in set ({', '.join([*built_in, *files])})")
-    return DatasetPrompts(source, max_broken) if path.suffix == ".parquet" else PromptFile(path, max_broken, limit)
+    return DatasetPrompts(source, max_broken, limit) if path.suffix == ".parquet" else PromptFile(path, max_broken, limit)
 
 
 def keep_newest(known: dict[str, Any], count: int) -> None:
@@ -87,11 +88,11 @@ class _Prompts(Sequence[Prompt]):
         """None for a blank one. Raises UserError for a broken one."""
         raise NotImplementedError
 
-    def _check(self, count: int) -> Iterator[bool]:
-        """Whether each of the first ``count`` is a prompt. Raises UserError where too many are broken."""
+    def _check(self, count: int, read: Callable[[int], object | None]) -> Iterator[bool]:
+        """Whether each of the first ``count``, read in order, is a prompt. Raises UserError where too many are broken."""
         for index in range(count):
             try:
-                yield self._read(index) is not None
+                yield read(index) is not None
             except UserError as error:
                 self.broken[index] = str(error)
                 if len(self.broken) > self.max_broken:
@@ -142,7 +143,7 @@ class PromptFile(_Prompts):
         self._bounds, self.fingerprint = _line_bounds(path, limit)
         self._starts, self._ends = self._bounds[:-1], self._bounds[1:]
         count = min(CHECKED, len(self))
-        good = np.fromiter(self._check(count), dtype=bool, count=count)
+        good = np.fromiter(self._check(count, self._read), dtype=bool, count=count)
         if not good.all():
             kept = np.concatenate([np.flatnonzero(good), np.arange(count, len(self))])
             self._starts, self._ends = self._starts[kept], self._ends[kept]
@@ -218,7 +219,7 @@ class DatasetPrompts(_Prompts):
             ``CHECKED`` rows are broken.
     """
 
-    def __init__(self, source: str, max_broken: int = 0) -> None:
+    def __init__(self, source: str, max_broken: int = 0, limit: int | None = None) -> None:
         super().__init__(max_broken)
         self.source = source
         try:
@@ -239,16 +240,28 @@ class DatasetPrompts(_Prompts):
         ends = [*range(min(1000, len(self))), *range(max(0, len(self) - 1000), len(self))]
         said = [len(self), self._rows.column_names, [self._rows[i] for i in ends]]
         self.fingerprint = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()  # all rows would take too long
-        good = sum(self._check(min(CHECKED, len(self._rows))))
+        texts = self._texts()
+        count = min(CHECKED, len(self), len(self) if limit is None else limit)
+        good = sum(self._check(count, lambda index: self._text(next(texts), index)))
         if good == 0:
             raise UserError(f"{source} holds no prompt")
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def _texts(self) -> Iterator[Any]:
+        """The column "prompt", many rows at once: what else a row holds may be large."""
+        for batch in self._rows.select_columns("prompt").iter(_ROWS):
+            yield from batch["prompt"]
+
     def _read(self, index: int) -> Prompt | None:
         entry = dict(self._rows[index])
-        text = entry.pop("prompt")
+        text = self._text(entry.pop("prompt"), index)
+        return None if text is None else Prompt(text, entry)
+
+    def _text(self, text: Any, index: int) -> str | None:
+        """Of a prompt, or None for a blank one. Raises UserError for a broken one."""
+        where = f"{self.source}, row {index}"
         if not isinstance(text, str):
-            raise UserError(f"{self.source}, row {index}: the prompt is a {type(text).__name__}, not a text")
-        return _checked(Prompt(text.strip(), entry), f"{self.source}, row {index}") if text.strip() else None
+            raise UserError(f"{where}: the prompt is a {type(text).__name__}, not a text")
+        return _checked(Prompt(text.strip()), where).text or None

@@ -63,8 +63,7 @@ class Rollout:
 
     def batches(self, process: int) -> list[range]:
         """The samples that a process drew at once, batch by batch."""
-        share = self.shares[process]
-        return [share[part] for part in chunks(len(share), self.batch_size)]
+        return cut(self.shares[process], self.batch_size)
 
     def whole(self) -> "Rollout":
         """With the tensors of all samples, on every process."""
@@ -76,6 +75,11 @@ class Rollout:
             log_probs=processes.gather(self.log_probs, sizes),
             images=processes.gather(self.images, sizes),
         )
+
+
+def cut(share: range, size: int) -> list[range]:
+    """Samples in batches of ``size``, the last one smaller if need be."""
+    return [share[part] for part in chunks(len(share), size)]
 
 
 def make_table(policy: Policy, config: SamplingConfig) -> SamplerTable:
@@ -147,7 +151,8 @@ def collect(
     group_size: int = 1,
 ) -> Rollout:
     """Sample one image a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone. Of several
-    processes, each samples and scores its share, and all know the scores.
+    processes, each samples and scores its share, and all know the scores. Where their weights are sharded, each runs as many
+    batches as the others: one that has none left takes part with a sample that is thrown away.
 
     Args:
         reduction: of the log-probabilities over the latent dimensions.
@@ -166,9 +171,9 @@ def collect(
     queue = RewardQueue(mixture, group_size)
     embeddings, latents, log_probs, images = [], [], [], []
     began = time.perf_counter()
-    own = processes.share(len(prompts), group_size)
-    for part in chunks(len(own), sampling.batch_size):
-        indices = own[part]
+    cuts = [cut(processes.share(len(prompts), group_size, each), sampling.batch_size) for each in range(processes.count())]
+    batches = cuts[processes.index()]
+    for indices in batches:
         chunk = prompts[indices.start : indices.stop]
         noise = seeds.normal(seed, purpose, step, list(indices), shape).to(policy.device)
         texts, metadata = [prompt.text for prompt in chunk], [prompt.metadata for prompt in chunk]
@@ -179,6 +184,9 @@ def collect(
         log_probs.append(densities if whole else densities[:, :0])
         images.append(policy.decode(path[:, -1]).cpu())
         queue.add(images[-1], texts, metadata)
+    if processes.sharded(policy.trainable().values()):
+        for _ in range(max(map(len, cuts)) - len(batches)):
+            sample_trajectories(policy, table, embeddings[-1][:1], noise[:1], sampling.guidance, reduction)
     scores = queue.result(timeout)
     found = Rollout(
         table,

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from diffusionrl import processes
@@ -14,7 +13,7 @@ from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.optimization import Optimization
 from diffusionrl.policies.base import Policy
 from diffusionrl.pretraining import Pretraining
-from diffusionrl.processes import like, whole
+from diffusionrl.processes import like
 from diffusionrl.tasks import Task
 
 
@@ -35,10 +34,6 @@ class TrainingState:
         Raises:
             RunStopped: the processes have different weights.
         """
-        tensors: dict[str, dict[str, Tensor]] = {
-            "policy": {name: whole(parameter) for name, parameter in self.optimization.parameters.items()},
-            "optimizer": self.optimization.tensors(),
-        }
         self._compare(step)
         state = {
             "updates": self.optimization.updates,
@@ -46,12 +41,11 @@ class TrainingState:
             "pretraining": self.pretraining.capture() if self.pretraining else None,
             "score": score,
         }
-        copies = {
-            file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in each.items()}
-            for file, each in tensors.items()
-            if processes.is_main()
+        tensors = {
+            "policy": processes.copies(self.optimization.parameters),
+            "optimizer": processes.copies(self.optimization.tensors()),
         }
-        return Checkpoint(step, copies, state)
+        return Checkpoint(step, tensors, state)
 
     def _compare(self, step: int) -> None:
         """Processes that take the same steps from the same weights have the same weights, to the bit. Raises RunStopped."""

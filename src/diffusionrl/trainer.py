@@ -50,7 +50,8 @@ class Trainer:
         self.monitor = Monitor(policy, self.tasks, config, held_out, embed)
         self.pretraining = Pretraining(pairs, config, algorithm.micro_batch_size) if pairs is not None else None
         self.state = TrainingState(policy, self.tasks, config, self.pretraining)
-        self.at_start: Checkpoint | None = None  # what the step in progress began from; None before the first evaluation
+        # What the step in progress began from, or, of sharded weights, the newest checkpoint; None before the first evaluation.
+        self.at_start: Checkpoint | None = None
 
     def run(self, folder: RunFolder) -> TrainResult:
         """Train to the end, from the folder's newest checkpoint if it has one. The weights are exported however it ends.
@@ -58,8 +59,8 @@ class Trainer:
         Raises:
             UserError: the disk is too small.
             RunStopped: too many samples without a valid score, a loss or gradient that is not finite, or a disk that cannot be
-                written to. What was done before the step that failed is saved.
-            Interrupted: a signal asked for it; the steps that were done are saved.
+                written to. What was done before the step that failed is saved, unless weights are sharded.
+            Interrupted: a signal asked for it; the steps that were done are saved, unless weights are sharded.
         """
         found = checkpoint.tell(folder.find_checkpoint())
         folder.check_disk(self.disk_need(folder.run_dir))
@@ -88,7 +89,8 @@ class Trainer:
         return tell_result(folder.run_dir)
 
     def _rescue(self, folder: RunFolder) -> None:
-        """Whatever ended the run, the steps that were done are kept.
+        """Whatever ended the run, the steps that were done are kept. Sharded weights are not there to be kept without the other
+        processes, which may be gone: of them, there are the checkpoints.
 
         Raises:
             RunStopped: they cannot be written.
@@ -96,7 +98,7 @@ class Trainer:
         if self.at_start is None or not processes.is_main():
             return
         folder.save(self.at_start)
-        if self.state.optimization.sharded:  # and the other processes may be gone; the run that goes on from here exports
+        if self.state.optimization.sharded:  # the run that goes on from here exports
             return
         self.state.restore(self.at_start)
         try:
@@ -132,9 +134,11 @@ class Trainer:
             if last or (every and step % every == 0):
                 metrics |= self.monitor.evaluate(step, folder)
             folder.log(metrics)
-            self.at_start = self.state.capture(step, metrics.get("eval/reward"))
             verdict = self.monitor.verdict
-            if last or verdict.stop or verdict.best == step or step % self.config.checkpoint.every == 0:
+            due = last or verdict.stop or verdict.best == step or step % self.config.checkpoint.every == 0
+            if due or not self.state.optimization.sharded:  # which all processes have to gather
+                self.at_start = self.state.capture(step, metrics.get("eval/reward"))
+            if due:
                 folder.save(self.at_start)
                 folder.prune(verdict.best)
         return self.at_start.step

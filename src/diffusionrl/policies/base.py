@@ -63,7 +63,11 @@ class Policy(Protocol):
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within it, the policy is the model that training began from."""
+        """Within it, the policy is the model that training began from.
+
+        Raises:
+            UserError: it keeps no such model; one whose weights are sharded must not, as the main process measures alone.
+        """
         ...
 
     def shard(self) -> None:

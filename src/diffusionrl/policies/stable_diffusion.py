@@ -201,7 +201,7 @@ class StableDiffusionPolicy:
     def export(self, folder: Path) -> None:
         """A LoRA for ``pipe.load_lora_weights(folder)`` and under kohya's names; after full fine-tuning, a ``unet`` folder."""
         if not self._adapted:
-            weights = {name: processes.whole(weight.detach()) for name, weight in self.unet.state_dict().items()}
+            weights = processes.copies(self.unet.state_dict())
             if processes.is_main():
                 with torch.device("meta"):
                     unet = type(self.unet).from_config(self.unet.config)
