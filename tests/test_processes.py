@@ -104,7 +104,7 @@ def weights(run_dir: Path) -> torch.Tensor:
 
 def samples(run_dir: Path) -> dict[str, bytes]:
     """Every image of every evaluation."""
-    images = sorted((run_dir / "samples").rglob("0*.png"))
+    images = sorted((run_dir / "samples").glob("step_*/**/0*.png"))
     assert images
     return {str(image.relative_to(run_dir)): image.read_bytes() for image in images}
 
