@@ -94,7 +94,7 @@ def report_grid(made: Report) -> None:
                 rows.append([task, method, *cells])
     if rows:
         header = ["task", "method", *(f"{rate:g}" for rate in RATES)]
-        made.table(f"Learning rates: gain after {QUERIES} queries, seed {GRID_SEED}", header, rows)
+        made.table(f"Learning rates: gain after {QUERIES // 2} queries, seed {GRID_SEED}", header, rows)
 
 
 PAPER = {

@@ -119,14 +119,22 @@ def joint(folder: Path, seed: int) -> TrainConfig:
     return replace(config, tasks=further, evaluation=replace(config.evaluation, samples_per_prompt=GROUP))
 
 
+def half(config: TrainConfig) -> TrainConfig:
+    """Half of the queries, and only their beginning and end evaluated."""
+    steps = config.steps // 2
+    return replace(config, steps=steps, evaluation=replace(config.evaluation, every=steps))
+
+
 def grid(folder: Path) -> Iterator[Run]:
     for task in TASKS:
         for rate in RATES:
-            yield Run(f"grid/{task}/diffusionrl/{rate:g}", base(folder, task, GRID_SEED, rate))
-            for method in BASELINES if task in COMPARED else ():
-                yield Run(f"grid/{task}/{method}/{rate:g}", baseline(folder, method, task, GRID_SEED, rate))
+            configs = {"diffusionrl": base(folder, task, GRID_SEED, rate)}
+            if task in COMPARED:
+                configs |= {method: baseline(folder, method, task, GRID_SEED, rate) for method in BASELINES}
             if task == "parity":
-                yield Run(f"grid/parity/leave-one-out/{rate:g}", leave_one_out(base(folder, task, GRID_SEED, rate)))
+                configs["leave-one-out"] = leave_one_out(configs["diffusionrl"])
+            for method, config in configs.items():
+                yield Run(f"grid/{task}/{method}/{rate:g}", half(config))
 
 
 def single(folder: Path) -> Iterator[Run]:
@@ -169,5 +177,5 @@ def together(folder: Path) -> Iterator[Run]:
 
 def final_runs(folder: Path) -> list[Run]:
     """Every run but the grid's, which must be there, in the order in which they are made."""
-    parts = (single, credit, baselines, controls, together)
+    parts = (single, credit, baselines, together, controls)
     return [run for part in parts for run in part(folder)]
