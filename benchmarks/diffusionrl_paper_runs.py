@@ -30,8 +30,8 @@ RATES = (0.0025, 0.005, 0.01)
 BASELINES = ("rwr", "raft")
 COMPARED = ("composition", "parity")
 """Tasks that the baselines are trained on, as in tables 3 and 4."""
-INVERSE_TEMPERATURES = {"composition": 4.0, "parity": 6.0}
-"""About 1 / (standard deviation of the reward), within a prompt and between the groups of a step."""
+INVERSE_TEMPERATURES = {"composition": 4.0, "parity": 4.0}
+"""About 1 / (standard deviation of the reward), within a prompt and within a step."""
 ROUNDS = 4  # of sampling and training, for the baselines
 
 
@@ -56,7 +56,10 @@ def best_rate(folder: Path, task: str, method: str) -> float:
 
 
 def base(folder: Path, task: str, seed: int, rate: float | None = None) -> TrainConfig:
-    """1,024 queries of DiffusionRL on one task, with the pretraining loss, at the grid's best rate or another one."""
+    """1,024 queries of DiffusionRL on one task, with the pretraining loss, at the grid's best rate or another one.
+
+    The credit for parity is ours: these are 128 groups, and the paper has as many in every step.
+    """
     parity = task == "parity"
     return TrainConfig(
         reward=(task,),
@@ -73,12 +76,12 @@ def base(folder: Path, task: str, seed: int, rate: float | None = None) -> Train
         optimizer=OptimizerConfig(learning_rate=rate or best_rate(folder, task, "diffusionrl"), warmup=10),
         evaluation=EvaluationConfig(every=8, num_samples=96, samples_per_prompt=GROUP if parity else 1),
         pretraining=PretrainingConfig(source="emoji", batch_size=64),
-        rewards=RewardsConfig(parity=ParityConfig(credit="shared")),
+        rewards=RewardsConfig(parity=ParityConfig(credit="leave-one-out")),
     )
 
 
 def baseline(folder: Path, method: str, task: str, seed: int, rate: float | None = None) -> TrainConfig:
-    """RWR or RAFT (the best of the samples of a prompt, or the best groups of a step), with as many queries."""
+    """RWR or RAFT (the best of the samples of a prompt, or for parity of a step), with as many queries."""
     config = base(folder, task, seed, rate or best_rate(folder, task, method))
     parity = task == "parity"
     per_prompt = GROUP if parity else 16
@@ -104,9 +107,9 @@ def baseline(folder: Path, method: str, task: str, seed: int, rate: float | None
     )
 
 
-def leave_one_out(config: TrainConfig) -> TrainConfig:
-    """Ours: each sample's own part in the parity of its group."""
-    return replace(config, rewards=replace(config.rewards, parity=replace(config.rewards.parity, credit="leave-one-out")))
+def shared(config: TrainConfig) -> TrainConfig:
+    """The paper's credit: every sample of a group gets its statistical parity."""
+    return replace(config, rewards=replace(config.rewards, parity=replace(config.rewards.parity, credit="shared")))
 
 
 def joint(folder: Path, seed: int) -> TrainConfig:
@@ -132,7 +135,7 @@ def grid(folder: Path) -> Iterator[Run]:
             if task in COMPARED:
                 configs |= {method: baseline(folder, method, task, GRID_SEED, rate) for method in BASELINES}
             if task == "parity":
-                configs["leave-one-out"] = leave_one_out(configs["diffusionrl"])
+                configs["shared"] = shared(configs["diffusionrl"])
             for method, config in configs.items():
                 yield Run(f"grid/{task}/{method}/{rate:g}", half(config))
 
@@ -145,8 +148,8 @@ def single(folder: Path) -> Iterator[Run]:
 
 def credit(folder: Path) -> Iterator[Run]:
     for seed in SEEDS:
-        rate = best_rate(folder, "parity", "leave-one-out")
-        yield Run(f"credit/leave-one-out/seed_{seed}", leave_one_out(base(folder, "parity", seed, rate)))
+        rate = best_rate(folder, "parity", "shared")
+        yield Run(f"credit/shared/seed_{seed}", shared(base(folder, "parity", seed, rate)))
 
 
 def baselines(folder: Path) -> Iterator[Run]:
