@@ -41,7 +41,7 @@ TESTS = {
     "parity, unseen occupations": ("unseen-occupations", ("parity-sp", "parity-squared"), 192, 16),
 }
 """Prompts, rewards, images, and images of a prompt."""
-DRAWN, REAL = 384, 2048  # images and real scenes whose features are compared
+DRAWN, REAL = 256, 2048  # images and real scenes whose features are compared
 SCENES = 31_337  # a seed of scenes that nothing is trained on
 
 
