@@ -11,8 +11,10 @@ again and an unfinished one goes on, so the command may be stopped and given aga
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,8 +100,9 @@ def test(policy: Policy, folder: Path, sampling: SamplingConfig, seed: int) -> d
     return found
 
 
-def score(model: str, file: Path, folder: Path, seed: int) -> None:
-    """``test`` of a model into a file, if it is not there."""
+def score(folder: Path, group: str, model: str, seed: int) -> None:
+    """``test`` of a model into a file of the group's seed, if it is not there."""
+    file = folder / group / f"seed_{seed}" / "test.json"
     if file.is_file():
         return
     sampling = base(folder, "parity", seed, RATES[0]).sampling
@@ -110,25 +113,25 @@ def score(model: str, file: Path, folder: Path, seed: int) -> None:
     print(f"{file.parent.relative_to(folder)}: scored", flush=True)
 
 
-def make_and_score(run: Run, folder: Path) -> None:
+def make_and_score(folder: Path, run: Run) -> None:
     make(run, folder)
-    score(str(folder / run.name), folder / run.name / "test.json", folder, run.config.seed)
+    score(folder, str(Path(run.name).parent), str(folder / run.name), run.config.seed)
 
 
 def main(config: Config) -> None:
-    torch.set_num_threads(1)
     config.folder.mkdir(parents=True, exist_ok=True)
     if config.jobs:
-        with ThreadPoolExecutor(config.jobs) as pool:
+        # processes: two threads that load a model at the same time get in each other's way
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(config.jobs, context, torch.set_num_threads, (1,)) as pool:
             trials = [run for run in grid(config.folder) if run.name.startswith(config.only)]
-            list(pool.map(lambda run: make(run, config.folder), trials))
+            list(pool.map(partial(make, folder=config.folder), trials))
             if not all(finished(config.folder / run.name) for run in grid(config.folder)):
                 print("the rest needs the grid: --only grid")
             else:
-                base_files = [config.folder / "base" / f"seed_{seed}" / "test.json" for seed in SEEDS]
-                list(pool.map(lambda file, seed: score("emoji", file, config.folder, seed), base_files, SEEDS))
+                list(pool.map(partial(score, config.folder, "base", "emoji"), SEEDS))
                 runs = [run for run in final_runs(config.folder) if run.name.startswith(config.only)]
-                list(pool.map(lambda run: make_and_score(run, config.folder), runs))
+                list(pool.map(partial(make_and_score, config.folder), runs))
     report(config.folder, config.out)
 
 
