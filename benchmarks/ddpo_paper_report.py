@@ -12,7 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from ddpo_paper_runs import GRID_SEED, LEARNING_RATES, METHODS, POOLS, QUERIES, REWARDS, SEEDS
+from ddpo_paper_runs import BEYOND, GRID_SEED, LEARNING_RATES, METHODS, POOLS, QUERIES, REWARDS, SEEDS
 
 from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, with_article
 from diffusionrl.intervals import LEVEL, student_t_quantile
@@ -146,11 +146,11 @@ def report(folder: Path, out: Path) -> None:
 
 
 def report_grid(made: Report) -> None:
-    rows = []
+    rows, tried = [], sorted({*LEARNING_RATES, *BEYOND.values()})
     for reward, methods in (("compressibility", METHODS), ("aesthetic", METHODS), ("clip-score", ("ddpo-is",))):
         for method in methods:
             cells = []
-            for rate in LEARNING_RATES[method]:
+            for rate in tried:
                 run_dir = made.folder / "grid" / reward / method / f"{rate:g}"
                 done = (run_dir / "seconds.json").is_file()
                 lines = [line for line in read_metrics(run_dir) if "eval/reward" in line] if done else []
@@ -161,10 +161,9 @@ def report_grid(made: Report) -> None:
                 cells.append(f"{rise:+.2f} ({lines[-1]['eval/emoji-judge']:.2f})")
                 made.json.setdefault("grid", {}).setdefault(reward, {}).setdefault(method, {})[f"{rate:g}"] = rise
             rows.append([reward, method, *cells])
-    rates = [f"{rate:g}" for rate in LEARNING_RATES["ddpo-is"]]
     made.table(
         f"Learning rates: gain (and share that the judge names) after {QUERIES} queries, seed {GRID_SEED}",
-        ["reward", "method", *rates],
+        ["reward", "method", *(f"{rate:g}" for rate in tried)],
         rows,
     )
 

@@ -27,8 +27,16 @@ QUERIES = 1024
 REWARDS = ("compressibility", "incompressibility", "aesthetic")
 METHODS = ("ddpo-is", "ddpo-sf", "rwr", "rwr-sparse")
 
-LEARNING_RATES = dict.fromkeys(METHODS, (0.0025, 0.005, 0.01))
-"""The grid, searched for every method on compressibility and on the aesthetic head."""
+LEARNING_RATES = (0.0025, 0.005, 0.01)
+"""The grid, searched for every method on compressibility and on the aesthetic head, and for DDPO-IS on the CLIP score."""
+BEYOND = {
+    ("rwr", "compressibility"): 0.02,
+    ("rwr-sparse", "compressibility"): 0.00125,
+    ("ddpo-is", "aesthetic"): 0.00125,
+    ("rwr-sparse", "aesthetic"): 0.02,
+    ("ddpo-is", "clip-score"): 0.00125,
+}
+"""One more rate where the best one lay at the grid's edge."""
 BEST = {
     ("ddpo-is", "compressibility"): 5e-3,
     ("ddpo-sf", "compressibility"): 5e-3,
@@ -104,13 +112,17 @@ def interleaved(config: TrainConfig, variant: str, rounds: int) -> TrainConfig:
     )
 
 
+def rates(method: str, reward: str) -> list[float]:
+    """What is tried for a method on a reward."""
+    return sorted({*LEARNING_RATES, BEYOND.get((method, reward), LEARNING_RATES[0])})
+
+
 def grid() -> Iterator[Run]:
     for reward in ("compressibility", "aesthetic"):
         for method in METHODS:
-            for rate in LEARNING_RATES[method]:
-                config = base(method, reward, GRID_SEED, rate)
-                yield Run(f"grid/{reward}/{method}/{rate:g}", config)
-    for rate in LEARNING_RATES["ddpo-is"]:
+            for rate in rates(method, reward):
+                yield Run(f"grid/{reward}/{method}/{rate:g}", base(method, reward, GRID_SEED, rate))
+    for rate in rates("ddpo-is", "clip-score"):
         yield Run(f"grid/clip-score/ddpo-is/{rate:g}", alignment(GRID_SEED, rate))
 
 

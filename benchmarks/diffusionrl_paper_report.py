@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ddpo_paper_report import Report, draw, report_time, summarise, text
-from ddpo_paper_runs import GRID_SEED, QUERIES, SEEDS
-from diffusionrl_paper_runs import BASELINES, COMPARED, RATES, TASKS
+from ddpo_paper_runs import GRID_SEED, SEEDS
+from diffusionrl_paper_runs import BASELINES, COMPARED, QUERIES, RATES, TASKS
 
 from diffusionrl.emoji.vocabulary import SKIN_TONES
 from diffusionrl.rewards.parity import expected_parity

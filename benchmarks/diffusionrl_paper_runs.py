@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ddpo_paper_runs import CLIP_TIMES_DIMENSIONS, DIMENSIONS, GRID_SEED, QUERIES, SEEDS, Run
+from ddpo_paper_runs import CLIP_TIMES_DIMENSIONS, DIMENSIONS, GRID_SEED, SEEDS, Run
 
 from diffusionrl.config import (
     DiffusionRLConfig,
@@ -22,11 +22,12 @@ from diffusionrl.reward_config import ParityConfig, RewardsConfig
 from diffusionrl.seeds import numpy_generator
 from diffusionrl.tracking import read_metrics
 
+QUERIES = 2048  # a task
 SAMPLES = 64  # a step and task
 GROUP = 8  # samples of a prompt
 TASKS = {"preference": "ddpo-animals", "composition": "thing-pairs", "parity": "seen-occupations"}
 """Rewards and the prompts that they are trained on."""
-RATES = (0.0025, 0.005, 0.01)
+RATES = (0.001, 0.002, 0.004)
 BASELINES = ("rwr", "raft")
 COMPARED = ("composition", "parity")
 """Tasks that the baselines are trained on, as in tables 3 and 4."""
@@ -56,9 +57,9 @@ def best_rate(folder: Path, task: str, method: str) -> float:
 
 
 def base(folder: Path, task: str, seed: int, rate: float | None = None) -> TrainConfig:
-    """1,024 queries of DiffusionRL on one task, with the pretraining loss, at the grid's best rate or another one.
+    """2,048 queries of DiffusionRL on one task, with the pretraining loss, at the grid's best rate or another one.
 
-    The credit for parity is ours: these are 128 groups, and the paper has as many in every step.
+    The credit for parity is ours: these are 256 groups, and the paper has half as many in every step.
     """
     parity = task == "parity"
     return TrainConfig(
@@ -68,13 +69,13 @@ def base(folder: Path, task: str, seed: int, rate: float | None = None) -> Train
         samples_per_prompt=GROUP,
         steps=QUERIES // SAMPLES,
         seed=seed,
-        sampling=SamplingConfig(num_steps=8, guidance=3.0, batch_size=32),
+        sampling=SamplingConfig(num_steps=8, guidance=1.0, batch_size=32),
         policy=PolicyConfig(lora_rank=16),
         algorithm=DiffusionRLConfig(
-            timesteps_per_step=4, clip_range=CLIP_TIMES_DIMENSIONS / DIMENSIONS, step_weight_power=1.0, micro_batch_size=64
+            timesteps_per_step=4, clip_range=CLIP_TIMES_DIMENSIONS / DIMENSIONS, step_weight_power=2.0, micro_batch_size=64
         ),
         optimizer=OptimizerConfig(learning_rate=rate or best_rate(folder, task, "diffusionrl"), warmup=10),
-        evaluation=EvaluationConfig(every=8, num_samples=96, samples_per_prompt=GROUP if parity else 1),
+        evaluation=EvaluationConfig(every=16, num_samples=96, samples_per_prompt=GROUP if parity else 1),
         pretraining=PretrainingConfig(source="emoji", batch_size=64),
         rewards=RewardsConfig(parity=ParityConfig(credit="leave-one-out")),
     )
@@ -91,7 +92,6 @@ def baseline(folder: Path, method: str, task: str, seed: int, rate: float | None
         inverse_temperature=INVERSE_TEMPERATURES[task],
         percentile=1 - best,
         normalisation="batch" if parity else "prompt",
-        train_guided=method == "rwr",
         updates_per_step=5 * QUERIES // SAMPLES // ROUNDS,
         batch_size=64,
         micro_batch_size=64,
