@@ -69,11 +69,6 @@ def build_tiny_pipeline(folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a time limit of their own come first: at the end, they would keep one process busy while the others wait."""
-    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline in diffusers' folder format."""

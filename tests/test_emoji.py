@@ -79,7 +79,7 @@ def test_samples_show_what_was_asked_for() -> None:
             float(with_article(name) == prompt) for name, prompt in zip(name_subjects(classifier, images), prompts, strict=True)
         ]
 
-    sampling = SamplingConfig(num_steps=8, guidance=3.0, batch_size=54)
+    sampling = SamplingConfig(num_steps=16, guidance=3.0, batch_size=54)
     scores = collect(policy, right, [Prompt(with_article(name)) for name in SUBJECTS], sampling, 0, "test", 0).scores  # type: ignore[arg-type]
     published = json.loads((Path(EMBEDDED_MODEL).parent / "figures.json").read_text())
     assert published["subject_accuracy"] >= 0.9

@@ -39,7 +39,7 @@ def test_prompt_files(content: bytes, name: str) -> None:
             assert prompts and all(prompt.text.strip() for prompt in prompts)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         known, values | st.dictionaries(st.sampled_from(["name", "every", "clip_range", "vlm"]), values), max_size=3

@@ -338,7 +338,7 @@ def test_a_run_writes_its_measures_and_alarms(watched: Path) -> None:
     checkpoint.verify(checkpoint.folder_of(watched, best))
 
 
-@pytest.mark.parametrize("place", ["write:3", "prune:2"])
+@pytest.mark.parametrize("place", ["write:3", "manifest:2", "prune:2"])
 def test_a_killed_run_is_resumed_to_the_bit_with_the_guard_on(
     tiny_folder: Path, tmp_path: Path, watched: Path, place: str
 ) -> None:
