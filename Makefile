@@ -26,10 +26,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## the figures of the README
+bench: $(READY)  ## the figures of the README and of docs/reproduction; hours, may be stopped and taken up again
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/ddpo_paper.py
+	$(BIN)/python benchmarks/diffusionrl_paper.py
+	$(BIN)/python benchmarks/guard.py
 
 weights: $(READY)  ## the embedded model again, from its recipe
 	$(BIN)/python -m diffusionrl.emoji.recipe vae

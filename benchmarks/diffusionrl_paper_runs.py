@@ -28,6 +28,8 @@ GROUP = 8  # samples of a prompt
 TASKS = {"preference": "ddpo-animals", "composition": "thing-pairs", "parity": "seen-occupations"}
 """Rewards and the prompts that they are trained on."""
 RATES = (0.001, 0.002, 0.004)
+BEYOND = {("composition", "rwr"): (0.008,), ("composition", "raft"): (0.0005,)}
+"""One more where the best of them lay at the edge."""
 BASELINES = ("rwr", "raft")
 COMPARED = ("composition", "parity")
 """Tasks that the baselines are trained on, as in tables 3 and 4."""
@@ -47,10 +49,14 @@ def prompt_file(folder: Path, name: str) -> Path:
     return file
 
 
+def rates(task: str, method: str) -> tuple[float, ...]:
+    return RATES + BEYOND.get((task, method), ())
+
+
 def best_rate(folder: Path, task: str, method: str) -> float:
     """The one of the grid with the highest reward at the end."""
     found = {}
-    for rate in RATES:
+    for rate in rates(task, method):
         lines = read_metrics(folder / "grid" / task / method / f"{rate:g}")
         found[rate] = [line["eval/reward"] for line in lines if "eval/reward" in line][-1]
     return max(found, key=found.__getitem__)
@@ -102,6 +108,7 @@ def baseline(folder: Path, method: str, task: str, seed: int, rate: float | None
         steps=ROUNDS,
         prompts_per_step=QUERIES // ROUNDS // per_prompt,
         samples_per_prompt=per_prompt,
+        sampling=replace(config.sampling, batch_size=256),  # updates are made of shuffled parts of these
         evaluation=replace(config.evaluation, every=2),
         pretraining=replace(config.pretraining, updates=QUERIES // SAMPLES // ROUNDS),  # as many as DiffusionRL has
     )
@@ -130,14 +137,14 @@ def half(config: TrainConfig) -> TrainConfig:
 
 def grid(folder: Path) -> Iterator[Run]:
     for task in TASKS:
-        for rate in RATES:
-            configs = {"diffusionrl": base(folder, task, GRID_SEED, rate)}
-            if task in COMPARED:
-                configs |= {method: baseline(folder, method, task, GRID_SEED, rate) for method in BASELINES}
-            if task == "parity":
-                configs["shared"] = shared(configs["diffusionrl"])
-            for method, config in configs.items():
-                yield Run(f"grid/{task}/{method}/{rate:g}", half(config))
+        methods = ["diffusionrl", *(BASELINES if task in COMPARED else ()), *(["shared"] if task == "parity" else ())]
+        for method in methods:
+            for rate in rates(task, method):
+                if method in BASELINES:
+                    config = baseline(folder, method, task, GRID_SEED, rate)
+                else:
+                    config = base(folder, task, GRID_SEED, rate)
+                yield Run(f"grid/{task}/{method}/{rate:g}", half(shared(config) if method == "shared" else config))
 
 
 def single(folder: Path) -> Iterator[Run]:

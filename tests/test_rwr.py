@@ -151,7 +151,7 @@ def test_training_raises_the_likelihood_of_what_scored_well(make_policy, tmp_pat
     """The trainer makes RWR's updates, and the denoising loss of the samples that count falls."""
     settings = RWRConfig(variant=variant, updates_per_step=30, batch_size=8)  # type: ignore[arg-type]
     config = TrainConfig(prompts_per_step=8, sampling=SAMPLING, algorithm=settings)
-    config = replace(config, optimizer=replace(config.optimizer, learning_rate=5e-3))
+    config = replace(config, optimizer=replace(config.optimizer, learning_rate=1e-2))
     algorithm = RWR(settings, 3.0)
     policy = make_policy()
     trainer = Trainer(policy, brightness, [Prompt("a cat"), Prompt("a dog")], algorithm, config)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,6 @@ MAX_TEXT = 240
 
 def render(template: str, **content: Any) -> str:
     """A page. The style sheet and the script are allowed by their hashes, images from the page itself, and nothing else."""
-    environment = Environment(
-        loader=PackageLoader("diffusionrl.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "signed": signed, "cut": cut, "plus_minus": plus_minus, "duration": duration}
     here = Path(__file__).parent
     # Not escaped: they come with the package, and no word of a run is in them.
     style, script = (Markup((here / name).read_text()) for name in ("page.css", "page.js"))
@@ -54,7 +47,20 @@ def render(template: str, **content: Any) -> str:
         ]
     )
     about = {"version": version("diffusionrl"), "written": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
-    return environment.get_template(template).render(style=style, script=script, policy=policy, **about, **content)
+    return _environment().get_template(template).render(style=style, script=script, policy=policy, **about, **content)
+
+
+@cache  # a run writes its report at every evaluation, and a template is slow to compile
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("diffusionrl.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "signed": signed, "cut": cut, "plus_minus": plus_minus, "duration": duration}
+    return environment
 
 
 def _hash(text: str) -> str:
