@@ -163,7 +163,7 @@ def test_optimizer_steps_come_after_those_of_the_tasks(make_policy: Any) -> None
 
 
 def test_it_falls(make_policy: Any) -> None:
-    config = small(replace(EMOJI, updates=40), optimizer=replace(TrainConfig().optimizer, learning_rate=5e-3))
+    config = small(replace(EMOJI, updates=40), optimizer=replace(TrainConfig().optimizer, learning_rate=1e-2))
     policy = make_policy()
     pretraining = Pretraining(ScenePairs(), config, 8)
     held = pretraining.batch(policy, 99, range(32))
