@@ -28,7 +28,13 @@ GROUP = 8  # samples of a prompt
 TASKS = {"preference": "ddpo-animals", "composition": "thing-pairs", "parity": "seen-occupations"}
 """Rewards and the prompts that they are trained on."""
 RATES = (0.001, 0.002, 0.004)
-BEYOND = {("composition", "rwr"): (0.008,), ("composition", "raft"): (0.0005,)}
+BEYOND = {
+    ("composition", "rwr"): (0.008,),
+    ("composition", "raft"): (0.0005,),
+    ("parity", "diffusionrl"): (0.0005,),
+    ("parity", "shared"): (0.008,),
+    ("parity", "raft"): (0.008,),
+}
 """One more where the best of them lay at the edge."""
 BASELINES = ("rwr", "raft")
 COMPARED = ("composition", "parity")
@@ -171,7 +177,8 @@ def controls(folder: Path) -> Iterator[Run]:
     sample kept."""
     for seed in SEEDS:
         yield Run(f"control/pretraining/seed_{seed}", replace(base(folder, "preference", seed), reward=("preference=0",)))
-        for task in COMPARED:
+    for task in COMPARED:
+        for seed in SEEDS:
             config = baseline(folder, "rwr", task, seed)
             algorithm = replace(config.algorithm, variant="sparse", percentile=0.0)
             yield Run(f"control/rwr_{task}/seed_{seed}", replace(config, algorithm=algorithm))
