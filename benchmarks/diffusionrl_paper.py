@@ -109,7 +109,9 @@ def score(folder: Path, group: str, model: str, seed: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     found = test(load_trained(model), folder, sampling, seed)
     assert all(map(math.isfinite, found.values())), found
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    half = file.with_suffix(".half")
+    half.write_text(json.dumps(found, indent=1) + "\n")
+    half.rename(file)
     print(f"{file.parent.relative_to(folder)}: scored", flush=True)
 
 

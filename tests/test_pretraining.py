@@ -257,16 +257,33 @@ def test_broken_images_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
         load_pairs(PretrainingConfig(str(none), max_broken=9))
 
 
+def test_broken_images_of_all_processes_count_together(tmp_path: Path, monkeypatch: Any, make_policy: Any) -> None:
+    """Each of two processes is within the limit, and the run is not."""
+    folder = write_folder(tmp_path / "pairs", broken=(2,))
+    config = small(PretrainingConfig(str(folder), batch_size=8, max_broken=1))
+    trainer = trainer_of(make_policy(), config)
+    original = processes.ask
+
+    def ask(said: Any) -> list[Any]:
+        pair = isinstance(said, list) and said and isinstance(said[0], tuple)
+        return [said, [(5, "broken elsewhere")]] if pair else original(said)
+
+    monkeypatch.setattr(processes, "ask", ask)
+    with pytest.raises(RunStopped, match=r"2 images do not decode .*, more than pretraining.max_broken = 1: .*elsewhere"):
+        trainer.pretraining.train(trainer.policy, trainer.state.optimization, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("nowhere", None, "no such folder"),
         ("pairs", None, "has neither of metadata.jsonl and metadata.csv"),
         ("pairs", "", "holds no caption"),
-        ("pairs", '{"file_name": "0.png"}', "entry 1 has no text"),
-        ("pairs", '{"file_name": "0.png", "text": " "}', "entry 1 has no text"),
-        ("pairs", '["0.png", "a cat"]', "entry 1 has no file_name"),
-        ("pairs", "a cat", "cannot be read"),
+        ("pairs", '{"file_name": "0.png"}', "jsonl:1 has no text"),
+        ("pairs", '{"file_name": "0.png", "text": " "}', "jsonl:1 has no text"),
+        ("pairs", '["0.png", "a cat"]', "jsonl:1 has no file_name"),
+        ("pairs", "\na cat", "jsonl:2: Expecting value"),
+        ("pairs", "[" * 100_000, "jsonl:1: maximum recursion depth"),
         ("pairs", '{"file_name": "../0.png", "text": "a cat"}', "is outside of the folder"),
         ("pairs", '{"file_name": "0.png", "text": "a cat"}', "1 images do not decode"),
     ],

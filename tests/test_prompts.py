@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, SKIN_TONE_SHARES, THINGS, with_article
 from diffusionrl.errors import RunStopped, UserError
@@ -116,9 +117,17 @@ def test_lines_beyond_those_that_are_checked_first(tmp_path: Path, monkeypatch: 
     prompts = load_prompts(str(file), max_broken=1)
     assert isinstance(prompts, PromptFile) and len(prompts) == 6 and not prompts.broken
     assert [prompts[i].text for i in (0, 1, 2, 3, 2)] == ["a", "b", "d", "d", "d"]
-    assert prompts.broken == {2: f"{file}:4: not JSON (Expecting value: line 1 column 1 (char 0)); " + EXAMPLE}
+    assert prompts.broken == {3: f"{file}:4: not JSON (Expecting value: line 1 column 1 (char 0)); " + EXAMPLE}
     with pytest.raises(RunStopped, match=r"2 broken prompts, more than max_broken_prompts = 1: .*:4: .*:7: not JSON"):
         prompts[5]
+
+
+def test_a_broken_line_counts_beside_those_that_were_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusionrl.prompts.CHECKED", 2)
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\nbroken\nbroken too\n')
+    with pytest.raises(RunStopped, match=r"2 broken prompts, more than max_broken_prompts = 1: .*:2: .*:3: not JSON"):
+        load_prompts(str(file), max_broken=1)[1]
 
 
 EXAMPLE = 'each line is an object like {"prompt": "a cat"}'
@@ -141,6 +150,18 @@ def test_parquet_and_datasets(tmp_path: Path) -> None:
         load_prompts(str(tmp_path / "other.parquet"))
     with pytest.raises(UserError, match=r"cannot be loaded"):
         load_prompts(f"dataset:{tmp_path / 'nowhere'}")
+
+
+def test_images_beside_prompts_are_left_out(tmp_path: Path) -> None:
+    """Decoded, they would be other objects at every start, and no run could go on."""
+    datasets = pytest.importorskip("datasets")
+    file = tmp_path / "p.parquet"
+    rows = {"prompt": ["a cat", "a dog"], "colour": ["red", "blue"], "image": [Image.new("RGB", (4, 4))] * 2}
+    features = {"prompt": datasets.Value("string"), "colour": datasets.Value("string"), "image": datasets.Image()}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(file)
+    prompts = load_prompts(str(file))
+    assert list(prompts) == [Prompt("a cat", {"colour": "red"}), Prompt("a dog", {"colour": "blue"})]
+    assert fingerprint(prompts) == fingerprint(load_prompts(str(file)))
 
 
 def test_rows_are_checked_many_at_once_and_no_more_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ from diffusionrl.config import CheckpointConfig, DDPOConfig, DiffusionRLConfig, 
 from diffusionrl.optimization import accumulate_gradient
 from diffusionrl.prompts import Prompt
 from diffusionrl.reward_config import RewardsConfig
-from diffusionrl.rewards import Scores, score
+from diffusionrl.rewards import Scores, as_mixture, score
+from diffusionrl.rewards.worker import RewardCall, within
 from diffusionrl.rollout import Rollout, collect
 
 SAMPLING = SamplingConfig(num_steps=3, guidance=2.0, batch_size=8)
@@ -375,3 +376,23 @@ def test_a_checkpoint_of_other_weights_is_refused(make_policy: Any, tmp_path: Pa
     train(config, policy=make_policy(), reward=brightness, prompts=["a cat"])
     with pytest.raises(UserError, match="other weights"):
         train(replace(config, steps=2), policy=make_policy(lora_rank=2), reward=brightness, prompts=["a cat"])
+
+
+def test_threads_use_the_gpu_of_the_thread_that_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's current device belongs to a thread, and a reward may say "cuda" without a number."""
+    current = threading.local()
+    current.gpu = 3
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "gpu", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: setattr(current, "gpu", gpu))
+    seen: list[int] = []
+
+    def where(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        seen.append(torch.cuda.current_device())
+        return images.mean((1, 2, 3))
+
+    call = RewardCall(as_mixture(where), torch.rand(1, 3, 8, 8), ["a"], [{}])
+    call.start()
+    assert call.result(10).valid.all()
+    assert within(10, lambda: seen.append(torch.cuda.current_device()))
+    assert seen == [3, 3]

@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+import http.server
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from diffusionrl.errors import UserError
 from diffusionrl.images import to_png
 from diffusionrl.reward_config import RemoteConfig, RewardsConfig, ServeConfig
 from diffusionrl.rewards import Scores, load_reward, score
+from diffusionrl.rewards import server as server_module
+from diffusionrl.rewards.http import MAX_REPLY_BYTES, BadAnswer, JSONClient
 from diffusionrl.rewards.server import RewardServer
 
 IMAGES = (torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # as a PNG holds them
@@ -105,6 +109,38 @@ def test_an_invalid_score_stays_its_own(serving: Callable[..., RewardServer]) ->
     assert "it returned nan for 'b'" in (scores.error or "")
 
 
+def test_a_prompt_that_fails_fails_its_own_request_alone(serving: Callable[..., RewardServer]) -> None:
+    def picky(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        if "b" in prompts:
+            raise ValueError("bad prompt")
+        return brightness(images, prompts, metadata)
+
+    scores = ask(serving(picky, wait=0.2), replace(QUICK, batch_size=1, concurrency=5))
+    assert scores.valid.tolist() == [True, False, True, True, True]
+    assert scores.error == "ValueError: bad prompt"
+
+
+def test_a_reward_that_ends_its_thread_does_not_end_the_servers(serving: Callable[..., RewardServer]) -> None:
+    def leaving(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        raise SystemExit("enough")
+
+    server = serving(leaving)
+    for _ in range(2):
+        scores = ask(server)
+        assert not scores.valid.any() and scores.error == "SystemExit: enough"
+
+
+def test_a_long_request_is_cut(serving: Callable[..., RewardServer]) -> None:
+    sizes: list[int] = []
+
+    def counting(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        sizes.append(len(images))
+        return brightness(images, prompts, metadata)
+
+    scores = ask(serving(counting, batch_size=2), replace(QUICK, batch_size=5))
+    assert torch.equal(scores.values, brightness(IMAGES, None, None)) and sizes == [2, 2, 1]
+
+
 def test_a_reward_that_raises_says_so_at_the_other_end(serving: Callable[..., RewardServer]) -> None:
     def broken(images: Tensor, prompts: Any, metadata: Any) -> Any:
         raise RuntimeError("no weights")
@@ -170,6 +206,45 @@ def test_bad_requests_are_refused(
     found, answer = post(server, sent, **headers)
     assert (found, said in answer["error"]) == (status, True), answer
     assert post(server, body())[0] == 200, "the server goes on"
+
+
+def test_large_images_in_small_files_are_refused(serving: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MAX_PIXELS", 100)
+    status, answer = post(serving(brightness), body())
+    assert status == 413 and "128 pixels together" in answer["error"]
+
+
+def test_a_client_that_drips_is_hung_up_on(serving: Callable[..., RewardServer]) -> None:
+    server = serving(brightness, timeout=0.3)
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.server_port)) as slow, suppress(OSError):
+        for _ in range(50):
+            slow.sendall(b"a")
+            time.sleep(0.1)
+    assert time.monotonic() - began < 3
+
+
+def test_replies_that_are_dropped_give_their_connections_back() -> None:
+    """More of them than there are connections: a reward that was flooded once is not lost for good."""
+
+    class Flood(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                self.wfile.write(b" " * 2 * MAX_REPLY_BYTES)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flood) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        client = JSONClient(f"http://127.0.0.1:{server.server_port}", 1, 5.0, 1, 0.01, "NO_KEY", "scores")
+        for _ in range(2):
+            with pytest.raises(BadAnswer, match="longer than 1000000 bytes"):
+                client.post(b"{}", "id")
+        server.shutdown()
 
 
 def test_a_client_that_stops_sending_frees_its_thread(serving: Callable[..., RewardServer]) -> None:

@@ -17,8 +17,10 @@ from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.cli import main, parse_train
 from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, SamplingConfig, TaskConfig, to_yaml
 from diffusionrl.interruption import Interrupted
+from diffusionrl.prompts import load_prompts
 from diffusionrl.reward_config import RewardsConfig
-from diffusionrl.rewards import as_mixture
+from diffusionrl.rewards import Scores, as_mixture
+from diffusionrl.rollout import Rollout
 from diffusionrl.tasks import Task
 from diffusionrl.trainer import Trainer
 
@@ -261,3 +263,37 @@ def test_too_many_invalid_samples_are_judged_by_task(make_policy: Any, at_home: 
     with pytest.raises(RunStopped, match="task blue: 8 of 8 samples of the last 2 steps have no valid score"):
         train(config, policy=make_policy(), reward=bright, prompts=["a cat"])
     assert len(lines(at_home / "run")) == 2
+
+
+def counted(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, object]]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+counted.counts = {"asked": 3}  # type: ignore[attr-defined]
+
+
+def first_task(prompts: Sequence[Prompt] = (Prompt("a cat"),)) -> Task:
+    config = joint(tasks=())
+    return Task(config.all_tasks[0], prompts, as_mixture(counted), make_algorithm(config), config)
+
+
+def test_counts_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the metrics of every step as in the state, which the main process goes on from."""
+    task = first_task()
+    monkeypatch.setattr("diffusionrl.processes.ask", lambda said: [said, said])
+    (name, count), *_ = task.capture()["counts"].items()
+    assert (name.endswith("asked"), count) == (True, 6)
+    scores = Scores(torch.zeros(1), torch.ones(1).bool())
+    rollout = Rollout(None, [Prompt("a cat")], *[torch.zeros(1)] * 4, scores, {})  # type: ignore[arg-type]
+    assert task.metrics(rollout, torch.ones(1))[f"reward/{name}"] == 6
+
+
+def test_broken_prompts_of_another_file_are_not_counted(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n{}\n')
+    task = first_task(load_prompts(str(file), max_broken=5))
+    state = task.capture()
+    task.restore(state | {"broken": [(1, "as it was"), (8, "and one more")]})
+    assert task.capture()["broken"] == [(1, "as it was"), (8, "and one more")]
+    task.restore(state | {"prompts": "another file's", "broken": [(7, "elsewhere")]})
+    assert task.capture()["broken"] == [(1, "as it was"), (8, "and one more")]

@@ -9,6 +9,7 @@ from diffusionrl.config import (
     EvaluationConfig,
     OptimizerConfig,
     PolicyConfig,
+    PretrainingConfig,
     SamplingConfig,
     TrainConfig,
 )
@@ -86,6 +87,7 @@ def diffusionrl_paper() -> TrainConfig:
         algorithm=DiffusionRLConfig(micro_batch_size=4),
         # The code adds up the 16 samples of a GPU, we take the mean: an epsilon as much smaller makes the same step of AdamW.
         optimizer=OptimizerConfig(learning_rate=2e-6, weight_decay=1e-2, epsilon=1e-8 / 16, max_grad_norm=math.inf),
+        pretraining=PretrainingConfig(batch_size=2048),  # 16 on each of 128 GPUs
         rewards=RewardsConfig(
             clip_score=CLIPScoreConfig(model="yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
         ),

@@ -122,25 +122,49 @@ class FolderPairs:
                     return ImageOps.exif_transpose(image).convert("RGB"), caption
             except Exception as error:  # Pillow raises whatever a broken file leads it to
                 self.broken[place] = f"{self.folder / name} ({type(error).__name__}: {error})"
-                if len(self.broken) > self.max_broken:
-                    raise RunStopped(
-                        f"{len(self.broken)} images do not decode as JPEG, PNG or WebP, "
-                        f"more than pretraining.max_broken = {self.max_broken}: "
-                        f"{'; '.join(list(self.broken.values())[:3])}"
-                    ) from error
+                _check_broken(self.broken, self.max_broken)
         raise RunStopped(f"no image in {self.folder} decodes")
+
+
+def _check_broken(broken: dict[int, str], limit: int) -> None:
+    """Raises RunStopped where there are more."""
+    if len(broken) > limit:
+        raise RunStopped(
+            f"{len(broken)} images do not decode as JPEG, PNG or WebP, more than pretraining.max_broken = {limit}: "
+            f"{'; '.join(list(broken.values())[:3])}"
+        )
 
 
 def _read_metadata(file: Path) -> Iterator[tuple[str, str]]:
     """(file name, caption) of each line. Raises UserError naming file and line."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        lines = filter(str.strip, text.split("\n"))
-        rows = csv.DictReader(io.StringIO(text)) if file.suffix == ".csv" else map(json.loads, lines)
-        for number, row in enumerate(rows, 1):
-            yield _checked(row, f"{file}, entry {number}")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read: {error}; each line is like {_EXAMPLE}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    for number, row in _rows_of_csv(text) if file.suffix == ".csv" else _rows_of_jsonl(text):
+        if isinstance(row, Exception):
+            raise UserError(f"{file}:{number}: {row}; each line is like {_EXAMPLE}") from row
+        yield _checked(row, f"{file}:{number}")
+
+
+def _rows_of_csv(text: str) -> Iterator[tuple[int, Any]]:
+    """Line numbers and what stands there, or the error that ends it."""
+    rows = csv.DictReader(io.StringIO(text))
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        yield rows.line_num, error
+
+
+def _rows_of_jsonl(text: str) -> Iterator[tuple[int, Any]]:
+    """Line numbers and what stands there, or the error in its place."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, error
 
 
 def _checked(row: Any, where: str) -> tuple[str, str]:
@@ -179,6 +203,7 @@ class Pretraining:
             norms.append(norm)
         for broken in processes.ask(list(self.pairs.broken.items())):
             self.pairs.broken.update(broken)
+        _check_broken(self.pairs.broken, settings.max_broken)  # of all processes together
         return {
             "pretraining/loss": sum(losses) / len(losses),
             "pretraining/grad_norm": sum(norms) / len(norms),
@@ -245,8 +270,9 @@ class Pretraining:
                 "pretraining.source holds other captions than the run began with: choose another --name, "
                 "or go on all the same with --checkpoint.allow-changes"
             )
-        self.pairs.broken.clear()
-        self.pairs.broken.update((place, said) for place, said in state["broken"])
+        if state["pairs"] == self.pairs.fingerprint:
+            self.pairs.broken.clear()
+            self.pairs.broken.update((place, said) for place, said in state["broken"])
 
 
 def _cropped(image: Image.Image, size: int) -> Tensor:

@@ -75,8 +75,8 @@ class _Prompts(Sequence[Prompt]):
     """Prompts that are read when they are asked for. In the place of a broken one stands the next that is not.
 
     Attributes:
-        broken: what is wrong with the broken ones that were found, by their number.
-        fingerprint: of the whole source.
+        broken: what is wrong with the broken ones that were found, by their place in the source.
+        fingerprint: of the whole file; of a data set its length, columns, and first and last 1,000 rows.
     """
 
     def __init__(self, max_broken: int) -> None:
@@ -88,13 +88,16 @@ class _Prompts(Sequence[Prompt]):
         """None for a blank one. Raises UserError for a broken one."""
         raise NotImplementedError
 
+    def _place(self, index: int) -> int:
+        return index
+
     def _check(self, count: int, read: Callable[[int], object | None]) -> Iterator[bool]:
         """Whether each of the first ``count``, read in order, is a prompt. Raises UserError where too many are broken."""
         for index in range(count):
             try:
                 yield read(index) is not None
             except UserError as error:
-                self.broken[index] = str(error)
+                self.broken[self._place(index)] = str(error)
                 if len(self.broken) > self.max_broken:
                     raise UserError(self._too_many()) from error
                 yield False
@@ -120,7 +123,7 @@ class _Prompts(Sequence[Prompt]):
             try:
                 prompt = self._read(place)
             except UserError as error:
-                self.broken[place] = str(error)
+                self.broken[self._place(place)] = str(error)
                 if len(self.broken) > self.max_broken:
                     raise RunStopped(self._too_many()) from error
                 continue
@@ -158,8 +161,11 @@ class PromptFile(_Prompts):
 
     def _read(self, index: int) -> Prompt | None:
         start, end = int(self._starts[index]), int(self._ends[index])
-        line = os.pread(self._file, end - start, start)
-        return _parse(line, self.path, int(np.searchsorted(self._bounds, start)) + 1)
+        return _parse(os.pread(self._file, end - start, start), self.path, self._place(index) + 1)
+
+    def _place(self, index: int) -> int:
+        """Of a line among all: those that the check passes over have no index."""
+        return int(np.searchsorted(self._bounds, self._starts[index]))
 
 
 def _line_bounds(path: Path, limit: int | None) -> tuple[np.ndarray, str]:
@@ -212,7 +218,8 @@ def _from_json(text: str, path: Path, number: int) -> Prompt:
 
 
 class DatasetPrompts(_Prompts):
-    """The prompts of a ``.parquet`` file or of ``dataset:ID[:SPLIT]``; every column but "prompt" is metadata.
+    """The prompts of a ``.parquet`` file or of ``dataset:ID[:SPLIT]``; every column but "prompt" is metadata, and
+    those of images, sound and the like, which would be decoded for nothing, are left out.
 
     Raises:
         UserError: ``datasets`` is not installed, it cannot load this, there is no column "prompt", or too many of the first
@@ -237,6 +244,8 @@ class DatasetPrompts(_Prompts):
             raise UserError(f"prompts {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
         if "prompt" not in self._rows.column_names:
             raise UserError(f'{source} has no column "prompt", but {self._rows.column_names}')
+        media = [name for name, feature in self._rows.features.items() if hasattr(feature, "decode_example")]
+        self._rows = self._rows.remove_columns(media)
         ends = [*range(min(1000, len(self))), *range(max(0, len(self) - 1000), len(self))]
         said = [len(self), self._rows.column_names, [self._rows[i] for i in ends]]
         self.fingerprint = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()  # all rows would take too long

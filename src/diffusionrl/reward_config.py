@@ -198,7 +198,7 @@ class ServeConfig:
     wait: float = 0.01
     """Seconds that a batch waits for more requests."""
     timeout: float = 120.0
-    """Seconds for one request, from its first byte to its scores."""
+    """Seconds for a request, from its headers to its scores; a client has as many to begin one."""
     max_bytes: int = 64_000_000
     """A longer request is refused unread."""
     max_requests: int = 64

@@ -79,24 +79,28 @@ class Task:
             "reward/std": scores.std(correction=0).item() if len(scores) else math.nan,
             "reward/invalid": int((~rollout.scores.valid).sum()),
             **means,  # each reward of a mixture on its own, as it came
-            **{f"reward/{name}": count for name, count in self.reward.counts().items()},
+            **{f"reward/{name}": count for name, count in self._counts().items()},
             "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),
             "advantage/prompts": len(groups),
         }
 
     def capture(self) -> dict[str, Any]:
-        """A copy of all that a training step changes, as JSON values; counts are those of all processes."""
-        counts: Counter[str] = Counter()
-        for each in processes.ask(self.reward.counts()):
-            counts.update(each)
+        """A copy of all that a training step changes, as JSON values."""
         return {
             "invalid": list(self.invalid),
             "algorithm": copy.deepcopy(self.algorithm.state_dict()),
             "reward": dict(self.reward.statistics),
-            "counts": dict(counts),
+            "counts": self._counts(),
             "prompts": self._fingerprint,
             "broken": list(self._broken.items()),
         }
+
+    def _counts(self) -> dict[str, int]:
+        """Of all processes."""
+        counts: Counter[str] = Counter()
+        for each in processes.ask(self.reward.counts()):
+            counts.update(each)
+        return dict(counts)
 
     def check(self, state: dict[str, Any]) -> None:
         """Raises UserError where a captured state is of other prompts."""
@@ -112,5 +116,6 @@ class Task:
         self.algorithm.load_state_dict(copy.deepcopy(state["algorithm"]))
         self.reward.statistics = {name: (mean, std) for name, (mean, std) in state["reward"].items()}
         self.reward.go_on_counting(state["counts"] if processes.is_main() else dict.fromkeys(state["counts"], 0))
-        self._broken.clear()
-        self._broken.update((place, said) for place, said in state["broken"])
+        if state["prompts"] == self._fingerprint:
+            self._broken.clear()
+            self._broken.update((place, said) for place, said in state["broken"])

@@ -115,9 +115,10 @@ def _read_until(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
 
 
 def _drop(response: urllib3.BaseHTTPResponse | None) -> None:
-    """Close the connection: what is still to come on it would be taken for the next answer."""
+    """Close the connection, as what is still to come on it would be taken for the next answer, and give its place back."""
     if response is not None:
         response.close()
+        response.release_conn()
 
 
 def _in_short(error: Exception, timeout: float) -> str:

@@ -15,11 +15,14 @@ import ipaddress
 import json
 import os
 import queue
+import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,9 +32,10 @@ from torch import Tensor
 
 from diffusionrl.errors import UserError
 from diffusionrl.reward_config import ServeConfig
-from diffusionrl.rewards.base import Reward, Scores, load_reward, looks_at_groups, score
+from diffusionrl.rewards.base import Reward, Scores, load_reward, looks_at_groups, score_groups
 
-MAX_PIXELS = 4096 * 4096
+MAX_PIXELS = 4 * 4096 * 4096
+"""Of the images of one request together."""
 
 
 @dataclass
@@ -106,18 +110,29 @@ class RewardServer(ThreadingHTTPServer):
         while True:
             batch, waiting = self._next_batch(waiting or self._jobs.get())
             batch = [job for job in batch if not job.given_up]
-            if not batch:
-                continue
-            prompts = [prompt for job in batch for prompt in job.prompts]
-            metadata = [each for job in batch for each in job.metadata]
-            found = score(self.reward, torch.cat([job.images for job in batch]), prompts, metadata)
-            start = 0
-            for job in batch:
-                part = slice(start, start + len(job.prompts))
-                start += len(job.prompts)
-                invalid = not found.valid[part].all()
-                job.scores = Scores(found.values[part], found.valid[part], found.error if invalid else None)
+            found = self._score(batch)
+            if len(batch) > 1 and not any(scores.valid.any() for scores in found):  # one may have spoiled it for all
+                found = [self._score([job])[0] for job in batch]
+            for job, scores in zip(batch, found, strict=True):
+                job.scores = scores
                 job.over.set()
+
+    def _score(self, batch: list[_Job]) -> list[Scores]:
+        """Of requests that are asked about together, each on its own; at most ``config.batch_size`` images at a time."""
+        if not batch:
+            return []
+        prompts = [prompt for job in batch for prompt in job.prompts]
+        metadata = [each for job in batch for each in job.metadata]
+        try:
+            images = torch.cat([job.images for job in batch])
+            found = score_groups(self.reward, images, prompts, metadata, self.config.batch_size)
+        except BaseException as error:  # no memory; or a reward that tries to end its thread, which is the server's
+            nothing = torch.zeros(len(prompts))
+            found = Scores(nothing, nothing.bool(), f"{type(error).__name__}: {error}")
+        ends = list(accumulate(len(job.prompts) for job in batch))
+        parts = [slice(end - len(job.prompts), end) for job, end in zip(batch, ends, strict=True)]
+        errors = [None if found.valid[part].all() else found.error for part in parts]
+        return [Scores(found.values[part], found.valid[part], error) for part, error in zip(parts, errors, strict=True)]
 
     def _next_batch(self, first: _Job) -> tuple[list[_Job], _Job | None]:
         """Requests for images of one size that come within ``config.wait``, and the one that did not fit in any more."""
@@ -141,6 +156,20 @@ class _Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.connection.settimeout(self.server.config.timeout)  # so that a silent client frees its thread
+
+    def handle_one_request(self) -> None:
+        """Or hang up: a client has the time-out to begin, and once more for the request and its answer, however it drips."""
+        timer = threading.Timer(2 * self.server.config.timeout, self._hang_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            super().handle_one_request()
+        finally:
+            timer.cancel()
+
+    def _hang_up(self) -> None:
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_GET(self) -> None:
         if self.path != "/health":
@@ -231,22 +260,29 @@ def _parse(body: bytes) -> _Job:
             raise _Refused(400, f"{name} must be a list of JSON {'objects' if kind is dict else 'strings'}")
         if len(column) != len(images):
             raise _Refused(400, f"there are {len(images)} images and {len(column)} {name}")
-    tensors = [_decode(image, index) for index, image in enumerate(images)]
-    if len({tensor.shape for tensor in tensors}) > 1:
+    opened: list[Image.Image] = []
+    for index, encoded in enumerate(images):
+        with _decoding(index):
+            opened.append(Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=["PNG"]))
+    if len({image.size for image in opened}) > 1:
         raise _Refused(400, "the images of one request must have one size")
-    return _Job(torch.stack(tensors), prompts, metadata)
+    pixels = sum(image.width * image.height for image in opened)
+    if pixels > MAX_PIXELS:  # before any is decoded: a small file may hold a large image
+        raise _Refused(413, f"the images have {pixels} pixels together, more than {MAX_PIXELS}")
+    tensors: list[Tensor] = []
+    for index, image in enumerate(opened):
+        with _decoding(index):
+            tensors.append(torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32) / 255))
+    return _Job(torch.stack(tensors).permute(0, 3, 1, 2).contiguous(), prompts, metadata)
 
 
-def _decode(encoded: str, index: int) -> Tensor:
-    """A PNG as float32 in [0, 1], (3, H, W)."""
+@contextmanager
+def _decoding(index: int) -> Iterator[None]:
+    """Raises _Refused where an image is no PNG."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=["PNG"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _Refused(413, f"image {index} has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            pixels = np.array(image.convert("RGB"), dtype=np.float32) / 255
+        yield
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _Refused(400, f"image {index} does not decode as PNG: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _is_loopback(host: str) -> bool:
