@@ -224,14 +224,15 @@ class Pretraining:
         images = torch.stack([_cropped(image, policy.image_size) for image, _ in pairs])
         nothing = torch.zeros(len(indices))
         return Rollout(
-            make_table(policy, self.config.sampling),  # which is not looked at
-            prompts,
-            policy.embed(captions),
-            policy.encode(images)[:, None],
-            torch.zeros(len(pairs), 0),
-            images,
-            Scores(nothing, nothing == 0),
-            {},
+            prompts=prompts,
+            embeddings=policy.embed(captions),
+            latents=policy.encode(images)[:, None],
+            images=images,
+            # Not looked at, where only endpoints are trained on.
+            table=make_table(policy, self.config.sampling),
+            log_probs=torch.zeros(len(pairs), 0),
+            scores=Scores(nothing, nothing == 0),
+            seconds={},
         )
 
     def _draw(self, addresses: Sequence[int]) -> list[tuple[Image.Image, str]]:
