@@ -64,8 +64,8 @@ def report(folder: Path, out: Path) -> None:
         **{f"{method} on {task}": f"{method}/{task}" for task in COMPARED for method in BASELINES},
         "pretraining loss alone": "control/pretraining",
         **{f"rwr's loss on {task}, no reward": f"control/rwr_{task}" for task in COMPARED},
-        "joint": "joint/with_pretraining",
-        "joint, no pretraining loss": "joint/without_pretraining",
+        "joint": "joint",
+        "preference alone, no pretraining loss": "without_pretraining/preference",
     }
     everything = {name: scores for name, group in groups.items() if (scores := tested(folder, group))}
     made.json["scores"] = everything
@@ -157,7 +157,7 @@ def report_composition(made: Report, everything: dict[str, Scores]) -> None:
 
 
 def report_joint(made: Report, everything: dict[str, Scores]) -> None:
-    names = ["before", "pretraining loss alone", *(f"{task} alone" for task in TASKS), "joint", "joint, no pretraining loss"]
+    names = ["before", "pretraining loss alone", *(f"{task} alone" for task in TASKS), "joint"]
     rows = [
         [name, PAPER["joint"].get(name, ""), *(column_text(everything, name, column) for column in SCORED.values())]
         for name in names
@@ -186,7 +186,7 @@ def report_quality(made: Report, everything: dict[str, Scores]) -> None:
     rows = [[name, *(column_text(everything, name, column) for column in columns)] for name in everything]
     real = everything["before"]["quality: Frechet distance of real scenes"]
     rows.append(["real scenes", "", f"{statistics.mean(real.values()):.3f}"])
-    with_loss, without = everything.get("joint"), everything.get("joint, no pretraining loss")
+    with_loss, without = everything.get("preference alone"), everything.get("preference alone, no pretraining loss")
     if with_loss and without:
-        rows.append(["joint: with the loss - without", *(signed(paired(with_loss[name], without[name])) for name in columns)])
+        rows.append(["preference: with the loss - without", *(signed(paired(with_loss[name], without[name])) for name in columns)])
     made.table("Appendix G: image quality", ["", "judge names the subject", "Frechet distance to real scenes"], rows)

@@ -185,14 +185,19 @@ def controls(folder: Path) -> Iterator[Run]:
 
 
 def together(folder: Path) -> Iterator[Run]:
-    """Table 5, and appendix G: without the pretraining loss."""
+    """Table 5."""
     for seed in SEEDS:
-        config = joint(folder, seed)
-        yield Run(f"joint/with_pretraining/seed_{seed}", config)
-        yield Run(f"joint/without_pretraining/seed_{seed}", replace(config, pretraining=PretrainingConfig()))
+        yield Run(f"joint/seed_{seed}", joint(folder, seed))
+
+
+def without_pretraining(folder: Path) -> Iterator[Run]:
+    """Appendix G."""
+    for seed in SEEDS:
+        config = replace(base(folder, "preference", seed), pretraining=PretrainingConfig())
+        yield Run(f"without_pretraining/preference/seed_{seed}", config)
 
 
 def final_runs(folder: Path) -> list[Run]:
     """Every run but the grid's, which must be there, in the order in which they are made."""
-    parts = (single, credit, baselines, together, controls)
+    parts = (single, credit, baselines, together, without_pretraining, controls)
     return [run for part in parts for run in part(folder)]
