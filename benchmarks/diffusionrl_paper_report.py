@@ -188,5 +188,6 @@ def report_quality(made: Report, everything: dict[str, Scores]) -> None:
     rows.append(["real scenes", "", f"{statistics.mean(real.values()):.3f}"])
     with_loss, without = everything.get("preference alone"), everything.get("preference alone, no pretraining loss")
     if with_loss and without:
-        rows.append(["preference: with the loss - without", *(signed(paired(with_loss[name], without[name])) for name in columns)])
+        difference = [signed(paired(with_loss[name], without[name])) for name in columns]
+        rows.append(["preference: with the loss - without", *difference])
     made.table("Appendix G: image quality", ["", "judge names the subject", "Frechet distance to real scenes"], rows)
