@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,35 +126,52 @@ PAPER = {
 
 
 def report_parity(made: Report, everything: dict[str, Scores]) -> None:
-    names = ["before", "pretraining loss alone", "rwr's loss on parity, no reward", "raft on parity", "rwr on parity"]
-    names += ["parity alone, the paper's credit", "parity alone"]
-    columns = [f"parity, {kind} occupations: parity-{what}" for what in ("sp", "squared") for kind in ("unseen", "seen")]
-    rows = [
-        [name, PAPER["parity"].get(name, ""), *(column_text(everything, name, column, -1.0) for column in columns)]
-        for name in names
-        if name in everything
-    ]
     floor = f"{expected_parity(GROUP, len(SKIN_TONES)):.3f}"
-    header = ["", "paper", "SP, unseen occupations", "SP, seen", "squared, without bias, unseen", "seen"]
-    rows.append(["an even sampler", "", floor, floor, "0", "0"])
-    made.table("Table 3: statistical parity (lower is better; in brackets the change, paired by seed)", header, rows)
+    columns = {
+        "SP, unseen occupations": "parity, unseen occupations: parity-sp",
+        "SP, seen": "parity, seen occupations: parity-sp",
+        "squared, without bias, unseen": "parity, unseen occupations: parity-squared",
+        "seen": "parity, seen occupations: parity-squared",
+    }
+    title = "Table 3: statistical parity (lower is better"
+    report_task(made, everything, "parity", title, columns, -1.0, [["an even sampler", "", floor, floor, "0", "0"]])
 
 
 def report_composition(made: Report, everything: dict[str, Scores]) -> None:
-    names = ["before", "pretraining loss alone", "rwr's loss on composition, no reward"]
-    names += ["raft on composition", "rwr on composition", "composition alone"]
-    columns = [
-        f"composition, {kind} things: {reward}"
-        for reward in ("composition", "composition-judge")
-        for kind in ("unseen", "seen")
-    ]
+    columns = {
+        "unseen things": "composition, unseen things: composition",
+        "seen things": "composition, seen things: composition",
+        "held-out detector: unseen": "composition, unseen things: composition-judge",
+        "seen": "composition, seen things: composition-judge",
+    }
+    report_task(made, everything, "composition", "Table 4: detection score (higher is better; paper: unseen / seen", columns)
+
+
+def report_task(
+    made: Report,
+    everything: dict[str, Scores],
+    task: str,
+    title: str,
+    columns: dict[str, str],
+    sign: float = 1.0,
+    limits: Sequence[list[str]] = (),
+) -> None:
+    """DiffusionRL and the other methods on one task; and what it gains beyond each of them."""
+    ours, before = f"{task} alone", "before"
+    others = ["pretraining loss alone", f"rwr's loss on {task}, no reward", f"raft on {task}", f"rwr on {task}"]
+    others = [name for name in (*others, f"{ours}, the paper's credit") if name in everything]
     rows = [
-        [name, PAPER["composition"].get(name, ""), *(column_text(everything, name, column) for column in columns)]
-        for name in names
+        [name, PAPER[task].get(name, ""), *(column_text(everything, name, column, sign) for column in columns.values())]
+        for name in (before, *others, ours)
         if name in everything
     ]
-    header = ["", "paper (unseen / seen)", "unseen things", "seen things", "held-out detector: unseen", "seen"]
-    made.table("Table 4: detection score (higher is better)", header, rows)
+    made.table(f"{title}; in brackets the change, paired by seed)", ["", "paper", *columns], [*rows, *limits])
+    if ours in everything:
+        rows = [
+            [name, *(signed(paired(everything[ours][column], everything[name][column])) for column in columns.values())]
+            for name in others
+        ]
+        made.table(f"What DiffusionRL on {task} gains beyond others (paired by seed)", ["", *columns], rows)
 
 
 def report_joint(made: Report, everything: dict[str, Scores]) -> None:
