@@ -58,26 +58,28 @@ def report(folder: Path, out: Path) -> None:
     """Everything that the finished runs allow."""
     made = Report(folder, out, "diffusionrl")
     report_grid(made)
-    groups = {
+    models = {
         "before": "base",
         **{f"{task} alone": f"single/{task}" for task in TASKS},
         "parity alone, the paper's credit": "credit/shared",
         **{f"{method} on {task}": f"{method}/{task}" for task in COMPARED for method in BASELINES},
-        "pretraining loss alone": "control/pretraining",
-        **{f"rwr's loss on {task}, no reward": f"control/rwr_{task}" for task in COMPARED},
         "joint": "joint",
         "preference alone, no pretraining loss": "without_pretraining/preference",
     }
-    everything = {name: scores for name, group in groups.items() if (scores := tested(folder, group))}
+    everything = {name: scores for name, group in models.items() if (scores := tested(folder, group))}
     made.json["scores"] = everything
     if "before" in everything:
         report_parity(made, everything)
         report_composition(made, everything)
         report_joint(made, everything)
         report_quality(made, everything)
-    curves = made.curves({task: f"single/{task}" for task in TASKS})
-    if curves:
-        draw([(task, "reward", {"alone": each}) for task, each in curves.items()], made.out / "diffusionrl.png")
+    groups = {
+        task: {"diffusionrl": f"single/{task}"} | {method: f"{method}/{task}" for method in BASELINES if task in COMPARED}
+        for task in TASKS
+    }
+    curves = {task: made.curves(each) for task, each in groups.items()}
+    if all(curves.values()):
+        draw([(task, "reward", each) for task, each in curves.items()], made.out / "diffusionrl.png")
     report_time(made)
     made.write()
 
@@ -158,8 +160,7 @@ def report_task(
 ) -> None:
     """DiffusionRL and the other methods on one task; and what it gains beyond each of them."""
     ours, before = f"{task} alone", "before"
-    others = ["pretraining loss alone", f"rwr's loss on {task}, no reward", f"raft on {task}", f"rwr on {task}"]
-    others = [name for name in (*others, f"{ours}, the paper's credit") if name in everything]
+    others = [name for name in (f"raft on {task}", f"rwr on {task}", f"{ours}, the paper's credit") if name in everything]
     rows = [
         [name, PAPER[task].get(name, ""), *(column_text(everything, name, column, sign) for column in columns.values())]
         for name in (before, *others, ours)
@@ -175,7 +176,7 @@ def report_task(
 
 
 def report_joint(made: Report, everything: dict[str, Scores]) -> None:
-    names = ["before", "pretraining loss alone", *(f"{task} alone" for task in TASKS), "joint"]
+    names = ["before", *(f"{task} alone" for task in TASKS), "joint"]
     rows = [
         [name, PAPER["joint"].get(name, ""), *(column_text(everything, name, column) for column in SCORED.values())]
         for name in names

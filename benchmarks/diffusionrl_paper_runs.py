@@ -172,18 +172,6 @@ def baselines(folder: Path) -> Iterator[Run]:
                 yield Run(f"{method}/{task}/seed_{seed}", baseline(folder, method, task, seed))
 
 
-def controls(folder: Path) -> Iterator[Run]:
-    """What is not the reward's doing: the pretraining loss beside a reward that counts for nothing, and RWR's loss with every
-    sample kept."""
-    for seed in SEEDS:
-        yield Run(f"control/pretraining/seed_{seed}", replace(base(folder, "preference", seed), reward=("preference=0",)))
-    for task in COMPARED:
-        for seed in SEEDS:
-            config = baseline(folder, "rwr", task, seed)
-            algorithm = replace(config.algorithm, variant="sparse", percentile=0.0)
-            yield Run(f"control/rwr_{task}/seed_{seed}", replace(config, algorithm=algorithm))
-
-
 def together(folder: Path) -> Iterator[Run]:
     """Table 5."""
     for seed in SEEDS:
@@ -199,5 +187,5 @@ def without_pretraining(folder: Path) -> Iterator[Run]:
 
 def final_runs(folder: Path) -> list[Run]:
     """Every run but the grid's, which must be there, in the order in which they are made."""
-    parts = (single, credit, baselines, together, without_pretraining, controls)
+    parts = (single, credit, baselines, together, without_pretraining)
     return [run for part in parts for run in part(folder)]
