@@ -10,8 +10,10 @@ from typing import Any
 from ddpo_paper_report import Report, draw, report_time, summarise, text
 from ddpo_paper_runs import GRID_SEED, SEEDS
 from diffusionrl_paper_runs import BASELINES, COMPARED, QUERIES, TASKS, rates
+from PIL import Image
 
 from diffusionrl.emoji.vocabulary import SKIN_TONES
+from diffusionrl.images import image_grid
 from diffusionrl.rewards.parity import expected_parity
 from diffusionrl.tracking import read_metrics
 
@@ -80,8 +82,18 @@ def report(folder: Path, out: Path) -> None:
     curves = {task: made.curves(each) for task, each in groups.items()}
     if all(curves.values()):
         draw([(task, "reward", each) for task, each in curves.items()], made.out / "diffusionrl.png")
+    draw_people(made)
     report_time(made)
     made.write()
+
+
+def draw_people(made: Report) -> None:
+    """The first samples of the fixed prompts and seeds before training for parity (left) and after, a prompt a row."""
+    folders = sorted((made.folder / "single" / "parity" / f"seed_{SEEDS[0]}" / "samples").glob("step_*"))
+    if folders:
+        files = [sorted(folder.glob("0*.png"))[:32] for folder in (folders[0], folders[-1])]
+        sides = [image_grid([Image.open(file) for file in each], 8, gap=0) for each in files]
+        image_grid(sides, 2, gap=16).save(made.out / "parity_before_after.png", optimize=True)
 
 
 def report_grid(made: Report) -> None:
