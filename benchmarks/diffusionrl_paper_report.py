@@ -175,11 +175,11 @@ def report_task(
     limits: Sequence[list[str]] = (),
 ) -> None:
     """DiffusionRL and the other methods on one task; and what it gains beyond each of them."""
-    ours, before = f"{task} alone", "before"
+    ours = f"{task} alone"
     others = [name for name in (f"raft on {task}", f"rwr on {task}", f"{ours}, the paper's credit") if name in everything]
     rows = [
         [name, PAPER[task].get(name, ""), *(column_text(everything, name, column, sign) for column in columns.values())]
-        for name in (before, *others, ours)
+        for name in ("before", *others, ours)
         if name in everything
     ]
     made.table(f"{title}; in brackets the change, paired by seed)", ["", "paper", *columns], [*rows, *limits])
