@@ -21,18 +21,18 @@ import torch
 import tyro
 from ddpo_paper import finished, make
 from ddpo_paper_runs import SEEDS, Run
+from diffusionrl.sampling.images import load_trained
 from diffusionrl_paper_report import report
 from diffusionrl_paper_runs import RATES, base, final_runs, grid, prompt_file
 from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
+from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.emoji.classifier import SceneClassifier, load_classifier
 from diffusionrl.emoji.scenes import draw_images
-from diffusionrl.evaluation import evaluate
+from diffusionrl.evaluation.fixed_seed import evaluate
 from diffusionrl.policies.base import Policy
-from diffusionrl.prompts import Prompt, load_prompts
 from diffusionrl.rewards import load_mixture
-from diffusionrl.sampling import load_trained
 
 HERE = Path(__file__).parent
 TESTS = {

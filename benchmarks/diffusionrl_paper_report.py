@@ -13,10 +13,10 @@ from ddpo_paper_runs import GRID_SEED, SEEDS
 from diffusionrl_paper_runs import BASELINES, COMPARED, QUERIES, TASKS, rates
 from PIL import Image
 
+from diffusionrl.data.images import image_grid
 from diffusionrl.emoji.vocabulary import SKIN_TONES
-from diffusionrl.images import image_grid
 from diffusionrl.rewards.parity import expected_parity
-from diffusionrl.tracking import read_metrics
+from diffusionrl.runs.folder import read_metrics
 
 Scores = dict[str, dict[int, float]]
 """By what is measured and by seed."""

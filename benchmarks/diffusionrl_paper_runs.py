@@ -17,10 +17,10 @@ from diffusionrl.config import (
     TaskConfig,
     TrainConfig,
 )
-from diffusionrl.prompts import load_prompts
-from diffusionrl.reward_config import ParityConfig, RewardsConfig
+from diffusionrl.config.rewards import ParityConfig, RewardsConfig
+from diffusionrl.data.prompts import load_prompts
+from diffusionrl.runs.folder import read_metrics
 from diffusionrl.seeds import numpy_generator
-from diffusionrl.tracking import read_metrics
 
 QUERIES = 2048  # a task
 SAMPLES = 64  # a step and task

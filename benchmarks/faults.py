@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 from conftest import build_tiny_pipeline  # noqa: E402
 from faults import finish, flip_bit, kill, spoil_at, start, tiny_run, what_it_made  # noqa: E402, F401
 
-from diffusionrl import checkpoint  # noqa: E402
+from diffusionrl.runs import checkpoint  # noqa: E402
 
 PAGE = HERE.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures: benchmarks/faults.py writes these lines -->", "<!-- end of figures -->"

@@ -33,8 +33,8 @@ from ddpo_paper_runs import Run, base
 from torch import Tensor
 
 from diffusionrl.config import GuardConfig, TrainConfig
-from diffusionrl.guard import Verdict, judge
-from diffusionrl.monitor import compare, evaluations_in, read_samples
+from diffusionrl.evaluation.guard import Verdict, judge
+from diffusionrl.training.monitor import compare, evaluations_in, read_samples
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "guard.md"

@@ -15,22 +15,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from diffusionrl.sampling.images import load_trained
 from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
+from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.data.images import image_grid, to_pil
+from diffusionrl.data.prompts import load_prompts
 from diffusionrl.emoji.classifier import TONES
 from diffusionrl.emoji.recipe.skin_tones import EVENLY, LIGHT_FACE, REACH
 from diffusionrl.emoji.recipe.vae import EVALUATION_SEED
 from diffusionrl.emoji.scenes import draw_images
 from diffusionrl.emoji.sprites import load_sprites
 from diffusionrl.emoji.vocabulary import GENDERS, OCCUPATIONS, person
-from diffusionrl.images import image_grid, to_pil
-from diffusionrl.prompts import load_prompts
-from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.attributes import load_attribute
 from diffusionrl.rewards.parity import Parity, expected_parity, squared_distance, statistical_parity
-from diffusionrl.rollout import collect
-from diffusionrl.sampling import load_trained
+from diffusionrl.sampling.rollout import collect
 
 
 @dataclass(frozen=True)

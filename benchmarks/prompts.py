@@ -28,7 +28,7 @@ WORDS = ("cat", "dog", "owl", "red", "blue", "old", "small", "castle", "forest",
 CHILD = """
 import json, sys, time
 import psutil
-from diffusionrl.prompts import load_prompts
+from diffusionrl.data.prompts import load_prompts
 
 def memory():  # in MB: own pages, and those of files
     info = psutil.Process().memory_info()

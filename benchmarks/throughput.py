@@ -83,8 +83,8 @@ def summarise(results: list[dict[str, Any]], samples: int) -> dict[str, Any]:
 
 def compare_with_trl(config: Config) -> dict[str, Any]:
     python = environment()
+    from diffusionrl.data.prompts import load_prompts
     from diffusionrl.policies import EMBEDDED_MODEL
-    from diffusionrl.prompts import load_prompts
 
     prompts = HERE.parent / "runs" / "benchmarks" / "prompts.txt"
     prompts.parent.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffusionrl.data.prompts import load_prompts
 from diffusionrl.emoji.recipe.diffusion import make_scheduler
 from diffusionrl.emoji.recipe.tokenizer import train_tokenizer
-from diffusionrl.prompts import load_prompts
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "runs" / "benchmarks" / "sd15_random"

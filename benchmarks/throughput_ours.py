@@ -11,11 +11,11 @@ import tyro
 from diffusionrl import seeds
 from diffusionrl.algorithms import DDPO
 from diffusionrl.config import DDPOConfig, SamplingConfig
-from diffusionrl.optimization import accumulate_gradient
+from diffusionrl.data.prompts import load_prompts
 from diffusionrl.policies import load_policy
-from diffusionrl.prompts import load_prompts
-from diffusionrl.rollout import collect
-from diffusionrl.tracking import peak_memory_gb
+from diffusionrl.runs.folder import peak_memory_gb
+from diffusionrl.sampling.rollout import collect
+from diffusionrl.training.optimization import accumulate_gradient
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _hash(file: Path) -> str:
 
 def die_at(place: str, nth: str = "1") -> None:
     """Kill the process at the nth call of one of the operations that a checkpoint is saved with."""
-    from diffusionrl import checkpoint
+    from diffusionrl.runs import checkpoint
 
     left = [int(nth)]
     owner, name = {
@@ -158,7 +158,8 @@ def fill_disk_at(nth: str, kind: str = "ENOSPC") -> None:
 
     from PIL import Image
 
-    from diffusionrl import checkpoint, tracking
+    from diffusionrl.runs import checkpoint
+    from diffusionrl.runs import folder as tracking
 
     checkpoint.save_file = full(checkpoint.save_file)
     checkpoint._manifest = full(checkpoint._manifest)

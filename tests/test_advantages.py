@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionrl.advantages import PromptStatistics, batch_advantages, group_advantages
+from diffusionrl.algorithms.advantages import PromptStatistics, batch_advantages, group_advantages
 from diffusionrl.rewards import Scores
 
 
@@ -80,7 +80,7 @@ def test_prompt_statistics_forget_the_oldest() -> None:
 
 def test_prompt_statistics_forget_prompts_that_have_not_been_sampled_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """And so does the state that a run goes on from: the order is in it."""
-    monkeypatch.setattr("diffusionrl.advantages._REMEMBERED", 3)
+    monkeypatch.setattr("diffusionrl.algorithms.advantages._REMEMBERED", 3)
     straight, resumed = PromptStatistics(4, 2), PromptStatistics(4, 2)
     for prompt in "abcad":
         straight.advantages(scores([1, 2]), [prompt] * 2)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusionrl import TrainConfig, rollout, train
-from diffusionrl.alarms import PATIENCE, Alarm, Watch, ratio_tolerance
+from diffusionrl import TrainConfig, train
 from diffusionrl.api import _try
 from diffusionrl.config import (
     CheckpointConfig,
@@ -22,9 +21,11 @@ from diffusionrl.config import (
     RWRConfig,
     SamplingConfig,
 )
-from diffusionrl.prompts import Prompt
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.rewards import as_mixture
-from diffusionrl.tracking import RunFolder
+from diffusionrl.runs.alarms import PATIENCE, Alarm, Watch, ratio_tolerance
+from diffusionrl.runs.folder import RunFolder
+from diffusionrl.sampling import rollout
 
 CONFIG = TrainConfig(
     steps=PATIENCE,

@@ -13,19 +13,20 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusionrl.sampling.images import load_trained
 from huggingface_hub import HfApi, ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusionrl import Prompt, TrainConfig, card, train
-from diffusionrl.card import make_card
+from diffusionrl import Prompt, TrainConfig, train
 from diffusionrl.cli import main
 from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig, to_yaml
-from diffusionrl.images import to_pil
+from diffusionrl.data.images import to_pil
 from diffusionrl.policies import StableDiffusionPolicy
-from diffusionrl.sampling import load_trained
+from diffusionrl.runs import card
+from diffusionrl.runs.card import make_card
 
 VERSIONS = {"diffusionrl": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1"}
 ENVIRONMENT = {"command": ["/opt/bin/diffusionrl", "train", "--steps", "2"], "versions": VERSIONS}

@@ -18,15 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, train
-from diffusionrl.checkpoint import complete_steps
 from diffusionrl.cli import main, parse_train
 from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig
-from diffusionrl.evaluation import evaluate
-from diffusionrl.images import to_pil
+from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.data.images import to_pil
+from diffusionrl.data.prompts import load_prompts
+from diffusionrl.evaluation.fixed_seed import evaluate
 from diffusionrl.interruption import Interrupted
 from diffusionrl.policies import StableDiffusionPolicy, load_pipeline
-from diffusionrl.prompts import load_prompts
-from diffusionrl.reward_config import RewardsConfig
+from diffusionrl.runs.checkpoint import complete_steps
 
 SMALL = ["--steps", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--sampling.num-steps", "4"]
 SMALL += ["--sampling.batch-size", "8"]

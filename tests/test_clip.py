@@ -21,14 +21,14 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from diffusionrl.config.rewards import AestheticConfig, CLIPScoreConfig, RewardsConfig
+from diffusionrl.data.images import to_pil
 from diffusionrl.emoji.aesthetics import gold_rating
 from diffusionrl.emoji.recipe.clip import measure_clip, measure_head
 from diffusionrl.emoji.recipe.tokenizer import train_tokenizer
 from diffusionrl.emoji.scenes import draw_images
 from diffusionrl.emoji.vocabulary import DDPO_ANIMALS
 from diffusionrl.errors import UserError
-from diffusionrl.images import to_pil
-from diffusionrl.reward_config import AestheticConfig, CLIPScoreConfig, RewardsConfig
 from diffusionrl.rewards import load_reward, score, try_reward
 from diffusionrl.rewards.aesthetic import EMBEDDED_HEAD, load_head
 from diffusionrl.rewards.clip import CLIP, EMBEDDED_CLIP

@@ -25,14 +25,14 @@ from transformers import (
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
+from diffusionrl.config.rewards import CompositionConfig, RewardsConfig
+from diffusionrl.data.images import to_pil
 from diffusionrl.emoji.classifier import CLASSES, detect_subjects, load_detector
 from diffusionrl.emoji.recipe.detector import average_precision, present, quality
 from diffusionrl.emoji.recipe.tokenizer import train_tokenizer
 from diffusionrl.emoji.scenes import draw_images
 from diffusionrl.emoji.vocabulary import ACTIVITIES, SUBJECTS, subject_of, with_article
 from diffusionrl.errors import UserError
-from diffusionrl.images import to_pil
-from diffusionrl.reward_config import CompositionConfig, RewardsConfig
 from diffusionrl.rewards import load_reward, score, try_reward
 from diffusionrl.rewards.base import Scores
 from diffusionrl.rewards.composition import RELATIONS, CompositionReward, objects_of, split_prompt

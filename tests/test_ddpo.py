@@ -15,13 +15,13 @@ from diffusionrl import seeds
 from diffusionrl.algorithms import DDPO
 from diffusionrl.algorithms.policy_gradient import clipped_loss
 from diffusionrl.config import DDPOConfig, OptimizerConfig, SamplingConfig, TrainConfig
-from diffusionrl.optimization import accumulate_gradient
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.policies.base import chunks
-from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Scores
-from diffusionrl.rollout import Rollout, collect, sample_trajectories
-from diffusionrl.trainer import Trainer
+from diffusionrl.sampling.rollout import Rollout, collect, sample_trajectories
+from diffusionrl.training.optimization import accumulate_gradient
+from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import Grid, SamplerTable, log_density
 
 SAMPLING = SamplingConfig(num_steps=4, guidance=3.0, batch_size=6)

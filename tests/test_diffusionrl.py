@@ -13,11 +13,11 @@ from diffusionrl import UserError, train
 from diffusionrl.algorithms import DDPO, DiffusionRL, make_algorithm
 from diffusionrl.cli import parse_train
 from diffusionrl.config import DDPOConfig, DiffusionRLConfig, EvaluationConfig, OptimizerConfig, SamplingConfig, TrainConfig
-from diffusionrl.optimization import accumulate_gradient
-from diffusionrl.prompts import Prompt
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.rewards import Scores
-from diffusionrl.rollout import Rollout, collect
-from diffusionrl.trainer import Trainer
+from diffusionrl.sampling.rollout import Rollout, collect
+from diffusionrl.training.optimization import accumulate_gradient
+from diffusionrl.training.trainer import Trainer
 
 SAMPLING = SamplingConfig(num_steps=6, guidance=3.0, batch_size=6)
 SETTINGS = DiffusionRLConfig(timesteps_per_step=3)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusionrl import TrainConfig, checkpoint, diagnose, load_policy, rollout
+from diffusionrl import TrainConfig, diagnose, load_policy
 from diffusionrl.algorithms import make_algorithm
 from diffusionrl.cli import main, parse_train
 from diffusionrl.config import (
@@ -25,14 +25,16 @@ from diffusionrl.config import (
     RWRConfig,
     SamplingConfig,
 )
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.doctor import Finding, _tiny_rollout, check_groups, costs, examine, resources
 from diffusionrl.doctor.costs import Cost, limit_bytes, measure, used_bytes
 from diffusionrl.doctor.resources import Costs
-from diffusionrl.optimization import Optimization
 from diffusionrl.policies import StableDiffusionPolicy
-from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Mixture, as_mixture
-from diffusionrl.trainer import Trainer
+from diffusionrl.runs import checkpoint
+from diffusionrl.sampling import rollout
+from diffusionrl.training.optimization import Optimization
+from diffusionrl.training.trainer import Trainer
 
 CONFIG = TrainConfig(
     steps=4,

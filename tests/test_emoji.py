@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusionrl.config import SamplingConfig
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.emoji.classifier import load_classifier, name_subjects
 from diffusionrl.emoji.recipe.tokenizer import train_tokenizer
 from diffusionrl.emoji.recipe.vae import EVALUATION_SEED, evaluate_vae
@@ -16,8 +17,7 @@ from diffusionrl.emoji.scenes import KIND_SHARES, draw_images, draw_scene
 from diffusionrl.emoji.sprites import load_sprites
 from diffusionrl.emoji.vocabulary import SUBJECTS, sprite_code_points, with_article
 from diffusionrl.policies import EMBEDDED_MODEL, StableDiffusionPolicy, load_pipeline
-from diffusionrl.prompts import Prompt
-from diffusionrl.rollout import collect
+from diffusionrl.sampling.rollout import collect
 
 
 def test_every_sprite_is_in_the_atlas() -> None:

@@ -10,12 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusionrl import intervals
-from diffusionrl.assessment import Sheet, report, score_model, table
 from diffusionrl.cli import main
 from diffusionrl.config import SamplingConfig
-from diffusionrl.intervals import differences, mean_interval, overall, student_t_probability, student_t_quantile, win_rate
-from diffusionrl.prompts import Prompt
+from diffusionrl.data.prompts import Prompt
+from diffusionrl.evaluation import intervals
+from diffusionrl.evaluation.assessment import Sheet, report, score_model, table
+from diffusionrl.evaluation.intervals import (
+    differences,
+    mean_interval,
+    overall,
+    student_t_probability,
+    student_t_quantile,
+    win_rate,
+)
 from diffusionrl.rewards import Mixture
 
 NAN = math.nan

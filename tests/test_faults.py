@@ -17,16 +17,19 @@ import pytest
 import torch
 from faults import die_at, finish, flip_bit, kill, start, tiny_run, wait_for, what_it_made
 
-from diffusionrl import TrainConfig, UserError, checkpoint, evaluation, interruption, rollout, train
+from diffusionrl import TrainConfig, UserError, interruption, train
 from diffusionrl.algorithms import DDPO, make_algorithm
 from diffusionrl.cli import START_AGAIN
 from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, SamplingConfig
+from diffusionrl.data.prompts import load_prompts
+from diffusionrl.evaluation import fixed_seed as evaluation
 from diffusionrl.interruption import Interrupted
-from diffusionrl.prompts import load_prompts
 from diffusionrl.rewards import Mixture, as_mixture
-from diffusionrl.state import TrainingState
-from diffusionrl.tasks import Task
-from diffusionrl.tracking import RunFolder
+from diffusionrl.runs import checkpoint
+from diffusionrl.runs.folder import RunFolder
+from diffusionrl.sampling import rollout
+from diffusionrl.training.state import TrainingState
+from diffusionrl.training.tasks import Task
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +360,7 @@ def test_other_prompts_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
 def test_broken_prompts_that_were_drawn_are_remembered(
     make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusionrl.prompts.CHECKED", 1)
+    monkeypatch.setattr("diffusionrl.data.prompts.CHECKED", 1)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a cat"}\nbroken\n')
     config = TrainConfig(
         steps=4,

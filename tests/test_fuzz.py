@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from diffusionrl import TrainConfig, UserError
 from diffusionrl.cli import parse_train
 from diffusionrl.config import to_yaml
-from diffusionrl.prompts import load_prompts
+from diffusionrl.data.prompts import load_prompts
 from diffusionrl.rewards import score
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.binary(max_size=5))

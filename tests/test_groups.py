@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusionrl import TrainConfig, diagnose, train
-from diffusionrl.assessment import report, score_model
 from diffusionrl.cli import main
 from diffusionrl.config import DDPOConfig, EvaluationConfig, GuardConfig, RWRConfig, SamplingConfig
+from diffusionrl.config.rewards import RewardsConfig, ServeConfig
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
-from diffusionrl.evaluation import by_group, evaluate
-from diffusionrl.monitor import paired
-from diffusionrl.prompts import Prompt
-from diffusionrl.reward_config import RewardsConfig, ServeConfig
+from diffusionrl.evaluation.assessment import report, score_model
+from diffusionrl.evaluation.fixed_seed import by_group, evaluate
 from diffusionrl.rewards import Mixture, RewardQueue
-from diffusionrl.rewards.server import RewardServer
-from diffusionrl.rollout import collect
+from diffusionrl.sampling.rollout import collect
+from diffusionrl.serving.server import RewardServer
+from diffusionrl.training.monitor import paired
 
 IMAGES = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 CONFIG = TrainConfig(

@@ -16,18 +16,19 @@ from faults import finish, tiny_run, what_it_made
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusionrl import TrainConfig, UserError, checkpoint
+from diffusionrl import TrainConfig, UserError
 from diffusionrl.config import EvaluationConfig, GuardConfig, SamplingConfig
-from diffusionrl.evaluation import evaluate, mean_and_error
-from diffusionrl.guard import Verdict, judge
-from diffusionrl.measures import distance_from_reference, diversity, image_statistics, mean_distance, vendi_score
-from diffusionrl.monitor import compare, paired, read_samples
+from diffusionrl.config.rewards import CLIPScoreConfig
+from diffusionrl.data.prompts import Prompt
+from diffusionrl.evaluation.fixed_seed import evaluate, mean_and_error
+from diffusionrl.evaluation.guard import Verdict, judge
+from diffusionrl.evaluation.measures import distance_from_reference, diversity, image_statistics, mean_distance, vendi_score
 from diffusionrl.policies import StableDiffusionPolicy
-from diffusionrl.prompts import Prompt
-from diffusionrl.reward_config import CLIPScoreConfig
 from diffusionrl.rewards.clip import load_embedder
-from diffusionrl.rollout import Rollout, predict
-from diffusionrl.tracking import read_lines, read_metrics
+from diffusionrl.runs import checkpoint
+from diffusionrl.runs.folder import read_lines, read_metrics
+from diffusionrl.sampling.rollout import Rollout, predict
+from diffusionrl.training.monitor import compare, paired, read_samples
 from diffusionrl.transitions import SAMPLERS, variance_preserving_grid
 
 # Measures

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from diffusionrl import train
 from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig, TrainConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError
-from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards import Mixture, load_mixture, try_mixture
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusionrl.cli import main
+from diffusionrl.config.rewards import CLIPScoreConfig, ParityConfig, RewardsConfig
 from diffusionrl.emoji.classifier import TONES, load_tone_classifier
 from diffusionrl.emoji.recipe import skin_tones
 from diffusionrl.emoji.recipe.skin_tones import EVENLY, measure_skin_tones
 from diffusionrl.emoji.scenes import draw_images
 from diffusionrl.errors import UserError
 from diffusionrl.policies import EMBEDDED_MODEL
-from diffusionrl.reward_config import CLIPScoreConfig, ParityConfig, RewardsConfig
 from diffusionrl.rewards import load_mixture, load_reward, score, try_reward
 from diffusionrl.rewards.attributes import ITA_CLASSES, Attribute, ita_classes, load_attribute, skin_pixels, typology_angles
 from diffusionrl.rewards.parity import (

@@ -8,11 +8,11 @@ import torch
 
 from diffusionrl import seeds
 from diffusionrl.config import SamplingConfig
+from diffusionrl.data.images import to_pil
 from diffusionrl.errors import UserError
-from diffusionrl.images import to_pil
 from diffusionrl.policies import StableDiffusionPolicy, check_model, load_policy
 from diffusionrl.policies.stable_diffusion import check_pipeline_folder
-from diffusionrl.rollout import denoise_step, make_table, sample_trajectories
+from diffusionrl.sampling.rollout import denoise_step, make_table, sample_trajectories
 
 PROMPTS = ["a cat", "a dog and an apple"]
 

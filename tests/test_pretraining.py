@@ -26,8 +26,8 @@ from diffusionrl.config import (
     TaskConfig,
 )
 from diffusionrl.emoji.scenes import draw_scene
-from diffusionrl.pretraining import Pretraining, ScenePairs, load_pairs
-from diffusionrl.trainer import Trainer
+from diffusionrl.training.pretraining import Pretraining, ScenePairs, load_pairs
+from diffusionrl.training.trainer import Trainer
 
 EMOJI = PretrainingConfig("emoji", batch_size=6, updates=2)
 

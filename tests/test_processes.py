@@ -21,17 +21,17 @@ from safetensors.torch import load_file
 from diffusionrl import processes
 from diffusionrl.algorithms import DDPO
 from diffusionrl.api import _check_shares, train
-from diffusionrl.checkpoint import load_newest
 from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, PretrainingConfig, SamplingConfig, TrainConfig
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import RunStopped, UserError
-from diffusionrl.optimization import Optimization, micro_batches
 from diffusionrl.policies import StableDiffusionPolicy
-from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import as_mixture
-from diffusionrl.rollout import Rollout
-from diffusionrl.state import TrainingState
-from diffusionrl.tasks import Task
-from diffusionrl.tracking import read_metrics
+from diffusionrl.runs.checkpoint import load_newest
+from diffusionrl.runs.folder import read_metrics
+from diffusionrl.sampling.rollout import Rollout
+from diffusionrl.training.optimization import Optimization, micro_batches
+from diffusionrl.training.state import TrainingState
+from diffusionrl.training.tasks import Task
 
 pytestmark = pytest.mark.timeout(400)  # starts of several processes on what may be a busy machine
 

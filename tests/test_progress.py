@@ -14,7 +14,7 @@ import pytest
 from faults import start, tiny_run
 
 from diffusionrl.cli import START_AGAIN
-from diffusionrl.progress import Progress
+from diffusionrl.runs.progress import Progress
 
 EVALUATION = {"eval/reward": 2.5, "eval/reward_se": 0.25}
 

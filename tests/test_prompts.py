@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffusionrl.data.prompts import Prompt, PromptFile, fingerprint, load_prompts
 from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, SKIN_TONE_SHARES, THINGS, with_article
 from diffusionrl.errors import RunStopped, UserError
-from diffusionrl.prompts import Prompt, PromptFile, fingerprint, load_prompts
 
 
 def texts(source: str | Path) -> list[str]:
@@ -111,7 +111,7 @@ def test_broken_lines_are_passed_over_up_to_a_limit(tmp_path: Path) -> None:
 
 def test_lines_beyond_those_that_are_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken one is found when it is drawn; the next one stands in its place, whoever draws it and when."""
-    monkeypatch.setattr("diffusionrl.prompts.CHECKED", 2)
+    monkeypatch.setattr("diffusionrl.data.prompts.CHECKED", 2)
     file = tmp_path / "p.jsonl"
     file.write_text('\n{"prompt": "a"}\n{"prompt": "b"}\nbroken\n{"prompt": "d"}\n\nalso broken')
     prompts = load_prompts(str(file), max_broken=1)
@@ -123,7 +123,7 @@ def test_lines_beyond_those_that_are_checked_first(tmp_path: Path, monkeypatch: 
 
 
 def test_a_broken_line_counts_beside_those_that_were_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusionrl.prompts.CHECKED", 2)
+    monkeypatch.setattr("diffusionrl.data.prompts.CHECKED", 2)
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\nbroken\nbroken too\n')
     with pytest.raises(RunStopped, match=r"2 broken prompts, more than max_broken_prompts = 1: .*:2: .*:3: not JSON"):

@@ -21,17 +21,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from synthetic import ENVIRONMENT, make_run, noise
 
-from diffusionrl import UserError, checkpoint, tracking, train
-from diffusionrl.card import make_card
+from diffusionrl import UserError, train
 from diffusionrl.cli import START_AGAIN, main, parse_train
 from diffusionrl.config import DDPOConfig, EvaluationConfig, PolicyConfig, RWRConfig, SamplingConfig
-from diffusionrl.intervals import Estimate, mean_interval
+from diffusionrl.evaluation.intervals import Estimate, mean_interval
 from diffusionrl.policies import load_policy
 from diffusionrl.report import compare_page, curves, run_page, thumbnails
 from diffusionrl.report.curves import Line, draw
 from diffusionrl.report.page import MAX_IMAGES, plus_minus, thinned
 from diffusionrl.report.record import Evaluated, read_run
 from diffusionrl.report.run_page import write_report
+from diffusionrl.runs import checkpoint
+from diffusionrl.runs import folder as tracking
+from diffusionrl.runs.card import make_card
 
 
 class Page(HTMLParser):

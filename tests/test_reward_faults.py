@@ -16,17 +16,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusionrl import RunStopped, TrainConfig, UserError, checkpoint, train
+from diffusionrl import RunStopped, TrainConfig, UserError, train
 from diffusionrl import config as config_module
-from diffusionrl.advantages import PromptStatistics, batch_advantages, group_advantages
 from diffusionrl.algorithms import DDPO, RWR, DiffusionRL
+from diffusionrl.algorithms.advantages import PromptStatistics, batch_advantages, group_advantages
 from diffusionrl.config import CheckpointConfig, DDPOConfig, DiffusionRLConfig, EvaluationConfig, RWRConfig, SamplingConfig
-from diffusionrl.optimization import accumulate_gradient
-from diffusionrl.prompts import Prompt
-from diffusionrl.reward_config import RewardsConfig
+from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.rewards import Scores, as_mixture, score
 from diffusionrl.rewards.worker import RewardCall, within
-from diffusionrl.rollout import Rollout, collect
+from diffusionrl.runs import checkpoint
+from diffusionrl.sampling.rollout import Rollout, collect
+from diffusionrl.training.optimization import accumulate_gradient
 
 SAMPLING = SamplingConfig(num_steps=3, guidance=2.0, batch_size=8)
 PROMPTS = [Prompt("a cat"), Prompt("a dog")] * 4

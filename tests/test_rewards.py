@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusionrl.config.rewards import BUILT_IN_REWARDS
+from diffusionrl.data.images import to_pil
 from diffusionrl.errors import UserError
-from diffusionrl.images import to_pil
-from diffusionrl.reward_config import BUILT_IN_REWARDS
 from diffusionrl.rewards import REGISTRY, Scores, load_reward, score, try_reward
 from diffusionrl.rewards.jpeg import jpeg_kilobytes
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from diffusionrl.algorithms import RWR
 from diffusionrl.cli import parse_train
 from diffusionrl.config import RWRConfig, SamplingConfig, TrainConfig
-from diffusionrl.optimization import accumulate_gradient
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies import StableDiffusionPolicy
-from diffusionrl.prompts import Prompt
 from diffusionrl.rewards import Scores
-from diffusionrl.rollout import Rollout, collect
-from diffusionrl.trainer import Trainer
+from diffusionrl.sampling.rollout import Rollout, collect
+from diffusionrl.training.optimization import accumulate_gradient
+from diffusionrl.training.trainer import Trainer
 
 SAMPLING = SamplingConfig(num_steps=3, guidance=3.0, batch_size=8)
 

@@ -21,13 +21,13 @@ import torch
 from faults import finish, tiny_run, what_it_made
 from torch import Tensor
 
+from diffusionrl.config.rewards import RemoteConfig, RewardsConfig, ServeConfig
+from diffusionrl.data.images import to_png
 from diffusionrl.errors import UserError
-from diffusionrl.images import to_png
-from diffusionrl.reward_config import RemoteConfig, RewardsConfig, ServeConfig
 from diffusionrl.rewards import Scores, load_reward, score
 from diffusionrl.rewards import server as server_module
 from diffusionrl.rewards.http import MAX_REPLY_BYTES, BadAnswer, JSONClient
-from diffusionrl.rewards.server import RewardServer
+from diffusionrl.serving.server import RewardServer
 
 IMAGES = (torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # as a PNG holds them
 PROMPTS, NOTHING = ["a", "b", "c", "d", "e"], [{"i": i} for i in range(5)]

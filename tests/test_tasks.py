@@ -13,16 +13,16 @@ from torch import Tensor
 
 from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, train
 from diffusionrl.algorithms import make_algorithm
-from diffusionrl.checkpoint import Checkpoint
 from diffusionrl.cli import main, parse_train
 from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, SamplingConfig, TaskConfig, to_yaml
+from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.data.prompts import load_prompts
 from diffusionrl.interruption import Interrupted
-from diffusionrl.prompts import load_prompts
-from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards import Scores, as_mixture
-from diffusionrl.rollout import Rollout
-from diffusionrl.tasks import Task
-from diffusionrl.trainer import Trainer
+from diffusionrl.runs.checkpoint import Checkpoint
+from diffusionrl.sampling.rollout import Rollout
+from diffusionrl.training.tasks import Task
+from diffusionrl.training.trainer import Trainer
 
 REWARDS = """
 import os, signal

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionrl import TrainConfig, UserError, tracking, train
+from diffusionrl import TrainConfig, UserError, train
 from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig
-from diffusionrl.trackers import PATIENCE, check_trackers
+from diffusionrl.runs import folder as tracking
+from diffusionrl.runs.trackers import PATIENCE, check_trackers
 
 
 class Remembering:

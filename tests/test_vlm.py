@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from diffusionrl.config.rewards import RewardsConfig, VLMConfig
 from diffusionrl.errors import UserError
-from diffusionrl.reward_config import RewardsConfig, VLMConfig
 from diffusionrl.rewards import Scores, load_reward, score, try_reward
 from diffusionrl.rewards.bertscore import BERTScore
 

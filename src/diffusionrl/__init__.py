@@ -8,16 +8,16 @@ if TYPE_CHECKING:
     from diffusionrl.api import diagnose as diagnose
     from diffusionrl.api import train as train
     from diffusionrl.config import TrainConfig as TrainConfig
+    from diffusionrl.data.prompts import Prompt as Prompt
     from diffusionrl.errors import RunStopped as RunStopped
     from diffusionrl.errors import UserError as UserError
     from diffusionrl.policies import load_policy as load_policy
-    from diffusionrl.prompts import Prompt as Prompt
 
 # huggingface_hub reports home even when it is asked for cached files only; it reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
-    "Prompt": "diffusionrl.prompts",
+    "Prompt": "diffusionrl.data.prompts",
     "RunStopped": "diffusionrl.errors",
     "TrainConfig": "diffusionrl.config",
     "UserError": "diffusionrl.errors",

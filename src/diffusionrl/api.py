@@ -12,21 +12,21 @@ from typing import Any
 from diffusionrl import interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, TaskConfig, TrainConfig
+from diffusionrl.config.presets import emoji
+from diffusionrl.data.pairs import load_pairs
+from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
-from diffusionrl.hub import push
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
-from diffusionrl.presets import emoji
-from diffusionrl.pretraining import load_pairs
-from diffusionrl.prompts import Prompt, load_prompts
 from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
 from diffusionrl.rewards.clip import load_embedder
-from diffusionrl.rollout import make_table
-from diffusionrl.tasks import Task
-from diffusionrl.tracking import NoFolder, RunFolder, TrainResult, tell_result
-from diffusionrl.trainer import Trainer
+from diffusionrl.runs.folder import NoFolder, RunFolder, TrainResult, tell_result
+from diffusionrl.runs.hub import push
+from diffusionrl.sampling.rollout import make_table
+from diffusionrl.training.tasks import Task
+from diffusionrl.training.trainer import Trainer
 
 
 def train(

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from diffusionrl.policies.base import Policy
-from diffusionrl.rollout import Needs, Rollout
+from diffusionrl.sampling.rollout import Needs, Rollout
 from diffusionrl.transitions import Reduction
 
 

@@ -23,31 +23,22 @@ last steps drowns the rest.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.advantages import PromptStatistics, relative
-from diffusionrl.algorithms.policy_gradient import policy_gradient_losses
+from diffusionrl.algorithms.policy_gradient import PolicyGradient
 from diffusionrl.config import DDPOConfig
-from diffusionrl.policies.base import Policy
-from diffusionrl.rollout import Needs, Rollout
+from diffusionrl.sampling.rollout import Rollout
 
 
-class DDPO:
+class DDPO(PolicyGradient):
     """DDPO-IS and DDPO-SF."""
 
     def __init__(self, config: DDPOConfig, guidance: float) -> None:
-        self.config, self.guidance = config, guidance
-        self.needs: Needs = "trajectories"
-        self.micro_batch_size, self.logprob_reduction = config.micro_batch_size, config.logprob_reduction
-        self.statistics = PromptStatistics(config.buffer_size, config.min_count)
-
-    def advantages(self, rollout: Rollout) -> Tensor:
-        advantages = relative(rollout.scores, rollout.prompts, self.config.normalisation, self.statistics)
-        return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        super().__init__(config, guidance, score_function=config.variant == "sf")
+        self.config = config
 
     def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
         total, count = len(rollout.prompts), self.config.updates_per_step
@@ -67,23 +58,3 @@ class DDPO:
             chosen = stochastic[drawn[:count]].sort().values
             pairs.append(torch.stack([torch.full_like(chosen, sample), chosen], 1))
         return torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
-
-    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config
-        return policy_gradient_losses(
-            policy,
-            rollout,
-            rows,
-            advantages,
-            self.guidance,
-            config.logprob_reduction,
-            config.clip_range,
-            config.variant == "sf",
-            config.step_weight_power,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"prompt_statistics": self.statistics.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.statistics.load_state_dict(state["prompt_statistics"])

@@ -9,7 +9,7 @@ denoising steps has the loss
 where mean and variance are those of all rewards of the step, whatever their prompts: with so many prompts, none comes up often
 enough to be compared with itself. In every training step a few of the denoising steps (5 of 50) are drawn without replacement,
 the same for all samples, and there is one optimizer step on each, over all samples. There is no KL: the clip holds the policy,
-and the pretraining loss (``pretraining.py``). Several rewards are trained on in turn (``tasks.py``).
+and the pretraining loss (``training/pretraining.py``). Several rewards are trained on in turn (``training/tasks.py``).
 
 Where the paper and its released code differ, or this file from either:
 - log-probabilities are means over the latent dimensions, as in the code (the equations imply sums): ``logprob_reduction``;
@@ -27,32 +27,22 @@ Not in the paper: ``normalisation`` and ``step_weight_power``, as in DDPO.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.advantages import PromptStatistics, relative
-from diffusionrl.algorithms.policy_gradient import policy_gradient_losses
+from diffusionrl.algorithms.policy_gradient import PolicyGradient
 from diffusionrl.config import DiffusionRLConfig
-from diffusionrl.policies.base import Policy
-from diffusionrl.rollout import Needs, Rollout
+from diffusionrl.sampling.rollout import Rollout
 
 
-class DiffusionRL:
+class DiffusionRL(PolicyGradient):
     """One optimizer step on each of a few denoising steps of all samples."""
 
-    needs: Needs = "trajectories"
-
     def __init__(self, config: DiffusionRLConfig, guidance: float) -> None:
-        self.config, self.guidance = config, guidance
-        self.micro_batch_size, self.logprob_reduction = config.micro_batch_size, config.logprob_reduction
-        self.statistics = PromptStatistics(config.buffer_size, config.min_count)
-
-    def advantages(self, rollout: Rollout) -> Tensor:
-        advantages = relative(rollout.scores, rollout.prompts, self.config.normalisation, self.statistics)
-        return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        super().__init__(config, guidance)
+        self.config = config
 
     def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
         """Raises UserError where fewer steps have fresh noise than are to be trained."""
@@ -62,22 +52,3 @@ class DiffusionRL:
         valid = rollout.scores.valid.nonzero().flatten()
         for row in stochastic[order[: self.config.timesteps_per_step]].tolist():
             yield torch.stack([valid, torch.full_like(valid, row)], 1)
-
-    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config
-        return policy_gradient_losses(
-            policy,
-            rollout,
-            rows,
-            advantages,
-            self.guidance,
-            config.logprob_reduction,
-            config.clip_range,
-            step_weight_power=config.step_weight_power,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"prompt_statistics": self.statistics.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.statistics.load_state_dict(state["prompt_statistics"])

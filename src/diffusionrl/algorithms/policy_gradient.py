@@ -1,11 +1,54 @@
-"""What the policy gradients share: the loss of (sample, denoising step) pairs. Their own files say where it comes from."""
+"""What the policy gradients share: advantages, and the loss of (sample, denoising step) pairs. Their own files say where it
+comes from."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusionrl.algorithms.advantages import PromptStatistics, relative
+from diffusionrl.config.algorithms import PolicyGradientConfig
 from diffusionrl.policies.base import Policy
-from diffusionrl.rollout import Rollout, denoise_step
+from diffusionrl.sampling.rollout import Needs, Rollout, denoise_step
 from diffusionrl.transitions import Reduction, SamplerTable, log_density
+
+
+class PolicyGradient:
+    """An algorithm but for its ``updates``, which say which pairs are trained when.
+
+    Args:
+        score_function: -advantage * log-probability, in place of the clipped ratio.
+    """
+
+    needs: Needs = "trajectories"
+
+    def __init__(self, config: PolicyGradientConfig, guidance: float, score_function: bool = False) -> None:
+        self.settings, self.guidance, self.score_function = config, guidance, score_function
+        self.micro_batch_size, self.logprob_reduction = config.micro_batch_size, config.logprob_reduction
+        self.statistics = PromptStatistics(config.buffer_size, config.min_count)
+
+    def advantages(self, rollout: Rollout) -> Tensor:
+        advantages = relative(rollout.scores, rollout.prompts, self.settings.normalisation, self.statistics)
+        return advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
+
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return policy_gradient_losses(
+            policy,
+            rollout,
+            rows,
+            advantages,
+            self.guidance,
+            self.logprob_reduction,
+            self.settings.clip_range,
+            self.score_function,
+            self.settings.step_weight_power,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompt_statistics": self.statistics.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.statistics.load_state_dict(state["prompt_statistics"])
 
 
 def clipped_loss(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:

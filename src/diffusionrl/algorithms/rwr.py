@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.advantages import members_of
 from diffusionrl.algorithms.denoising import denoising_losses
 from diffusionrl.config import RWRConfig
+from diffusionrl.data.prompts import members_of
 from diffusionrl.policies.base import Policy
-from diffusionrl.rollout import Needs, Rollout
+from diffusionrl.sampling.rollout import Needs, Rollout
 from diffusionrl.transitions import Reduction
 
 

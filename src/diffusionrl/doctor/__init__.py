@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.doctor.export import check_export, check_images
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.doctor.groups import check_groups
@@ -25,9 +26,8 @@ from diffusionrl.doctor.resources import (
 )
 from diffusionrl.doctor.reward import check_repeats, check_scores, check_variation, normalised
 from diffusionrl.doctor.update import check_update, rows_of_an_update
-from diffusionrl.prompts import Prompt
-from diffusionrl.rollout import Rollout, collect
-from diffusionrl.trainer import Trainer
+from diffusionrl.sampling.rollout import Rollout, collect
+from diffusionrl.training.trainer import Trainer
 
 __all__ = ["Finding", "check_groups", "examine"]
 

@@ -13,8 +13,8 @@ from diffusionrl import seeds
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
 from diffusionrl.policies import load_pipeline
-from diffusionrl.rollout import Rollout, sample_trajectories
-from diffusionrl.trainer import Trainer
+from diffusionrl.sampling.rollout import Rollout, sample_trajectories
+from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import ode
 
 _STEPS = 4  # denoising steps of the images that are compared

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from diffusionrl.doctor.findings import Finding
-from diffusionrl.trainer import Trainer
+from diffusionrl.training.trainer import Trainer
 
 _MAX_DRAWS = 20_000  # prompts looked at, a tenth of a second
 _FEW, _MOST = 0.1, 0.5  # shares of samples

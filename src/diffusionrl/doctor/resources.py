@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusionrl import checkpoint, seeds
+from diffusionrl import seeds
 from diffusionrl.doctor.costs import Cost, limit_bytes, measure
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.doctor.reward import ask
-from diffusionrl.measures import PAIRS
-from diffusionrl.optimization import accumulate_gradient
+from diffusionrl.evaluation.measures import PAIRS
 from diffusionrl.policies.base import chunks
 from diffusionrl.rewards import Scores
-from diffusionrl.rollout import Rollout, denoise_step, make_table
-from diffusionrl.trainer import Trainer
+from diffusionrl.runs import checkpoint
+from diffusionrl.sampling.rollout import Rollout, denoise_step, make_table
+from diffusionrl.training.optimization import accumulate_gradient
+from diffusionrl.training.trainer import Trainer
 
 _FULL = 0.85  # of the memory: a run of the preset "emoji" held 14 % more than estimated, which the allocator did not give back
 _DECODED = 16  # images are decoded at most so many at once

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.advantages import members_of
+from diffusionrl.data.prompts import members_of
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
 from diffusionrl.rewards import Mixture, RewardCall, Scores
-from diffusionrl.rollout import Rollout
-from diffusionrl.trainer import Trainer
+from diffusionrl.sampling.rollout import Rollout
+from diffusionrl.training.trainer import Trainer
 
 # The part of a reward's spread that is its own noise: rounding below the first, more noise than signal above the second.
 _ROUNDING, _NOISE = 1e-3, 0.5

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.alarms import ratio_tolerance
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
-from diffusionrl.optimization import NonFiniteError
-from diffusionrl.rollout import Rollout, denoise_step
-from diffusionrl.trainer import Trainer
+from diffusionrl.runs.alarms import ratio_tolerance
+from diffusionrl.sampling.rollout import Rollout, denoise_step
+from diffusionrl.training.optimization import NonFiniteError
+from diffusionrl.training.trainer import Trainer
 
 _MAX_ROWS = 64  # of an update: enough to reach every tensor
 _ROUNDING = 1e-6  # of a float32 prediction, relative

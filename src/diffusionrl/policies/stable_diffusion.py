@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from diffusionrl import processes, seeds
+from diffusionrl.data.prompts import keep_newest
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import chunks
-from diffusionrl.prompts import keep_newest
 from diffusionrl.transitions import Grid, to_x0_and_noise, variance_preserving_grid
 
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

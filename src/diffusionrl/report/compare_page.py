@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from diffusionrl.errors import UserError
-from diffusionrl.intervals import Estimate, mean_interval, overall
+from diffusionrl.evaluation.intervals import Estimate, mean_interval, overall
 from diffusionrl.report.curves import COLOURS, Chart, Line, draw
 from diffusionrl.report.page import (
     MAX_IMAGES,
@@ -29,7 +29,7 @@ from diffusionrl.report.page import (
 )
 from diffusionrl.report.record import Evaluated, Run, Sample, read_run, time_unit
 from diffusionrl.report.run_page import gains
-from diffusionrl.tracking import flat
+from diffusionrl.runs.folder import flat
 
 MAX_SHOWN = 8  # runs whose images stand side by side
 MAX_PROMPTS = 24

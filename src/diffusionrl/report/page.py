@@ -16,12 +16,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from diffusionrl import checkpoint
-from diffusionrl.intervals import Estimate
+from diffusionrl.evaluation.intervals import Estimate
 from diffusionrl.report.curves import tick_label
 from diffusionrl.report.record import Evaluated, Sample
 from diffusionrl.report.thumbnails import data_uri
-from diffusionrl.tracking import PARTIAL
+from diffusionrl.runs import checkpoint
+from diffusionrl.runs.folder import PARTIAL
 
 MAX_IMAGES = 500
 """In a page's scrubber."""

@@ -7,8 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffusionrl.images import image_grid
-from diffusionrl.tracking import exported_step, read_metrics
+from diffusionrl.data.images import image_grid
+from diffusionrl.runs.folder import exported_step, read_metrics
 
 _ROWS, _COLUMNS = 3, 5
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from diffusionrl.errors import UserError
-from diffusionrl.tracking import is_held, read_metrics
+from diffusionrl.runs.folder import is_held, read_metrics
 
 DERIVED = ("_se", "_change", "_from_peak", "_peak_std")
 """Ends of the names of metrics that say more of another one."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusionrl.intervals import overall
+from diffusionrl.evaluation.intervals import overall
 from diffusionrl.report.curves import Chart, Line, draw
 from diffusionrl.report.page import (
     MAX_IMAGES,

@@ -1,7 +1,8 @@
 """Rewards: one file each. ``load_reward`` finds them by name."""
 
 from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, parity, preference, vlm
-from diffusionrl.rewards.base import REGISTRY, Reward, Scores, load_reward, register, score, try_reward
+from diffusionrl.rewards.base import REGISTRY, Reward, Scores, register, score, try_reward
+from diffusionrl.rewards.loading import load_reward
 from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture
 from diffusionrl.rewards.worker import RewardCall, RewardQueue, within
 

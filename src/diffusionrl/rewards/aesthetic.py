@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError
-from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.base import Reward, register
 from diffusionrl.rewards.clip import CLIP, EMBEDDED_CLIP
 

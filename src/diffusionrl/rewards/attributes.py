@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusionrl.config.rewards import ParityConfig, RewardsConfig
 from diffusionrl.emoji.classifier import TONES, load_tone_classifier
 from diffusionrl.errors import UserError
-from diffusionrl.reward_config import ParityConfig, RewardsConfig
 from diffusionrl.rewards.base import find_function
 from diffusionrl.rewards.clip import CLIP
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl.errors import UserError, one_of
-from diffusionrl.reward_config import RewardsConfig
+from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.errors import UserError
 
 Reward = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
 """Called with images in [0, 1] (float32, (B, 3, H, W), on the CPU), B prompts and B metadata mappings; returns B numbers, or
@@ -58,24 +58,6 @@ class Scores:
 
 class NothingSeen(UserError):
     """Raised by a reward that sees nothing on the images that it could score: all are invalid, through no fault of its own."""
-
-
-def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
-    """A built-in reward by name, ``package.module:function`` (looked up from the working directory too), or the address of one
-    that is served (``rewards.remote``).
-
-    Raises:
-        UserError: no such reward, it does not import, or what it is built from is not there.
-    """
-    if name in REGISTRY:
-        return REGISTRY[name](config or RewardsConfig())
-    if name.startswith(("http://", "https://")):
-        from diffusionrl.rewards.remote import RemoteReward
-
-        return RemoteReward(name, (config or RewardsConfig()).remote)
-    if ":" not in name:
-        raise one_of("reward", name, REGISTRY, "; your own is package.module:function")
-    return find_function("reward", name, "(images, prompts, metadata) -> scores")
 
 
 def find_function(kind: str, name: str, signature: str) -> Callable[..., Any]:

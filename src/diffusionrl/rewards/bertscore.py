@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from diffusionrl.errors import UserError
-from diffusionrl.hub import locate
 from diffusionrl.rewards.pretrained import load_network, load_tokenizer
+from diffusionrl.runs.hub import locate
 
 
 class BERTScore:

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusionrl.config.rewards import VLMConfig
+from diffusionrl.data.images import to_png
 from diffusionrl.errors import UserError
-from diffusionrl.images import to_png
-from diffusionrl.reward_config import VLMConfig
 from diffusionrl.rewards.http import BadAnswer, JSONClient
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
+from diffusionrl.config.rewards import CLIPScoreConfig, RewardsConfig
+from diffusionrl.data.prompts import keep_newest
 from diffusionrl.errors import UserError
-from diffusionrl.hub import locate
-from diffusionrl.prompts import keep_newest
-from diffusionrl.reward_config import CLIPScoreConfig, RewardsConfig
 from diffusionrl.rewards.base import Reward, register
 from diffusionrl.rewards.pretrained import load_image_settings, load_network, load_tokenizer
+from diffusionrl.runs.hub import locate
 
 EMBEDDED_CLIP = Path(__file__).parent.parent / "emoji" / "weights" / "clip"
 _REMEMBERED = 2048  # embeddings of texts, a few kilobytes each

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.emoji.classifier import CLASSES, detect_subjects, load_detector
 from diffusionrl.emoji.scenes import IMAGE_SIZE
 from diffusionrl.emoji.vocabulary import subject_of
 from diffusionrl.errors import UserError
-from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.base import Reward, Scores, register
 from diffusionrl.rewards.detection import Detector
 

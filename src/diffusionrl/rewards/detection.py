@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from diffusionrl.errors import UserError
-from diffusionrl.hub import locate
 from diffusionrl.rewards.pretrained import load_image_settings, load_network, load_tokenizer
+from diffusionrl.runs.hub import locate
 
 FAMILIES = ("owlv2", "grounding-dino")
 

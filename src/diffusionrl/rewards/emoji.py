@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.emoji.aesthetics import gold_rating
 from diffusionrl.emoji.classifier import CLASSES, load_classifier, name_subjects
 from diffusionrl.emoji.vocabulary import with_article
-from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.base import Reward, Scores, register
 
 _SUBJECTS = {with_article(name): name for name in CLASSES}

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from diffusionrl.images import to_pil
+from diffusionrl.data.images import to_pil
 from diffusionrl.rewards.base import register
 
 SIZE = 512

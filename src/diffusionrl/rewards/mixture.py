@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, one_of
-from diffusionrl.reward_config import RewardsConfig
-from diffusionrl.rewards.base import Reward, Scores, load_reward, looks_at_groups, score, score_groups, try_reward
+from diffusionrl.rewards.base import Reward, Scores, looks_at_groups, score, score_groups, try_reward
+from diffusionrl.rewards.loading import load_reward
 
 _ROUNDING = 1e-3  # relative, of a score: networks in low precision may round by the place in a batch
 

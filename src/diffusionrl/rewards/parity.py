@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffusionrl.reward_config import RewardsConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.rewards.attributes import Attribute, load_attribute
 from diffusionrl.rewards.base import NothingSeen, Reward, Scores, register
 

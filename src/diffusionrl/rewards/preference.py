@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.emoji.preference import load_preference_model
 from diffusionrl.emoji.scenes import IMAGE_SIZE
 from diffusionrl.errors import UserError
-from diffusionrl.reward_config import RewardsConfig
 from diffusionrl.rewards.base import Reward, register
 from diffusionrl.rewards.clip import CLIP
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffusionrl.errors import UserError
-from diffusionrl.hub import cached_first
+from diffusionrl.runs.hub import cached_first
 
 Source = tuple[str, str | None]
 """A folder or hub id, and its commit; see ``hub.locate``."""

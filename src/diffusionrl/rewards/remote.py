@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl.images import to_png
-from diffusionrl.reward_config import RemoteConfig
+from diffusionrl.config.rewards import RemoteConfig
+from diffusionrl.data.images import to_png
 from diffusionrl.rewards.base import Scores
 from diffusionrl.rewards.http import BadAnswer, JSONClient
 

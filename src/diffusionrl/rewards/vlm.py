@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl.reward_config import RewardsConfig, VLMConfig
+from diffusionrl.config.rewards import RewardsConfig, VLMConfig
 from diffusionrl.rewards.base import Reward, Scores, register
 from diffusionrl.rewards.bertscore import BERTScore
 from diffusionrl.rewards.chat import ChatClient

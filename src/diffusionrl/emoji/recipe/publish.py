@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from diffusionrl.config import SamplingConfig
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.emoji.classifier import SceneClassifier, name_subjects
 from diffusionrl.emoji.vocabulary import ANIMALS, SUBJECTS, with_article
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy
-from diffusionrl.prompts import Prompt
-from diffusionrl.rollout import collect
+from diffusionrl.sampling.rollout import collect
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 STAGES = ("vae", "classifier", "skin-tones", "detector", "detector-judge", "clip", "preference", "diffusion")

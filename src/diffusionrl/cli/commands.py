@@ -1,0 +1,78 @@
+"""The command line. Torch is imported only when a command runs."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from typing import NoReturn
+
+from diffusionrl.cli import compare, doctor, evaluate, push, report, sample, serve_reward, train
+from diffusionrl.config.presets import PRESETS
+from diffusionrl.errors import RunStopped, UserError
+from diffusionrl.interruption import Interrupted, noted
+
+START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
+USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
+
+  train         tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
+  doctor        try one tiny step of what "train" would do with the same options, and say what is wrong
+  sample        make images from a model or a run
+  evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
+  report        write a run's report.html again   RUN
+  compare       several runs on one page          RUN RUN ... [--out compare.html]
+  push          upload what a run exported to the hub     RUN REPO_ID
+  serve-reward  score images over HTTP            NAME [OPTIONS]
+
+"diffusionrl COMMAND --help" lists the options. Every field of the configuration is one (--algorithm.clip-range 1e-4).
+Options win over the YAML file, which wins over the preset (default: emoji).
+"""
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "train": train.run,
+    "doctor": doctor.run,
+    "sample": sample.run,
+    "evaluate": evaluate.run,
+    "report": report.run,
+    "compare": compare.run,
+    "push": push.run,
+    "serve-reward": serve_reward.run,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a run that had to stop or that the doctor fails, 2 for what the user can
+    mend, 75 for a run that a signal stopped and that the same command takes up again."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] not in COMMANDS:
+        asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(USAGE, file=sys.stdout if asked_for_help else sys.stderr)
+        return 0 if asked_for_help else 2
+    try:
+        with noted() if arguments[0] == "train" else nullcontext():
+            return COMMANDS[arguments[0]](arguments[1:]) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunStopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        if error.saved_in is None:
+            print(f"stopped by {error} before there was anything to save", file=sys.stderr)
+        else:
+            print(f"saved and stopped by {error}; go on with the same command and --run-dir {error.saved_in}", file=sys.stderr)
+        return START_AGAIN
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def entry() -> NoReturn:
+    """The command line as a process. Python would wait for every thread at its end, and a reward's or tracker's may hang."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)

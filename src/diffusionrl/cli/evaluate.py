@@ -1,0 +1,87 @@
+"""``diffusionrl evaluate``."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from diffusionrl.cli.parsing import check_reward, quiet_libraries, settings_of
+from diffusionrl.config import RewardsConfig, SamplingConfig
+from diffusionrl.errors import UserError, require
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a model on fixed seeds, with intervals; see docs/evaluate.md. What is not given is the run's, or the preset's."""
+
+    model: str = "emoji"
+    """"emoji", a folder in diffusers' format, a hub id, or a run folder (its model with what it learned)."""
+    lora: Path | None = None
+    """On that model: a safetensors file, or a folder with pytorch_lora_weights.safetensors in it."""
+    baseline: str | None = None
+    """A model or a run that draws the same prompts and noise, for differences and win rates."""
+    reward: tuple[str, ...] = ("compressibility",)
+    """Rewards as in train, without weights. Each is reported on its own."""
+    prompts: str = "ddpo-animals"
+    """A built-in set, a text file (one prompt a line) or a JSONL file ("prompt" and any metadata)."""
+    samples_per_prompt: int = 1
+    """With several, intervals of means are over prompts."""
+    num_samples: int | None = None
+    """Images, over the prompts in turn; by default samples_per_prompt for each of them. All are in memory at once."""
+    seed: int = 0
+    """The same seed draws the same noise."""
+    out: Path = Path("evaluation.json")
+    """Everything, down to the sample; it must not exist."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+
+    def __post_init__(self) -> None:
+        require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
+        require(self.num_samples is None or self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}")
+        for name in self.reward:
+            if "=" in name:
+                raise UserError(f"evaluate reports each reward on its own: leave out the weight of {name!r}")
+
+
+def run(arguments: Sequence[str]) -> None:
+    run = settings_of(arguments)
+    names = tuple(dict.fromkeys(name.partition("=")[0] for name in (*run.reward, *run.evaluation.held_out)))
+    default = EvaluateConfig(reward=names, prompts=run.prompts, seed=run.seed, sampling=run.sampling, rewards=run.rewards)
+    config = tyro.cli(EvaluateConfig, default=default, args=arguments, prog="diffusionrl evaluate")
+    from diffusionrl.data.prompts import load_prompts  # which imports NumPy
+
+    prompts = load_prompts(config.prompts)
+    for name in config.reward:
+        check_reward(name)
+    if config.out.exists():
+        raise UserError(f"{config.out} exists: choose another --out")
+    quiet_libraries()
+    from diffusionrl.evaluation.assessment import report, score_model, table
+    from diffusionrl.policies import find_trained, load_trained
+    from diffusionrl.rewards import load_mixture, try_mixture
+
+    asked = [(config.model, config.lora), *([(config.baseline, None)] if config.baseline else [])]
+    found = [find_trained(*each) for each in asked]
+    rewards = load_mixture(config.reward, config.rewards)
+    size = config.samples_per_prompt
+    count = config.num_samples or len(prompts) * size
+    rewards.require_groups(size, "samples_per_prompt", count, "num_samples")
+    try_mixture(rewards, found[0].image_size, [p.text for p in prompts[:2]], [p.metadata for p in prompts[:2]], (size,))
+    sheets = []
+    for each, trained in zip(asked, found, strict=True):
+        print(f"{trained.name}: {count} samples", flush=True)
+        policy = load_trained(*each)
+        settings = (size, config.sampling, config.seed, config.rewards.timeout, count)
+        sheets.append(score_model(trained.name, policy, rewards, prompts, *settings))
+    result = report(*sheets)
+    settings_said = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(result | {"settings": settings_said}, indent=2) + "\n")
+    print(f"\n{table(result)}\n\neverything: {config.out}")
+    for sheet in sheets:
+        if sheet.error:
+            print(f"warning: some scores are invalid; the last error for {sheet.name}: {sheet.error}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Prompts, image-text pairs, and images in and out."""

@@ -1,0 +1,1 @@
+"""How good a model is: fixed seeds, measures, intervals, and the guard."""

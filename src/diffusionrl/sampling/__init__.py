@@ -1,0 +1,1 @@
+"""Samples from a model, with what they scored."""

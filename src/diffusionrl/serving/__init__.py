@@ -1,0 +1,1 @@
+"""A reward behind HTTP."""

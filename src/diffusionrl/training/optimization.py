@@ -1,0 +1,199 @@
+"""From rows of work to an optimizer step: gradient accumulation, clipping, warm-up, and a stop before anything non-finite."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from diffusionrl import processes
+from diffusionrl.algorithms.base import Objective
+from diffusionrl.config import OptimizerConfig
+from diffusionrl.interruption import check
+from diffusionrl.policies.base import Policy, chunks
+from diffusionrl.processes import like, whole
+from diffusionrl.sampling.rollout import Rollout
+
+FEW = 100_000_000
+"""Weights: an adapter's."""
+
+
+class NonFiniteError(Exception):
+    """A loss or the gradient is not finite; weights and optimizer are as before this update.
+
+    Args:
+        losses: (R,), one a row.
+    """
+
+    def __init__(self, rollout: Rollout, rows: Tensor, advantages: Tensor, losses: Tensor) -> None:
+        count = int((~losses.isfinite()).sum())
+        super().__init__(f"{count} of {len(losses)} losses are" if count else "the gradient is")
+        self.rollout, self.rows, self.advantages, self.losses = rollout, rows, advantages, losses
+
+    def save(self, folder: Path) -> str:
+        """Everything that the losses were computed from: ``batch.safetensors``, and the prompts in ``batch.json``.
+
+        Returns:
+            The folder, or why there is none.
+        """
+        try:
+            self._write(folder)
+        except (OSError, SafetensorError) as error:
+            return f"no file, for want of a disk to write to ({error})"
+        return str(folder)
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        rollout, own = self.rollout, self.rollout.own
+        samples = torch.unique(self.rows[:, 0])
+        samples = samples[(samples >= own.start) & (samples < own.stop)]
+        where = (samples - own.start).to(rollout.latents.device)
+        tensors = {
+            "samples": samples,
+            "rows": self.rows,
+            "losses": self.losses,
+            "advantages": self.advantages[samples],
+            "latents": rollout.latents[where],
+            "embeddings": rollout.embeddings[where],
+            "log_probs": rollout.log_probs[where],
+        }
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "batch.safetensors")
+        prompts = [rollout.prompts[i].text for i in samples.tolist()]
+        (folder / "batch.json").write_text(json.dumps(prompts, indent=1) + "\n")
+
+
+class Optimization:
+    """AdamW on named parameters, with a count of its updates, which is all that the warm-up depends on."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], config: OptimizerConfig) -> None:
+        self.parameters, self.config, self.updates = parameters, config, 0
+        self.adamw = torch.optim.AdamW(
+            parameters.values(), config.learning_rate, config.betas, config.epsilon, config.weight_decay
+        )
+
+    @property
+    def sharded(self) -> bool:
+        """Each process holds a part of the weights; then all are needed for what wants them whole."""
+        return processes.sharded(self.parameters.values())
+
+    def update(
+        self, algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
+    ) -> tuple[dict[str, Tensor], float]:
+        """One optimizer step on the mean loss over the rows.
+
+        Returns:
+            The algorithm's figures, one number a row; and the norm of the gradient before it was clipped.
+
+        Raises:
+            NonFiniteError: instead of the step.
+        """
+        try:
+            figures = accumulate_gradient(algorithm, policy, rollout, rows, advantages)
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
+            losses = figures.pop("loss")
+            if not (norm.isfinite() and losses.isfinite().all()):
+                everyone = range(processes.count())
+                ordered = torch.cat([micro for each in everyone for micro in micro_batches(rollout, rows, len(rows), each)])
+                raise NonFiniteError(rollout, ordered, advantages, losses)
+            self.updates += 1
+            for group in self.adamw.param_groups:
+                group["lr"] = self.config.learning_rate * min(1.0, self.updates / max(1, self.config.warmup))
+            self.adamw.step()
+        finally:
+            self.adamw.zero_grad()
+        return figures, norm.item()
+
+    def rms(self, norm: float) -> float:
+        """The root mean square of a gradient of this norm, as AdamW gets it: clipped."""
+        count = sum(parameter.numel() for parameter in self.parameters.values())
+        return min(norm, self.config.max_grad_norm) / math.sqrt(count)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments by parameter and kind, "NAME.exp_avg", as they are: of sharded weights, sharded."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.adamw.state.get(parameter, {}).items()
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Be as when ``tensors`` was called, after so many updates."""
+        self.adamw.state.clear()
+        for name, value in tensors.items():
+            owner, key = name.rsplit(".", 1)
+            parameter = self.parameters[owner]
+            self.adamw.state[parameter][key] = value.clone() if key == "step" else like(parameter, value.clone())
+        self.updates = updates
+
+
+def micro_batches(rollout: Rollout, rows: Tensor, size: int, process: int) -> list[Tensor]:
+    """A process's rows, cut. No micro-batch has rows of two batches of the rollout in it, so they are the same however many
+    processes share the batches."""
+    found: list[Tensor] = []
+    for batch in rollout.batches(process):
+        inside = rows[(rows[:, 0] >= batch.start) & (rows[:, 0] < batch.stop)]
+        found += [inside[part] for part in chunks(len(inside), size)]
+    return found
+
+
+def accumulate_gradient(
+    algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
+) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss over all rows, in micro-batches; how they are cut changes only rounding.
+
+    Every process runs over its own rows, in as many passes as the others (with a row that does not count where it has none
+    left: sharded weights are gathered in each pass). Gradients of few weights are added up in double precision, where the order
+    does not matter: Adam would make much of their rounding.
+
+    Returns:
+        The algorithm's figures and the "loss", one number a row, process by process and in the order of ``micro_batches``.
+    """
+    shared = [micro_batches(rollout, rows, algorithm.micro_batch_size, process) for process in range(processes.count())]
+    own, mine = rollout.own, shared[processes.index()]
+    filler = rows[:1].clone()
+    filler[:, 0] = own.start
+    gradient = Sum(policy.trainable().values())
+    parts: list[dict[str, Tensor]] = []
+    for turn in range(max(map(len, shared))):
+        check()
+        micro = (mine[turn] if turn < len(mine) else filler).clone()
+        micro[:, 0] -= own.start  # where this process's tensors begin
+        losses, figures = algorithm.losses(policy, rollout, micro, advantages[own.start : own.stop])
+        counted = len(micro) if turn < len(mine) else 0
+        (losses[:counted].sum() / len(rows) + 0 * losses[counted:].sum()).backward()  # type: ignore[no-untyped-call]
+        gradient.take()
+        parts.append({key: each[:counted] for key, each in (figures | {"loss": losses.detach()}).items()})
+    gradient.give()
+    sizes = [sum(map(len, each)) for each in shared]
+    return {key: processes.gather(torch.cat([part[key] for part in parts]), sizes) for key in parts[0]}
+
+
+class Sum:
+    """Of gradients, over micro-batches and processes. Sharded weights add up their own."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self.parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        self.doubles: dict[torch.nn.Parameter, Tensor] = {}
+        self.precise = sum(parameter.numel() for parameter in self.parameters) <= FEW
+
+    def take(self) -> None:
+        """The gradients of a micro-batch."""
+        if self.precise:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    gradient, parameter.grad = parameter.grad.double(), None
+                    self.doubles[parameter] = self.doubles[parameter] + gradient if parameter in self.doubles else gradient
+
+    def give(self) -> None:
+        """Their sum over all processes becomes the gradient."""
+        if not self.precise:
+            processes.add_up([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+            return
+        processes.add_up(list(self.doubles.values()))
+        for parameter, gradient in self.doubles.items():
+            parameter.grad = gradient.float()

@@ -1,0 +1,137 @@
+"""The pretraining loss: real pairs of image and caption, which hold the model to what it was (DiffusionRL, arXiv 2401.12244).
+
+After the tasks of a training step come optimizer steps on
+
+    L_pre = weight * E |noise - noise_theta(alpha_t x0 + sigma_t noise, t, c)|^2,        noise ~ N(0, I)
+
+without guidance, for t uniform over the times that the model was trained at. They are steps of their own with the tasks'
+optimizer (Algorithm 1), not a term of the tasks' loss. Where the paper is silent, or its code differs:
+- the paper gives the weight no value; under AdamW the number of steps matters more (here 1 to the 5 of a task);
+- captions are dropped at a rate, as in the model's own training: the paper does not say;
+- x0 is the mean of the VAE's posterior (``Policy.encode``); the code draws from it;
+- the error is that of the noise, as in the equation, for v prediction too; there, the code takes the error of v.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from diffusionrl import processes, seeds
+from diffusionrl.algorithms.denoising import denoising_losses
+from diffusionrl.config import TrainConfig
+from diffusionrl.data.pairs import Pairs, check_broken
+from diffusionrl.data.prompts import Prompt
+from diffusionrl.errors import RunStopped, UserError
+from diffusionrl.policies.base import Policy
+from diffusionrl.rewards import Scores
+from diffusionrl.sampling.rollout import Rollout, make_table
+from diffusionrl.training.optimization import Optimization
+
+
+class Pretraining:
+    """The loss on pairs, as an objective of the optimizer: a real image is an endpoint that nobody sampled."""
+
+    def __init__(self, pairs: Pairs, config: TrainConfig, micro_batch_size: int) -> None:
+        self.pairs, self.config, self.micro_batch_size = pairs, config, micro_batch_size
+
+    def train(self, policy: Policy, optimization: Optimization, step: int) -> dict[str, float]:
+        """The optimizer steps of a training step. Returns its metrics.
+
+        Raises:
+            RunStopped: too many images do not decode.
+            NonFiniteError: a loss or the gradient is not finite.
+        """
+        began, settings = time.perf_counter(), self.config.pretraining
+        losses, norms = [], []
+        for update in range(settings.updates):
+            indices = range(update * settings.batch_size, (update + 1) * settings.batch_size)
+            draws = [seeds.address(self.config.seed, "pretraining", step, i) for i in indices]
+            rows = torch.stack([torch.arange(len(draws)), torch.tensor(draws)], 1)
+            weights = torch.full((len(draws),), settings.weight)
+            figures, norm = optimization.update(self, policy, self.batch(policy, step, indices), rows, weights)
+            losses.append(figures["pretraining/loss"].mean().item())
+            norms.append(norm)
+        for broken in processes.ask(list(self.pairs.broken.items())):
+            self.pairs.broken.update(broken)
+        check_broken(self.pairs.broken, settings.max_broken)  # of all processes together
+        return {
+            "pretraining/loss": sum(losses) / len(losses),
+            "pretraining/grad_norm": sum(norms) / len(norms),
+            "pretraining/broken": len(self.pairs.broken),
+            "time/pretraining": time.perf_counter() - began,
+        }
+
+    def batch(self, policy: Policy, step: int, indices: range) -> Rollout:
+        """Pairs as samples; which one is drawn depends on the seed, the step and its index alone. Of several processes, each
+        draws its share, and does not know the captions of the others."""
+        seed, dropped = self.config.seed, self.config.pretraining.drop_caption
+        own = processes.share(len(indices))
+        pairs = self._draw([seeds.address(seed, "pretraining_pair", step, indices[i]) for i in own])
+        without = [seeds.numpy_generator(seed, "pretraining_caption", step, indices[i]).random() < dropped for i in own]
+        captions = ["" if drop else caption for (_, caption), drop in zip(pairs, without, strict=True)]
+        prompts = [Prompt("")] * len(indices)
+        prompts[own.start : own.stop] = map(Prompt, captions)
+        images = torch.stack([_cropped(image, policy.image_size) for image, _ in pairs])
+        nothing = torch.zeros(len(indices))
+        return Rollout(
+            prompts=prompts,
+            embeddings=policy.embed(captions),
+            latents=policy.encode(images)[:, None],
+            images=images,
+            # Not looked at, where only endpoints are trained on.
+            table=make_table(policy, self.config.sampling),
+            log_probs=torch.zeros(len(pairs), 0),
+            scores=Scores(nothing, nothing == 0),
+            seconds={},
+        )
+
+    def _draw(self, addresses: Sequence[int]) -> list[tuple[Image.Image, str]]:
+        """Raises RunStopped on all processes where one of them finds too many broken images."""
+        pairs: list[tuple[Image.Image, str]] = []
+        error = None
+        try:
+            pairs = [self.pairs.draw(address) for address in addresses]
+        except RunStopped as raised:
+            error = raised
+        for said in processes.ask(str(error) if error else None):
+            if said is not None:
+                raise RunStopped(said) from error
+        return pairs
+
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        sample = rows[:, 0].to(rollout.latents.device)
+        clean, embeddings = rollout.latents[sample, -1], rollout.embeddings[sample]
+        errors = denoising_losses(policy, clean, embeddings, rows[:, 1].tolist(), guidance=1.0)
+        return advantages.to(clean.device)[sample] * errors, {"pretraining/loss": errors.detach()}
+
+    def capture(self) -> dict[str, Any]:
+        """What a training step changes, and what it must find again."""
+        return {"pairs": self.pairs.fingerprint, "broken": list(self.pairs.broken.items())}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Be as at ``capture``; None is of a run that had no such loss.
+
+        Raises:
+            UserError: it is of other pairs.
+        """
+        if state is None:
+            return
+        if state["pairs"] != self.pairs.fingerprint and not self.config.checkpoint.allow_changes:
+            raise UserError(
+                "pretraining.source holds other captions than the run began with: choose another --name, "
+                "or go on all the same with --checkpoint.allow-changes"
+            )
+        if state["pairs"] == self.pairs.fingerprint:
+            self.pairs.broken.clear()
+            self.pairs.broken.update((place, said) for place, said in state["broken"])
+
+
+def _cropped(image: Image.Image, size: int) -> Tensor:
+    """The largest square in the middle, resized, in [0, 1], (3, size, size)."""
+    fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
