@@ -19,11 +19,11 @@ from pathlib import Path
 import tyro
 from ddpo_paper_report import report
 from ddpo_paper_runs import REWARDS, SEEDS, Run, all_runs
-from diffusionrl.sampling.images import load_trained
 
 from diffusionrl.config import to_yaml
 from diffusionrl.data.prompts import load_prompts
 from diffusionrl.evaluation.fixed_seed import evaluate
+from diffusionrl.policies import load_trained
 from diffusionrl.rewards import load_mixture
 
 HERE = Path(__file__).parent

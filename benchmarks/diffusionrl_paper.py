@@ -21,7 +21,6 @@ import torch
 import tyro
 from ddpo_paper import finished, make
 from ddpo_paper_runs import SEEDS, Run
-from diffusionrl.sampling.images import load_trained
 from diffusionrl_paper_report import report
 from diffusionrl_paper_runs import RATES, base, final_runs, grid, prompt_file
 from torch import Tensor
@@ -31,6 +30,7 @@ from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.emoji.classifier import SceneClassifier, load_classifier
 from diffusionrl.emoji.scenes import draw_images
 from diffusionrl.evaluation.fixed_seed import evaluate
+from diffusionrl.policies import load_trained
 from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import load_mixture
 

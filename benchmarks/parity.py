@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from diffusionrl.sampling.images import load_trained
 from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
@@ -28,6 +27,7 @@ from diffusionrl.emoji.recipe.vae import EVALUATION_SEED
 from diffusionrl.emoji.scenes import draw_images
 from diffusionrl.emoji.sprites import load_sprites
 from diffusionrl.emoji.vocabulary import GENDERS, OCCUPATIONS, person
+from diffusionrl.policies import load_trained
 from diffusionrl.rewards.attributes import load_attribute
 from diffusionrl.rewards.parity import Parity, expected_parity, squared_distance, statistical_parity
 from diffusionrl.sampling.rollout import collect

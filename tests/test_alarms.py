@@ -103,9 +103,9 @@ def test_a_vanishing_gradient(make_policy: Any, tmp_path: Path) -> None:
 def test_a_ratio_that_is_off(make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = rollout.sample_trajectories
 
-    def planted(*arguments: Any) -> tuple[Tensor, Tensor]:
-        latents, log_probs = honest(*arguments)
-        return latents, log_probs + 3e-5
+    def planted(*arguments: Any) -> rollout.Trajectories:
+        drawn = honest(*arguments)
+        return replace(drawn, log_probs=drawn.log_probs + 3e-5)
 
     monkeypatch.setattr(rollout, "sample_trajectories", planted)
     assert run(make_policy(), tmp_path / "run") == [(1, "ratio")]
@@ -270,7 +270,7 @@ def test_a_reward_that_does_not_repeat_itself_is_told_when_a_run_begins(
         return [None, *[1.0] * (len(images) - 1)]
 
     for name, reward in (("steady", by_prompt), ("unseen", nothing_on_grey), ("rolling", rolling)):
-        _try(as_mixture(reward), [Prompt("a cat"), Prompt("a dog on a chair")], 8, 60.0, (2,))
+        _try(as_mixture(reward), [Prompt("a cat"), Prompt("a dog on a chair")], (3, 8, 8), 60.0, (2,))
         said = capsys.readouterr().err
         assert ("rolling: the same grey image twice gets different scores" in said) == (name == "rolling"), name
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusionrl.sampling.images import load_trained
 from huggingface_hub import HfApi, ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +23,7 @@ from diffusionrl import Prompt, TrainConfig, train
 from diffusionrl.cli import main
 from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig, to_yaml
 from diffusionrl.data.images import to_pil
-from diffusionrl.policies import StableDiffusionPolicy
+from diffusionrl.policies import StableDiffusionPolicy, load_trained
 from diffusionrl.runs import card
 from diffusionrl.runs.card import make_card
 

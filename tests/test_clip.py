@@ -164,7 +164,7 @@ def test_the_judge_does_not_judge_what_it_cannot_know(prompt: str) -> None:
     assert found.valid.tolist() == [True, False]
     assert found.error == f"{prompt!r} begins with no animal or thing that the embedded classifier knows"
     with pytest.raises(UserError, match="begins with no animal or thing"):
-        try_reward(judge, 64, [prompt], [{}])
+        try_reward(judge, (3, 64, 64), [prompt], [{}])
 
 
 def test_clip_judges_activities_that_the_diffusion_model_never_saw() -> None:

@@ -95,9 +95,9 @@ def test_a_prompt_that_names_nothing_is_invalid_and_never_zero(prompt: str, meta
 
 def test_a_run_on_prompts_without_objects_is_refused_at_once() -> None:
     with pytest.raises(UserError, match="does not know 'doctor'"):
-        try_reward(load_reward("composition"), 64, ["a doctor"], [{}])
+        try_reward(load_reward("composition"), (3, 64, 64), ["a doctor"], [{}])
     with pytest.raises(UserError, match="sees images of 64 x 64 pixels"):
-        try_reward(load_reward("composition"), 128, ["a cat"], [{}])
+        try_reward(load_reward("composition"), (3, 128, 128), ["a cat"], [{}])
 
 
 def test_the_score_is_the_mean_of_the_sigmoids() -> None:

@@ -122,7 +122,7 @@ def test_a_step_down_the_loss_moves_the_log_probability_with_the_advantage(make_
 class GaussianChain:
     """x' ~ N(alpha' * theta + kept * x, fresh^2) in one dimension: a policy whose objective is known in closed form."""
 
-    device, latent_shape = torch.device("cpu"), (1, 1, 1)
+    device, latent_shape, edits = torch.device("cpu"), (1, 1, 1), False
 
     def __init__(self, theta: float) -> None:
         self.theta = torch.nn.Parameter(torch.tensor(theta))
@@ -138,10 +138,12 @@ def test_policy_gradient_of_a_gaussian_chain_matches_its_closed_form() -> None:
     exact = sum(alpha_next[i] * kept[i + 1 :].prod() for i in range(3)).item()
     policy, count = GaussianChain(0.3), 40_000
     noise = torch.randn(count, 4, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    latents, log_probs = sample_trajectories(policy, table, torch.zeros(count, 1, 1), noise, 1.0)  # type: ignore[arg-type]
+    prompts = [Prompt("")] * count
+    drawn = sample_trajectories(policy, table, prompts, noise[:, 0], noise[:, 1:], 1.0)  # type: ignore[arg-type]
+    latents, log_probs = drawn.latents, drawn.log_probs
     reward = latents[:, -1].flatten()
     scores = Scores(reward, torch.ones(count, dtype=torch.bool))
-    rollout = Rollout(table, [Prompt("")] * count, torch.zeros(count, 1, 1), latents, log_probs, latents[:, -1], scores, {})
+    rollout = Rollout(table, prompts, latents, log_probs, latents[:, -1], scores, {})
     pairs = torch.cartesian_prod(torch.arange(count), torch.arange(3))
     for config in (DDPOConfig(variant="sf", updates_per_step=1), DDPOConfig()):
         policy.theta.grad = None
@@ -158,7 +160,7 @@ def test_each_update_takes_one_of_so_many_samples_in_a_row(count: int, total: in
     grid = Grid(*[torch.ones(2)] * 5)
     scores = Scores(torch.zeros(total), torch.arange(total) % 5 > 0)
     none = torch.zeros(0)
-    rollout = Rollout(SamplerTable(grid, *[torch.ones(2)] * 2), [Prompt("")] * total, none, none, none, none, scores, {})
+    rollout = Rollout(SamplerTable(grid, *[torch.ones(2)] * 2), [Prompt("")] * total, none, none, none, scores, {})
     updates = list(DDPO(DDPOConfig(updates_per_step=count), 1.0).updates(rollout, none, seed, 1))
     samples = [set(rows[:, 0].tolist()) for rows in updates]
     assert len(updates) == count

@@ -283,9 +283,9 @@ def test_speed(tiny: Callable[..., StableDiffusionPolicy], reward: Any, batch_si
 def test_log_probabilities_that_are_off(tiny: Callable[..., StableDiffusionPolicy], monkeypatch: pytest.MonkeyPatch) -> None:
     honest = rollout.sample_trajectories
 
-    def planted(*arguments: Any) -> tuple[Tensor, Tensor]:
-        latents, log_probs = honest(*arguments)
-        return latents, log_probs + 3e-5
+    def planted(*arguments: Any) -> rollout.Trajectories:
+        drawn = honest(*arguments)
+        return replace(drawn, log_probs=drawn.log_probs + 3e-5)
 
     monkeypatch.setattr(rollout, "sample_trajectories", planted)
     found = found_in(CONFIG, tiny(), until="reference")
@@ -358,7 +358,7 @@ def test_a_decoder_that_moves(tiny: Callable[..., StableDiffusionPolicy], monkey
 def test_images_that_show_nothing(tiny: Callable[..., StableDiffusionPolicy], planted: float, said: str) -> None:
     policy = tiny()
     decode = policy.decode
-    policy.decode = lambda latents: torch.full_like(decode(latents), planted)  # type: ignore[method-assign]
+    policy.decode = lambda latents, prompts: torch.full_like(decode(latents, prompts), planted)  # type: ignore[method-assign]
     found = found_in(CONFIG, policy, until="images")
     assert found["images"].verdict == "fail" and said in found["images"].said
 
@@ -436,7 +436,7 @@ def test_the_memory_of_an_evaluation_counts(
     tried = _tiny_rollout(trainer, CONFIG.sampling)
     advantages = trainer.algorithm.advantages(tried)
     cost = Cost((0.0, 0.1), (5e8, 1e7), 8)
-    held = 2 * 64_000 * (tried.latents[0].nbytes + tried.embeddings[0].nbytes + tried.images[0].nbytes)
+    held = 2 * 64_000 * (tried.latents[0].nbytes + tried.images[0].nbytes)
     need = 5e8 + 32 * 1e7 + held
     for limit, verdict, remedy in [
         (need / 0.8, "pass", ""),

@@ -29,7 +29,7 @@ from diffusionrl.runs import checkpoint
 from diffusionrl.runs.folder import read_lines, read_metrics
 from diffusionrl.sampling.rollout import Rollout, predict
 from diffusionrl.training.monitor import compare, paired, read_samples
-from diffusionrl.transitions import SAMPLERS, variance_preserving_grid
+from diffusionrl.transitions import SAMPLERS, NoiseLevels, variance_preserving_grid
 
 # Measures
 
@@ -77,7 +77,7 @@ class Shifted:
     def __init__(self, shift: float) -> None:
         self.shift = shift
 
-    def denoise(self, x: Tensor, timestep: Tensor, alpha: Tensor, sigma: Tensor, embeddings: Tensor, guidance: float) -> Any:
+    def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> Any:
         return torch.zeros_like(x), torch.ones_like(x) + self.shift
 
     @contextmanager
@@ -91,7 +91,7 @@ def rollout_of(policy: Any, sampler: str, eta: float, count: int, steps: int = 4
     grid = variance_preserving_grid(torch.linspace(0.999, 0.01, 1000), steps)
     latents = torch.randn(count, steps + 1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     empty = torch.zeros(count, 0)
-    return Rollout(SAMPLERS[sampler](grid, eta), [Prompt("a cat")] * count, empty, latents, empty, empty, SimpleNamespace(), {})  # type: ignore[arg-type]
+    return Rollout(SAMPLERS[sampler](grid, eta), [Prompt("a cat")] * count, latents, empty, empty, SimpleNamespace(), {})  # type: ignore[arg-type]
 
 
 NO_DISTANCE = {"prediction_distance": 0.0, "prediction_norm": 1.0, "kl_per_step": 0.0}
@@ -125,9 +125,9 @@ def test_an_untouched_policy_is_its_reference(load_tiny: Any, make_policy: Any) 
     rows = torch.arange(6) * 3 // 6
     x = rollout.latents[torch.arange(6), rows]
     with torch.no_grad():
-        noise = predict(policy, rollout.table, x, rows, rollout.embeddings, 2.0)[1]
+        noise = predict(policy, rollout.table, x, rows, rollout.prompts, 2.0)[1]
         with policy.reference():
-            reference = predict(policy, rollout.table, x, rows, rollout.embeddings, 2.0)[1]
+            reference = predict(policy, rollout.table, x, rows, rollout.prompts, 2.0)[1]
     ratio = (noise - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
     assert found["prediction_distance"] == pytest.approx(ratio.mean().item(), rel=1e-4)
 

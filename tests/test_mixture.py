@@ -92,7 +92,7 @@ def test_the_reward_that_cannot_work_is_named() -> None:
         raise OSError("no disk")
 
     with pytest.raises(UserError, match=r"^broken: .*OSError: no disk"):
-        try_mixture(Mixture({"red": red, "broken": broken}), 8, ["a"], [{}])
+        try_mixture(Mixture({"red": red, "broken": broken}), (3, 8, 8), ["a"], [{}])
 
 
 def test_a_run_logs_every_reward_and_the_held_out_ones(make_policy: Any, tmp_path: Path) -> None:

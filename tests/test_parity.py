@@ -236,7 +236,7 @@ def test_too_little_skin_is_none() -> None:
     assert ita_classes(torch.stack([grey, blue, few, FACES[2]]))[:3] == [None, None, None]
     config = RewardsConfig(parity=ParityConfig(attribute="ita"))
     reward = load_reward("parity", config)
-    try_reward(reward, 32, ["a"], [{}], 4)  # there is no skin on a grey image, and that is no fault
+    try_reward(reward, (3, 32, 32), ["a"], [{}], 4)  # there is no skin on a grey image, and that is no fault
     said = load_mixture(["parity"], config).score(torch.full((4, 3, 32, 32), 0.5), ["a doctor"] * 4, [{}] * 4, 4).error
     assert said == "parity: fewer than two of the 4 samples of 'a doctor' show any skin"
 
@@ -276,7 +276,7 @@ def test_an_attribute_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("vague", "told 0.5: it has to be None or a whole number"),
     ]:
         with pytest.raises(UserError, match=said):
-            try_reward(build(name, "dark", "bright"), 8, ["a"], [{}], 4)
+            try_reward(build(name, "dark", "bright"), (3, 8, 8), ["a"], [{}], 4)
 
 
 @pytest.mark.parametrize(

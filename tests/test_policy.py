@@ -9,10 +9,11 @@ import torch
 from diffusionrl import seeds
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.images import to_pil
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies import StableDiffusionPolicy, check_model, load_policy
 from diffusionrl.policies.stable_diffusion import check_pipeline_folder
-from diffusionrl.sampling.rollout import denoise_step, make_table, sample_trajectories
+from diffusionrl.sampling.rollout import denoise_step, draw_noise, make_table, sample_trajectories
 
 PROMPTS = ["a cat", "a dog and an apple"]
 
@@ -21,9 +22,10 @@ def sample(policy: StableDiffusionPolicy, indices: list[int], prompts: list[str]
     """Images, (B, 3, H, W), on fixed noise."""
     sampling = SamplingConfig(**({"num_steps": 5, "guidance": 3.0, "eta": 1.0} | settings))  # type: ignore[arg-type]
     table = make_table(policy, sampling)
-    noise = seeds.normal(0, "test", 0, indices, (len(table) + 1, *policy.latent_shape))
-    latents, _ = sample_trajectories(policy, table, policy.embed(prompts), noise, sampling.guidance)
-    return policy.decode(latents[:, -1])
+    asked = [Prompt(prompt) for prompt in prompts]
+    start, noise = draw_noise(policy, table, asked, 0, "test", 0, indices)
+    drawn = sample_trajectories(policy, table, asked, start, noise, sampling.guidance)
+    return policy.decode(drawn.latents[:, -1], asked)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -114,7 +116,7 @@ def test_gradient_reaches_every_adapter_weight(make_policy, targets: str) -> Non
     policy = make_policy(lora_targets=targets)
     table = make_table(policy, SamplingConfig(num_steps=4))
     x = seeds.normal(0, "test", 0, [0], policy.latent_shape)
-    mean, _ = denoise_step(policy, table, x, torch.tensor([1]), policy.embed(["a cat"]), 3.0)
+    mean, _ = denoise_step(policy, table, x, torch.tensor([1]), [Prompt("a cat")], 3.0)
     mean.square().sum().backward()
     for name, weight in policy.trainable().items():
         assert weight.grad is not None and weight.grad.abs().max() > 0, name
@@ -136,7 +138,7 @@ def test_a_prompt_that_is_cut_short_is_named(make_policy) -> None:  # type: igno
 
 
 def test_folders_of_other_families_are_named(tiny_folder: Path, tmp_path: Path) -> None:
-    assert check_pipeline_folder(tiny_folder) == 32
+    assert check_pipeline_folder(tiny_folder) == (3, 32, 32)
     with pytest.raises(UserError, match=r"no model_index\.json"):
         check_pipeline_folder(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
@@ -158,8 +160,8 @@ def test_models_of_the_hub_are_checked_by_their_settings_alone(tiny_folder: Path
         asked.append(filename)
         return str(tiny_folder / filename)
 
-    monkeypatch.setattr("diffusionrl.policies.hf_hub_download", download)
-    assert check_model("owner/tiny") == 32
+    monkeypatch.setattr("diffusionrl.policies.loading.hf_hub_download", download)
+    assert check_model("owner/tiny") == (3, 32, 32)
     assert sorted(asked) == ["model_index.json", "unet/config.json", "vae/config.json"]
     with pytest.raises(UserError, match="hub did not give it: offline"):
         check_model("owner/gone")

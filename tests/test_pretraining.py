@@ -25,8 +25,9 @@ from diffusionrl.config import (
     SamplingConfig,
     TaskConfig,
 )
+from diffusionrl.data.pairs import ScenePairs, load_pairs
 from diffusionrl.emoji.scenes import draw_scene
-from diffusionrl.training.pretraining import Pretraining, ScenePairs, load_pairs
+from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.trainer import Trainer
 
 EMOJI = PretrainingConfig("emoji", batch_size=6, updates=2)

@@ -249,7 +249,7 @@ def test_shares_are_whole_units_in_order_and_even(count: int, units: int, unit: 
 def test_micro_batches_are_the_same_on_any_number_of_processes(count: int, size: int, seed: int) -> None:
     rows = torch.randint(0, 32, (50, 2), generator=torch.Generator().manual_seed(seed))
     empty = torch.zeros(32, 1)
-    rollout = Rollout(None, [Prompt("")] * 32, empty, empty, empty, empty, None, {}, batch_size=8)  # type: ignore[arg-type]
+    rollout = Rollout(None, [Prompt("")] * 32, empty, empty, empty, None, {}, batch_size=8)  # type: ignore[arg-type]
     alone = micro_batches(rollout, rows, size, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "count", lambda: count)

@@ -166,7 +166,6 @@ def test_the_gradient_is_exactly_that_of_the_batch_without_the_failed_samples(
     without = Rollout(
         whole.table,
         [whole.prompts[i] for i in kept],
-        whole.embeddings[kept],
         whole.latents[kept],
         whole.log_probs[kept],
         whole.images[kept],
@@ -287,7 +286,7 @@ def test_nothing_non_finite_reaches_the_weights(
         saved = checkpoint.load(checkpoint.folder_of(run_dir, step))
         assert all(tensor.isfinite().all() for file in saved.tensors.values() for tensor in file.values())
         batch = load_file(run_dir / "debug" / f"step_{step + 1:06d}" / "batch.safetensors")
-        assert {"latents", "embeddings", "rows", "losses", "advantages"} <= set(batch)
+        assert {"latents", "rows", "losses", "advantages"} <= set(batch)
         assert len(json.loads((run_dir / "debug" / f"step_{step + 1:06d}" / "batch.json").read_text())) == len(batch["samples"])
 
 

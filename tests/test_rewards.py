@@ -88,7 +88,7 @@ def test_an_exception_makes_its_samples_invalid_and_is_kept() -> None:
 def test_a_wrong_length_or_type_is_an_error_at_first_and_invalid_later(value: Any, said: str) -> None:
     contract = f"one number a sample, here 2; it returned a {said}"
     with pytest.raises(UserError, match=contract):
-        try_reward(returning(value), 8, ["a"], [{}])
+        try_reward(returning(value), (3, 8, 8), ["a"], [{}])
     found = score(returning(value), torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
     assert not found.valid.any()
     assert re.search(contract, found.error or "")
@@ -99,11 +99,11 @@ def test_rewards_are_tried_before_anything_slow() -> None:
         raise KeyError("colour")
 
     with pytest.raises(UserError, match=r"failed on two grey 64 x 64 images: KeyError: 'colour'"):
-        try_reward(broken, 64, ["a cat"], [{}])
+        try_reward(broken, (3, 64, 64), ["a cat"], [{}])
     with pytest.raises(UserError, match="one number a sample"):
-        try_reward(returning([1.0]), 64, ["a cat"], [{}])
-    try_reward(load_reward("compressibility"), 64, ["a cat"], [{}])
-    try_reward(returning([None, None]), 64, ["a cat"], [{}])  # nothing to see on a grey image is no fault
+        try_reward(returning([1.0]), (3, 64, 64), ["a cat"], [{}])
+    try_reward(load_reward("compressibility"), (3, 64, 64), ["a cat"], [{}])
+    try_reward(returning([None, None]), (3, 64, 64), ["a cat"], [{}])  # nothing to see on a grey image is no fault
 
 
 def test_rewards_build_no_graph() -> None:
@@ -125,7 +125,7 @@ def test_a_reward_may_say_itself_what_is_invalid_and_why() -> None:
     assert found.error == "the server sleeps"
     nothing = Scores(torch.zeros(2), torch.zeros(2).bool(), "the server sleeps")
     with pytest.raises(UserError, match="grey 8 x 8 images: the server sleeps"):
-        try_reward(returning(nothing), 8, ["a"], [{}])
+        try_reward(returning(nothing), (3, 8, 8), ["a"], [{}])
 
 
 def test_a_score_outside_the_rewards_range_is_invalid() -> None:

@@ -35,7 +35,7 @@ def scored(values: list[float], prompts: list[str] | None = None, valid: list[bo
     empty = torch.zeros(0)
     scores = Scores(torch.tensor(values), torch.tensor(valid or [True] * len(values)))
     asked = [Prompt(text) for text in prompts or [""] * len(values)]
-    return Rollout(None, asked, empty, empty, empty, empty, scores, {})  # type: ignore[arg-type]
+    return Rollout(None, asked, empty, empty, empty, scores, {})  # type: ignore[arg-type]
 
 
 def endpoints(policy: StableDiffusionPolicy, count: int = 8) -> Rollout:
@@ -119,7 +119,7 @@ def test_the_loss_is_the_weighted_denoising_loss_of_diffusers(make_policy, predi
         x = scheduler.add_noise(rollout.latents[row[0], -1][None], noise, t)
         with torch.no_grad():
             without = unet(x, t, policy.embed([""])).sample
-            asked = unet(x, t, rollout.embeddings[row[0]][None]).sample
+            asked = unet(x, t, policy.embed([rollout.prompts[row[0]].text])).sample
         output = without + 3.0 * (asked - without)
         if prediction == "v_prediction":
             alpha = scheduler.alphas_cumprod[t].view(1, 1, 1, 1)

@@ -25,8 +25,8 @@ from diffusionrl.config.rewards import RemoteConfig, RewardsConfig, ServeConfig
 from diffusionrl.data.images import to_png
 from diffusionrl.errors import UserError
 from diffusionrl.rewards import Scores, load_reward, score
-from diffusionrl.rewards import server as server_module
 from diffusionrl.rewards.http import MAX_REPLY_BYTES, BadAnswer, JSONClient
+from diffusionrl.serving import server as server_module
 from diffusionrl.serving.server import RewardServer
 
 IMAGES = (torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # as a PNG holds them

@@ -284,7 +284,7 @@ def test_counts_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> N
     (name, count), *_ = task.capture()["counts"].items()
     assert (name.endswith("asked"), count) == (True, 6)
     scores = Scores(torch.zeros(1), torch.ones(1).bool())
-    rollout = Rollout(None, [Prompt("a cat")], *[torch.zeros(1)] * 4, scores, {})  # type: ignore[arg-type]
+    rollout = Rollout(None, [Prompt("a cat")], *[torch.zeros(1)] * 3, scores, {})  # type: ignore[arg-type]
     assert task.metrics(rollout, torch.ones(1))[f"reward/{name}"] == 6
 
 

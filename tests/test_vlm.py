@@ -224,7 +224,7 @@ def test_a_server_that_is_not_there_is_named_before_anything_slow(server: Server
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
         reward = load_reward("vlm-yes", RewardsConfig(vlm=settings(server, url=url)))
         with pytest.raises(UserError, match=r"grey 8 x 8 images: .*refused"):
-            try_reward(reward, 8, ["a cat"], [{}])
+            try_reward(reward, (3, 8, 8), ["a cat"], [{}])
 
 
 def test_only_the_failed_sample_is_invalid(server: Server) -> None:

@@ -121,24 +121,33 @@ def _prepare(
         raise UserError("there is no prompt to train on: prompts is empty")
     _check_shares(config)
     pairs = load_pairs(config.pretraining)
-    image_size = check_model(config.model) if policy is None else policy.image_size
+    shape = check_model(config.model) if policy is None else policy.sample_shape
+    trained = policy
+    if shape is None:  # which its settings do not tell
+        trained = _load(config, chosen[0])
+        shape = trained.sample_shape
     mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
     held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
     _check_groups(config, mixture, held_out)
     sizes = (config.samples_per_prompt, config.evaluation.samples_per_prompt)
-    _try(mixture, chosen, image_size, config.rewards.timeout, sizes)
+    _try(mixture, chosen, shape, config.rewards.timeout, sizes)
     if held_out is not None:
-        _try(held_out, chosen, image_size, config.rewards.timeout, sizes[1:])
+        _try(held_out, chosen, shape, config.rewards.timeout, sizes[1:])
     own = algorithm or make_algorithm(config)
-    further = [_load_task(each, config, own, image_size) for each in config.tasks]
+    further = [_load_task(each, config, own, shape) for each in config.tasks]
     embed = load_embedder(config.evaluation.embeddings, config.model)
-    trained = policy or load_policy(config.model, **dataclasses.asdict(config.policy), seed=config.seed)
+    trained = trained or _load(config, chosen[0])
     table = make_table(trained, config.sampling)
     if isinstance(config.algorithm, DiffusionRLConfig):
         config.algorithm.check_steps(int((table.fresh > 0).sum()))
     if processes.count() > 1 and config.policy.training == "full":
         trained.shard()
     return Trainer(trained, mixture, chosen, own, config, held_out, embed, further, pairs)
+
+
+def _load(config: TrainConfig, example: Prompt) -> Policy:
+    settings = dataclasses.asdict(config.policy)
+    return load_policy(config.model, **settings, seed=config.seed, sampling=config.sampling, example=example)
 
 
 def _check_shares(config: TrainConfig) -> None:
@@ -151,7 +160,7 @@ def _check_shares(config: TrainConfig) -> None:
         processes.share(config.pretraining.batch_size, setting="pretraining.batch_size")
 
 
-def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, image_size: int) -> Task:
+def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, shape: tuple[int, ...]) -> Task:
     """A further task, loaded and tried; its algorithm is a copy of the first one's before that has seen anything.
 
     Raises:
@@ -162,18 +171,20 @@ def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, 
         reward = load_mixture(settings.reward, config.rewards)
         _require_groups(reward, settings, config)
         sizes = (settings.samples_per_prompt, config.evaluation.samples_per_prompt)
-        _try(reward, prompts, image_size, config.rewards.timeout, sizes)
+        _try(reward, prompts, shape, config.rewards.timeout, sizes)
     except UserError as error:
         raise UserError(f"{settings.whose}{error}") from error
     return Task(settings, prompts, reward, copy.deepcopy(algorithm), config)
 
 
-def _try(reward: Mixture, prompts: Sequence[Prompt], image_size: int, timeout: float, group_sizes: Sequence[int]) -> None:
+def _try(
+    reward: Mixture, prompts: Sequence[Prompt], shape: tuple[int, ...], timeout: float, group_sizes: Sequence[int]
+) -> None:
     """Raises UserError for a reward that cannot score a few grey images in time; warns of one that does not repeat itself."""
     samples = [prompts[0], prompts[-1]]
     texts, metadata = [prompt.text for prompt in samples], [prompt.metadata for prompt in samples]
     unsteady: list[str] = []
-    if not within(timeout, lambda: unsteady.extend(try_mixture(reward, image_size, texts, metadata, group_sizes))):
+    if not within(timeout, lambda: unsteady.extend(try_mixture(reward, shape, texts, metadata, group_sizes))):
         seconds = f"{timeout:g} s (rewards.timeout)"
         raise UserError(f"the reward gave no scores for a few grey images within {seconds}: {', '.join(reward.rewards)}")
     if unsteady and processes.is_main():

@@ -26,6 +26,32 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
 @dataclass(frozen=True)
+class NoiseLevels:
+    """Where samples are on the path. Every field is a float32 tensor, (B,); ``timesteps`` is what the network is told."""
+
+    timesteps: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def __getitem__(self, rows: Tensor) -> "NoiseLevels":
+        """Those of some rows, on the rows' device."""
+        return NoiseLevels(*(column.to(rows.device)[rows] for column in (self.timesteps, self.alpha, self.sigma)))
+
+    def shaped(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma), where ``like`` is, and shaped to broadcast over it."""
+        shape = (-1, *[1] * (like.ndim - 1))
+        return self.alpha.to(like.device).view(shape), self.sigma.to(like.device).view(shape)
+
+    def noisy(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """alpha * x0 + sigma * noise, (B, ...)."""
+        alpha, sigma = self.shaped(x0)
+        return alpha * x0 + sigma * noise
+
+
+@dataclass(frozen=True)
 class Grid:
     """The times that a sampler visits: row i goes from (alpha, sigma)[i] to (alpha_next, sigma_next)[i].
 
@@ -40,6 +66,11 @@ class Grid:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def levels(self) -> NoiseLevels:
+        """Where each row begins."""
+        return NoiseLevels(self.timesteps, self.alpha, self.sigma)
 
 
 @dataclass(frozen=True)
@@ -230,8 +261,9 @@ def to_x0_and_noise(kind: Prediction, output: Tensor, x: Tensor, alpha: Tensor, 
 
 
 def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
-    flat = values.flatten(1)
-    return flat.mean(1) if reduction == "mean" else flat.sum(1)
+    """In double precision where the device has it: of many dimensions, float32 sums lose what a ratio is made of."""
+    flat = values.flatten(1) if values.device.type == "mps" else values.flatten(1).double()
+    return (flat.mean(1) if reduction == "mean" else flat.sum(1)).float()
 
 
 def log_density(x: Tensor, mean: Tensor, std: Tensor, reduction: Reduction = "mean") -> Tensor:
@@ -242,7 +274,7 @@ def log_density(x: Tensor, mean: Tensor, std: Tensor, reduction: Reduction = "me
         std: broadcasts over x, positive.
 
     Returns:
-        (B,).
+        (B,), float32, reduced in float64.
     """
     return _reduce(-((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi), reduction)
 

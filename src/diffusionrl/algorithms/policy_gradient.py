@@ -76,9 +76,9 @@ def policy_gradient_losses(
         step_weight_power: a denoising step counts in proportion to (its fresh noise) ** this.
     """
     sample, step = pairs.to(rollout.latents.device).unbind(1)
-    x, following = rollout.latents[sample, step], rollout.latents[sample, step + 1]
-    mean, std = denoise_step(policy, rollout.table, x, step, rollout.embeddings[sample], guidance)
-    log_prob = log_density(following, mean, std, reduction)
+    x = rollout.latents[sample, step]
+    mean, std = denoise_step(policy, rollout.table, x, step, rollout.prompts_of(sample), guidance)
+    log_prob = log_density(rollout.step_to(sample, step), mean, std, reduction)
     advantage = advantages.to(x.device)[sample]
     log_ratio = log_prob - rollout.log_probs[sample, step]
     ratio = log_ratio.exp()

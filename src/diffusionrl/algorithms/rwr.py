@@ -69,8 +69,8 @@ class RWR:
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sample = rows[:, 0].to(rollout.latents.device)
-        clean, embeddings = rollout.latents[sample, -1], rollout.embeddings[sample]
-        errors = denoising_losses(policy, clean, embeddings, rows[:, 1].tolist(), self.guidance)
+        clean, prompts = rollout.latents[sample, -1], rollout.prompts_of(sample)
+        errors = denoising_losses(policy, clean, prompts, rows[:, 1].tolist(), self.guidance)
         weights = advantages.to(clean.device)[sample]
         return weights * errors, {"policy/denoising_loss": errors.detach(), "policy/weight": weights}
 

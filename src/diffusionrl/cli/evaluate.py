@@ -70,11 +70,15 @@ def run(arguments: Sequence[str]) -> None:
     size = config.samples_per_prompt
     count = config.num_samples or len(prompts) * size
     rewards.require_groups(size, "samples_per_prompt", count, "num_samples")
-    try_mixture(rewards, found[0].image_size, [p.text for p in prompts[:2]], [p.metadata for p in prompts[:2]], (size,))
+    shape, first = found[0].sample_shape, None
+    if shape is None:  # which its settings do not tell
+        first = load_trained(*asked[0], config.sampling, prompts[0])
+        shape = first.sample_shape
+    try_mixture(rewards, shape, [p.text for p in prompts[:2]], [p.metadata for p in prompts[:2]], (size,))
     sheets = []
     for each, trained in zip(asked, found, strict=True):
         print(f"{trained.name}: {count} samples", flush=True)
-        policy = load_trained(*each)
+        policy = first if first is not None and each is asked[0] else load_trained(*each, config.sampling, prompts[0])
         settings = (size, config.sampling, config.seed, config.rewards.timeout, count)
         sheets.append(score_model(trained.name, policy, rewards, prompts, *settings))
     result = report(*sheets)

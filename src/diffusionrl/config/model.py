@@ -1,9 +1,11 @@
 """How a model is sampled, and what of it is trained."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from diffusionrl.errors import require
+import yaml
+
+from diffusionrl.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -13,19 +15,63 @@ class SamplingConfig:
     num_steps: int = 50
     """Denoising steps."""
     guidance: float = 5.0
-    """Classifier-free guidance scale; 1 switches guidance off. Guidance is part of the policy that is trained."""
+    """Guidance scale, as the pipeline takes it: classifier-free (1 switches it off), or embedded. It is part of the policy that
+    is trained. docs/models.md says where it is odd."""
     sampler: Literal["ddim", "cps", "precise", "renoise", "ode", "flow_grpo", "dance_grpo"] = "ddim"
     """Row of the table in docs/transitions.md. The flow SDEs need a flow model."""
     eta: float = 1.0
     """Share of fresh noise. 1 with ddim is ancestral sampling; 0 leaves nothing for a policy gradient to use."""
     batch_size: int = 16
     """Images sampled at once: memory and speed, not results."""
+    height: int | None = None
+    """Pixels; by default the pipeline's own."""
+    width: int | None = None
+    num_frames: int | None = None
+    """Of a video; by default the pipeline's own."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; by default what the pipeline takes, which is an empty text."""
+    call: tuple[str, ...] = ()
+    """Other arguments of the pipeline's call, KEY=VALUE each, such as max_sequence_length=256; values are read as YAML."""
 
     def __post_init__(self) -> None:
         require(self.num_steps >= 1, f"sampling.num_steps must be at least 1, not {self.num_steps}")
-        require(self.guidance >= 1, f"sampling.guidance must be at least 1 (1 is off), not {self.guidance}")
+        require(self.guidance >= 0, f"sampling.guidance must not be negative, not {self.guidance}")
         require(self.eta >= 0, f"sampling.eta must not be negative, not {self.eta}")
         require(self.batch_size >= 1, f"sampling.batch_size must be at least 1, not {self.batch_size}")
+        for what in ("height", "width", "num_frames"):
+            value = getattr(self, what)
+            require(value is None or value >= 1, f"sampling.{what} must be at least 1, not {value}")
+        _ = self.arguments
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of every call of the pipeline. Raises UserError for an entry of ``call`` that cannot be read."""
+        sizes = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
+        found = {name: value for name, value in sizes.items() if value is not None}
+        for entry in self.call:
+            name, equals, value = entry.partition("=")
+            require(bool(equals) and name.isidentifier(), f"sampling.call: {entry!r} is not KEY=VALUE")
+            require(name not in _TAKEN, f"sampling.call: {name} is set by {_TAKEN.get(name)}")
+            try:
+                found[name] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UserError(f"sampling.call: the value of {entry!r} cannot be read as YAML: {error}") from error
+        return found
+
+
+_TAKEN = {
+    "prompt": "prompts",
+    "num_inference_steps": "sampling.num_steps",
+    "guidance_scale": "sampling.guidance",
+    "true_cfg_scale": "sampling.guidance",
+    "negative_prompt": "sampling.negative_prompt",
+    "height": "sampling.height",
+    "width": "sampling.width",
+    "num_frames": "sampling.num_frames",
+    **dict.fromkeys(("generator", "latents", "output_type", "return_dict", "timesteps", "sigmas"), "diffusionrl itself"),
+    **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"), "samples_per_prompt"),
+}
+"""Arguments of a pipeline that are not for ``call``, and what sets them."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +79,15 @@ class PolicyConfig:
     """Which weights are trained, and in what precision."""
 
     training: Literal["lora", "full"] = "lora"
-    """A LoRA adapter on the UNet, or all of the UNet."""
+    """A LoRA adapter on the network, or all of it."""
+    networks: tuple[str, ...] = ()
+    """Which parts of the pipeline are trained, such as transformer_2; none named: those that its loop calls, and of these the
+    ones that it loads LoRA files for, if there are any."""
     lora_rank: int = 4
     """Rank of the adapter; its alpha equals the rank, so the update is not rescaled."""
-    lora_targets: Literal["attention", "all"] = "attention"
-    """Attention projections, or all projections, convolutions and feed-forward layers of the UNet's blocks."""
+    lora_targets: tuple[str, ...] = ("attention",)
+    """"attention" (attention projections of every kind), "all" (feed-forward layers and convolutions of the blocks too), or
+    ends of the names of layers."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network. Latents, log-probabilities and trained weights are float32 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

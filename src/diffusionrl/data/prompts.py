@@ -28,10 +28,24 @@ _ROWS = 1000  # read at once: one by one, each takes tens of microseconds
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and whatever its file says beside it, which is handed to the reward."""
+    """What a sample is made from.
+
+    Attributes:
+        metadata: whatever its file says beside it, which is handed to the reward.
+        media: images that the pipeline takes beside the text, by the name of its argument: paths, or PIL images.
+    """
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    media: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Of what a model makes of it: prompts of one key are alike to it."""
+        if not self.media:
+            return self.text
+        named = [(name, str(each) if isinstance(each, Path) else id(each)) for name, each in self.media.items()]
+        return f"{self.text}\0{named}"
 
 
 def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> Sequence[Prompt]:

@@ -1,7 +1,7 @@
 """From weights to images and to a file: decoding, and the export in plain diffusers."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from diffusionrl import seeds
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
 from diffusionrl.policies import load_pipeline
-from diffusionrl.sampling.rollout import Rollout, sample_trajectories
+from diffusionrl.sampling.rollout import Rollout, draw_noise, sample_trajectories
 from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import ode
 
@@ -43,18 +44,23 @@ def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
         plain = load_pipeline(policy.source)
     except UserError as error:
         return Finding("warn", "export", f"not tried: {error}", "hand over the model by folder or hub id")
-    prompts = [prompt.text for prompt in (rollout.prompts * 2)[:2]]
-    noise = seeds.normal(trainer.config.seed, "doctor", 2, [0, 1], (_STEPS + 1, *policy.latent_shape)).to(policy.device)
+    prompts, table = (rollout.prompts * 2)[:2], ode(policy.grid(_STEPS))
+    start, noise = draw_noise(policy, table, prompts, trainer.config.seed, "doctor", 2, [0, 1])
     plain.to(policy.device)
     plain.set_progress_bar_config(disable=True)
     plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config, clip_sample=False)
-    base = _draw(plain, prompts, noise[:, 0], trainer.config.sampling.guidance)
-    ours = _shifted(trainer, prompts, noise, base)
+    base = _draw(plain, prompts, start, trainer.config.sampling.guidance)
+
+    def draw() -> Tensor:
+        drawn = sample_trajectories(policy, table, prompts, start, noise, trainer.config.sampling.guidance)
+        return _levels(policy.decode(drawn.latents[:, -1], prompts))
+
+    ours = _shifted(trainer, draw, base)
     try:
         with tempfile.TemporaryDirectory() as folder:
             policy.export(Path(folder))
             _load(plain, Path(folder))
-            theirs = _draw(plain, prompts, noise[:, 0], trainer.config.sampling.guidance)
+            theirs = _draw(plain, prompts, start, trainer.config.sampling.guidance)
     except Exception as error:  # whatever it raises is the answer
         return Finding("fail", "export", f"does not load in plain diffusers: {type(error).__name__}: {error}", _REMEDY)
     exact = trainer.config.policy.dtype == "float32" and policy.device.type == "cpu"
@@ -64,7 +70,7 @@ def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
 _REMEDY = "the weights that are trained are not those that are exported: compare policy.trainable() with policy.export()"
 
 
-def _shifted(trainer: Trainer, prompts: Sequence[str], noise: Tensor, base: Tensor) -> Tensor:
+def _shifted(trainer: Trainer, draw: Callable[[], Tensor], base: Tensor) -> Tensor:
     """Move the weights, further and further until that shows; returns the images. An untrained adapter changes nothing."""
     parameters = trainer.policy.trainable()
     square = sum(p.square().sum().item() for p in parameters.values()) / sum(p.numel() for p in parameters.values())
@@ -74,22 +80,15 @@ def _shifted(trainer: Trainer, prompts: Sequence[str], noise: Tensor, base: Tens
             generator = seeds.torch_generator(trainer.config.seed, "doctor", 3, attempt, index)
             drawn = torch.empty(parameter.shape).normal_(std=_SHIFT * 2**attempt * square**0.5, generator=generator)
             parameter.add_(drawn.to(parameter.device))
-        images = _ours(trainer, prompts, noise)
+        images = draw()
         if (images - base).abs().mean() >= _SHOWS:
             break
     return images
 
 
-def _ours(trainer: Trainer, prompts: Sequence[str], noise: Tensor) -> Tensor:
-    policy = trainer.policy
-    table, guidance = ode(policy.grid(_STEPS)), trainer.config.sampling.guidance
-    latents, _ = sample_trajectories(policy, table, policy.embed(prompts), noise, guidance)
-    return _levels(policy.decode(latents[:, -1]))
-
-
-def _draw(pipeline: Any, prompts: Sequence[str], start: Tensor, guidance: float) -> Tensor:
+def _draw(pipeline: Any, prompts: Sequence[Prompt], start: Tensor, guidance: float) -> Tensor:
     settings = {"num_inference_steps": _STEPS, "guidance_scale": guidance, "output_type": "pt"}
-    return _levels(pipeline(list(prompts), latents=start.to(pipeline.unet.dtype), **settings).images)
+    return _levels(pipeline([prompt.text for prompt in prompts], latents=start.to(pipeline.unet.dtype), **settings).images)
 
 
 def _load(pipeline: Any, folder: Path) -> None:

@@ -41,20 +41,19 @@ class Costs:
 def measure_sampling(trainer: Trainer) -> tuple[Cost, Cost]:
     """Of a denoising step and of decoding, for batches as large as sampling.batch_size."""
     policy, config = trainer.policy, trainer.config
-    table, prompts = make_table(policy, config.sampling), [prompt.text for prompt in trainer.prompts]
+    table, first = make_table(policy, config.sampling), trainer.prompts[0]
 
-    def noise(n: int) -> Tensor:
-        return seeds.normal(config.seed, "doctor", 4, list(range(n)), policy.latent_shape).to(policy.device)
+    def start(n: int) -> Tensor:
+        return policy.start([first] * n, [seeds.address(config.seed, "doctor", 4, i) for i in range(n)])
 
     @torch.no_grad()
     def denoise(n: int) -> None:
-        embeddings = policy.embed((prompts[:1] * n)[:n])
-        denoise_step(policy, table, noise(n), torch.zeros(n, dtype=torch.long), embeddings, config.sampling.guidance)
+        denoise_step(policy, table, start(n), torch.zeros(n, dtype=torch.long), [first] * n, config.sampling.guidance)
 
     batch = min(config.sampling.batch_size, max(config.samples_per_step, config.evaluation.num_samples))
     return (
         measure(denoise, batch, policy.device),
-        measure(lambda n: policy.decode(noise(n)), min(batch, _DECODED), policy.device),
+        measure(lambda n: policy.decode(start(n), [first] * n), min(batch, _DECODED), policy.device),
     )
 
 
@@ -158,7 +157,7 @@ def _largest(size: int, fits: Callable[[int], bool]) -> int:
 def _kept(trainer: Trainer, rollout: Rollout) -> int:
     """What a run holds beside its batches: AdamW's moments, the samples of a step (twice, when they are put together) and, in
     memory, two copies of weights and moments for checkpoints."""
-    tensors = [rollout.latents, rollout.embeddings, rollout.log_probs]
+    tensors = [rollout.latents, rollout.log_probs, *([] if rollout.steps is None else [rollout.steps])]
     samples = _bytes_of(trainer, rollout, sum(tensor[0].nbytes for tensor in tensors)) * trainer.config.samples_per_step
     return 2 * samples + _weights(trainer)
 
@@ -166,7 +165,7 @@ def _kept(trainer: Trainer, rollout: Rollout) -> int:
 def _kept_evaluation(trainer: Trainer, rollout: Rollout) -> int:
     """The same while an evaluation lasts, whose trajectories are held where there is a reference to compare the policy with."""
     latents = rollout.latents[0, 0].nbytes * (len(rollout.table) + 1 if trainer.monitor.has_reference else 1)
-    samples = _bytes_of(trainer, rollout, latents + rollout.embeddings[0].nbytes) * trainer.config.evaluation.num_samples
+    samples = _bytes_of(trainer, rollout, latents) * trainer.config.evaluation.num_samples
     return 2 * samples + _weights(trainer)
 
 

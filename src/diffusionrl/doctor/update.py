@@ -38,7 +38,7 @@ def check_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages: T
         gradients.append({name: math.sqrt(square.get(name, 0.0)) for name in optimization.parameters})
 
     policy_before, reference_before = _predict(trainer, rollout, False), _predict(trainer, rollout, True)
-    decoded_before = trainer.policy.decode(rollout.latents[:1, -1])
+    decoded_before = trainer.policy.decode(rollout.latents[:1, -1], rollout.prompts[:1])
     handle = optimization.adamw.register_step_pre_hook(note)
     try:
         figures, norm = optimization.update(trainer.algorithm, trainer.policy, rollout, rows, advantages)
@@ -53,7 +53,7 @@ def check_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages: T
         yield _ratio(trainer, figures["ratio_gap"].max().item())
     yield _gradient(trainer, gradients, optimization.rms(norm), later.get("policy/clip_fraction", torch.zeros(1)))
     yield _policy(trainer, _change(policy_before, _predict(trainer, rollout, False)))
-    decoder = _change(decoded_before, trainer.policy.decode(rollout.latents[:1, -1]))
+    decoder = _change(decoded_before, trainer.policy.decode(rollout.latents[:1, -1], rollout.prompts[:1]))
     yield _reference(_change(reference_before, _predict(trainer, rollout, True)), decoder)
 
 
@@ -101,12 +101,11 @@ def _gradient(trainer: Trainer, gradients: list[dict[str, float]], rms: float, c
 @torch.no_grad()
 def _predict(trainer: Trainer, rollout: Rollout, reference: bool) -> Tensor | None:
     """The mean of a step at the beginning and one half-way, from noise; None where there is no reference."""
-    policy, steps = trainer.policy, torch.tensor([0, len(rollout.table) // 2])
-    x = seeds.normal(trainer.config.seed, "doctor", 1, [0, 1], policy.latent_shape).to(policy.device)
-    embeddings = policy.embed([prompt.text for prompt in (rollout.prompts * 2)[:2]])
+    policy, prompts, steps = trainer.policy, (rollout.prompts * 2)[:2], torch.tensor([0, len(rollout.table) // 2])
+    x = policy.start(prompts, [seeds.address(trainer.config.seed, "doctor", 1, i) for i in range(2)])
     try:
         with policy.reference() if reference else nullcontext():
-            return denoise_step(policy, rollout.table, x, steps, embeddings, trainer.config.sampling.guidance)[0]
+            return denoise_step(policy, rollout.table, x, steps, prompts, trainer.config.sampling.guidance)[0]
     except UserError:
         return None
 

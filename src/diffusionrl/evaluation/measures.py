@@ -97,7 +97,7 @@ def distance_from_reference(policy: Policy, rollout: Rollout, guidance: float, b
         interruption.check()
         rows, samples = steps[part], torch.arange(part.start, part.stop, device=steps.device)
         x = rollout.latents[samples, rows]
-        arguments = (policy, rollout.table, x, rows, rollout.embeddings[samples], guidance)
+        arguments = (policy, rollout.table, x, rows, rollout.prompts_of(samples), guidance)
         own = predict(*arguments)
         with policy.reference():
             reference = predict(*arguments)

@@ -1,8 +1,17 @@
 """Models as policies."""
 
 from diffusionrl.policies.base import Policy
-from diffusionrl.policies.loading import check_model, load_pipeline, load_policy
+from diffusionrl.policies.loading import EMBEDDED_MODEL, check_model, load_pipeline, load_policy
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy
 from diffusionrl.policies.trained import find_trained, load_trained
 
-__all__ = ["Policy", "StableDiffusionPolicy", "check_model", "find_trained", "load_pipeline", "load_policy", "load_trained"]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "Policy",
+    "StableDiffusionPolicy",
+    "check_model",
+    "find_trained",
+    "load_pipeline",
+    "load_policy",
+    "load_trained",
+]

@@ -8,55 +8,74 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffusionrl.transitions import Grid
+from diffusionrl.data.prompts import Prompt
+from diffusionrl.policies.adapters import Copies
+from diffusionrl.transitions import Grid, NoiseLevels
 
 
 class Policy(Protocol):
-    """A pipeline seen as a policy: it embeds prompts, denoises, and decodes."""
+    """A pipeline seen as a policy: it denoises, and decodes. It is asked in prompts; what it makes of one (embeddings, masks,
+    ids, encoded images) it keeps for itself."""
 
     source: str
     """Where the model came from: what ``load_policy`` was given."""
     device: torch.device
-    image_size: int
-    """Height and width of an image, in pixels."""
+    sample_shape: tuple[int, ...]
+    """The shape of one sample: (3, H, W) of an image, (F, 3, H, W) of a video, (C, S) of sound."""
     latent_shape: tuple[int, ...]
-    """The shape of one latent, (C, h, w)."""
+    """The shape of one latent, in the layout that the network's pipeline has: (C, h, w), (L, C), (C, f, h, w) ..."""
+    edits: bool
+    """Whether the pipeline changes a latent after each step, as inpainting does; see ``after``."""
 
-    num_train_timesteps: int
-    """The model was trained at the timesteps 0 ... num_train_timesteps - 1."""
-
-    def noise_level(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) of the path at timesteps of training, (B,) each, on the CPU."""
+    @property
+    def noise_levels(self) -> NoiseLevels:
+        """The levels that losses draw from, uniformly: those of the model's own fine grid."""
         ...
 
     def grid(self, num_steps: int) -> Grid:
         """The model's own time grid."""
         ...
 
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Prompt embeddings, (B, L, D), computed once for each prompt."""
+    def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
+        """Where sampling begins, (B, ...), float32: noise, and where the pipeline says so an image under it. What is drawn for
+        a sample depends on its prompt and its address (``seeds.address``) alone."""
         ...
 
-    def denoise(
-        self, x: Tensor, timestep: Tensor, alpha: Tensor, sigma: Tensor, embeddings: Tensor, guidance: float
-    ) -> tuple[Tensor, Tensor]:
+    def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> tuple[Tensor, Tensor]:
         """Estimates of (x0, noise), float32, with guidance inside.
 
         Args:
-            x: noisy latents, (B, C, h, w), float32.
-            timestep: (B,).
-            alpha, sigma: the path's coefficients at that time, (B, 1, 1, 1).
-            embeddings: (B, L, D).
+            x: noisy latents, (B, ...), float32.
+            levels: where each of them is, (B,).
+            prompts: B of them.
         """
         ...
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images in [0, 1], float32, (B, 3, H, W), without gradient."""
+    def after(
+        self, y: Tensor, x: Tensor, levels: NoiseLevels, following: NoiseLevels | None, prompts: Sequence[Prompt]
+    ) -> Tensor:
+        """What a pipeline that ``edits`` makes of y, the latents that a step from x gave; all (B, ...), without gradient.
+
+        Args:
+            levels: where the step began, the same for all.
+            following: where the next one begins; None after the last one.
+        """
+        ...
+
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Samples, float32, (B, *sample_shape): images and videos in [0, 1], without gradient."""
         ...
 
     def encode(self, images: Tensor) -> Tensor:
-        """The latents of images as ``decode`` makes them, float32, (B, C, h, w), without gradient."""
+        """The latents of images as ``decode`` makes them, float32, without gradient.
+
+        Raises:
+            UserError: this policy cannot.
+        """
         ...
+
+    copies: Copies
+    """Older sets of the trained weights; within ``copies.used(name)``, the policy is that older one."""
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters by name, float32."""

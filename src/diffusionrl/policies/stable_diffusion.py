@@ -15,21 +15,19 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from diffusionrl import processes, seeds
-from diffusionrl.data.prompts import keep_newest
+from diffusionrl import processes
+from diffusionrl.data.prompts import Prompt, keep_newest
 from diffusionrl.errors import UserError
+from diffusionrl.policies.adapters import Copies, add_lora, find_targets, lora_weights
 from diffusionrl.policies.base import chunks
-from diffusionrl.transitions import Grid, to_x0_and_noise, variance_preserving_grid
+from diffusionrl.transitions import Grid, NoiseLevels, to_x0_and_noise, variance_preserving_grid
 
-_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-_REST = ["proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv"]
-LORA_TARGETS = {"attention": _ATTENTION, "all": _ATTENTION + _REST}
 _DECODE_BATCH = 16
 _REMEMBERED = 2048  # prompt embeddings, a third of a megabyte each: there may be millions of prompts
 
@@ -39,18 +37,20 @@ class StableDiffusionPolicy:
 
     Args:
         lora_rank: rank of a new adapter; None trains the whole UNet.
-        lora_targets: a key of ``LORA_TARGETS``.
+        lora_targets: see ``find_targets``.
         seed: seed of the adapter's initial weights.
 
     Raises:
         UserError: the pipeline's parts do not fit, or bfloat16 was asked for together with full fine-tuning.
     """
 
+    edits = False
+
     def __init__(
         self,
         pipeline: StableDiffusionPipeline,
         lora_rank: int | None = 4,
-        lora_targets: str = "attention",
+        lora_targets: str | Sequence[str] = "attention",
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         seed: int = 0,
@@ -60,13 +60,14 @@ class StableDiffusionPolicy:
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self._alphas_cumprod = scheduler.alphas_cumprod
-        self.num_train_timesteps = len(self._alphas_cumprod)
+        kept = self._alphas_cumprod.float()
+        self.noise_levels = NoiseLevels(torch.arange(len(kept)).float(), kept.sqrt(), (1 - kept).sqrt())
         self._final_alpha_cumprod = float(scheduler.final_alpha_cumprod)
         self._spacing, self._steps_offset = scheduler.config.timestep_spacing, scheduler.config.steps_offset
         self._prediction = scheduler.config.prediction_type
         size = self.unet.config.sample_size
         self.latent_shape: tuple[int, ...] = (self.unet.config.in_channels, size, size)
-        self.image_size = size * pipeline.vae_scale_factor
+        self.sample_shape: tuple[int, ...] = (3, *[size * pipeline.vae_scale_factor] * 2)
         self._embeddings: dict[str, Tensor] = {}
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.requires_grad_(False).eval().to(self.device)
@@ -75,7 +76,7 @@ class StableDiffusionPolicy:
         self.unet.to(dtype=dtype, memory_format=self.memory_format)
         self._adapted: dict[str, LoraLayer] = {}
         if lora_rank is not None:
-            self._add_adapter(lora_rank, lora_targets, seed)
+            self._adapted = add_lora(self.unet, lora_rank, list(find_targets(self.unet, lora_targets)), seed)
         elif dtype != torch.float32:
             raise UserError("full fine-tuning needs policy.dtype float32: small updates are lost in bfloat16 weights")
         else:
@@ -85,30 +86,20 @@ class StableDiffusionPolicy:
             self.unet.disable_adapters()
             for parameter in self.trainable().values():  # which peft has just frozen
                 parameter.requires_grad_(True)
-
-    def _add_adapter(self, rank: int, targets: str, seed: int) -> None:
-        with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its draws are replaced below
-            self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS[targets]))
-        self._adapted = {name: module for name, module in self.unet.named_modules() if isinstance(module, LoraLayer)}
-        for index, layer in enumerate(self._adapted.values()):
-            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            down.data = torch.empty(down.shape).normal_(std=1 / rank, generator=seeds.torch_generator(seed, "lora", index))
-            up.data = torch.zeros(up.shape)
-            for weight in (down, up):
-                weight.data = weight.data.to(self.device)
-                weight.requires_grad_(True)
-
-    def noise_level(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self._alphas_cumprod[timesteps]
-        return kept.sqrt(), (1 - kept).sqrt()
+        self.copies = Copies(self.trainable)
 
     def grid(self, num_steps: int) -> Grid:
         return variance_preserving_grid(
             self._alphas_cumprod, num_steps, self._spacing, self._steps_offset, self._final_alpha_cumprod
         )
 
+    def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
+        drawn = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(each)) for each in addresses]
+        return torch.stack(drawn).to(self.device)
+
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Prompt embeddings, (B, L, D), computed once for each prompt."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._embeddings:  # one by one, so that an embedding does not depend on its batch
                 self._warn_if_truncated(prompt)
@@ -122,9 +113,8 @@ class StableDiffusionPolicy:
         if length > limit:
             warnings.warn(f"the model reads {limit} of the {length} tokens of the prompt {prompt!r}", stacklevel=3)
 
-    def denoise(
-        self, x: Tensor, timestep: Tensor, alpha: Tensor, sigma: Tensor, embeddings: Tensor, guidance: float
-    ) -> tuple[Tensor, Tensor]:
+    def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> tuple[Tensor, Tensor]:
+        embeddings, timestep = self.embed([prompt.text for prompt in prompts]), levels.timesteps.to(x.device)
         if guidance == 1.0:
             output = self._network(x, timestep, embeddings)
         else:
@@ -132,7 +122,7 @@ class StableDiffusionPolicy:
             both = self._network(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([unconditional, embeddings]))
             without, with_prompt = both.chunk(2)
             output = without + guidance * (with_prompt - without)
-        return to_x0_and_noise(self._prediction, output, x, alpha, sigma)
+        return to_x0_and_noise(self._prediction, output, x, *levels.shaped(x))
 
     def _network(self, x: Tensor, timestep: Tensor, embeddings: Tensor) -> Tensor:
         x = x.to(self.dtype).contiguous(memory_format=self.memory_format)
@@ -151,8 +141,13 @@ class StableDiffusionPolicy:
             merged[f"{name}.base_layer.weight"] = weight + (up.flatten(1) @ down.flatten(1)).view(weight.shape)
         return merged
 
+    def after(
+        self, y: Tensor, x: Tensor, levels: NoiseLevels, following: NoiseLevels | None, prompts: Sequence[Prompt]
+    ) -> Tensor:
+        return y
+
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt] = ()) -> Tensor:
         vae = self.pipeline.vae
         scaled = latents / vae.config.scaling_factor
         decoded = [vae.decode(scaled[part]).sample for part in chunks(len(scaled), _DECODE_BATCH)]
@@ -169,7 +164,7 @@ class StableDiffusionPolicy:
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         if not self._adapted:
             return dict(self.unet.named_parameters())
-        return {name: weight for name, weight in self.unet.named_parameters() if ".lora_" in name}
+        return lora_weights(self.unet)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -222,8 +217,8 @@ class StableDiffusionPolicy:
         save_file(renamed, folder / "comfyui.safetensors")
 
 
-def check_pipeline_folder(folder: Path) -> int:
-    """Whether a folder holds a pipeline of this family, from its JSON alone. Returns the image size in pixels.
+def check_pipeline_folder(folder: Path) -> tuple[int, ...]:
+    """Whether a folder holds a pipeline of this family, from its JSON alone. Returns the shape of an image.
 
     Raises:
         UserError: it does not; the message says what was found and what is supported.
@@ -239,11 +234,11 @@ def check_pipeline_folder(folder: Path) -> int:
         unet = json.loads((folder / "unet" / "config.json").read_text())
         vae = json.loads((folder / "vae" / "config.json").read_text())
         taken, made = unet["in_channels"], vae.get("latent_channels", 4)
-        image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is no complete diffusers pipeline: {error!r}. {supported}") from error
     if taken != made:
         raise UserError(
             f"{folder} is an inpainting or depth model: its UNet takes {taken} channels, its VAE makes {made}. {supported}"
         )
-    return int(image_size)
+    return (3, int(size), int(size))

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import yaml
-from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
+from diffusionrl.config import SamplingConfig
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
-from diffusionrl.policies.loading import check_model, load_pipeline
-from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy
+from diffusionrl.policies.base import Policy
+from diffusionrl.policies.loading import check_model, choose_device, load_pipeline, make_policy
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,16 @@ class Trained:
     Attributes:
         name: what it was asked for as.
         base: "emoji", a folder or a hub id.
-        image_size: in pixels.
+        sample_shape: of what it makes; None where it is known when it is loaded.
         lora: a safetensors file.
-        unet: a folder that takes the place of the base's.
+        networks: folders that take the place of the base's parts of their names; or that hold a LoRA for these.
     """
 
     name: str
     base: str
-    image_size: int
+    sample_shape: tuple[int, ...] | None
     lora: Path | None = None
-    unet: Path | None = None
+    networks: tuple[Path, ...] = ()
 
 
 def find_trained(model: str, lora: Path | None = None) -> Trained:
@@ -44,22 +45,30 @@ def find_trained(model: str, lora: Path | None = None) -> Trained:
         if lora is not None:
             raise UserError(f"{model} is a run, which has learned something itself: give the LoRA's base model, or no LoRA")
         base, export = yaml.safe_load((run_dir / "config.yaml").read_text())["model"], run_dir / "export"
-        image_size = check_model(base)
-        if (export / "unet").is_dir():
-            return Trained(model, base, image_size, unet=export / "unet")
+        shape = check_model(base)
         if (export / LORA_WEIGHT_NAME_SAFE).is_file():
-            return Trained(model, base, image_size, lora=export / LORA_WEIGHT_NAME_SAFE)
+            return Trained(model, base, shape, lora=export / LORA_WEIGHT_NAME_SAFE)
+        networks = exported_networks(export)
+        if networks:
+            return Trained(model, base, shape, networks=networks)
         raise UserError(f"{run_dir} is a run folder without an export: it has not trained yet")
-    image_size = check_model(model)
+    shape = check_model(model)
     if lora is None:
-        return Trained(model, model, image_size)
+        return Trained(model, model, shape)
     file = lora / LORA_WEIGHT_NAME_SAFE if lora.is_dir() else lora
     if not file.is_file() or file.suffix != ".safetensors":
         raise UserError(f"LoRA {lora} was not found: give a .safetensors file, or a folder with {LORA_WEIGHT_NAME_SAFE} in it")
-    return Trained(f"{model} with {lora.name}", model, image_size, lora=file)
+    return Trained(f"{model} with {lora.name}", model, shape, lora=file)
 
 
-def load_trained(model: str, lora: Path | None = None) -> StableDiffusionPolicy:
+def exported_networks(export: Path) -> tuple[Path, ...]:
+    """The folders of an export that hold a whole network, or a LoRA for one."""
+    return tuple(sorted(folder for folder in export.glob("*") if list(folder.glob("*.safetensors"))))
+
+
+def load_trained(
+    model: str, lora: Path | None = None, sampling: SamplingConfig | None = None, example: Prompt | None = None
+) -> Policy:
     """What ``find_trained`` finds, as a policy; a LoRA is merged into the weights.
 
     Raises:
@@ -67,20 +76,32 @@ def load_trained(model: str, lora: Path | None = None) -> StableDiffusionPolicy:
     """
     found = find_trained(model, lora)
     pipeline = load_pipeline(found.base)
-    if found.unet is not None:
-        pipeline.unet = type(pipeline.unet).from_pretrained(found.unet)
+    for folder in found.networks:
+        put_network(pipeline, folder)
     if found.lora is not None:
         _merge(pipeline, found.lora, found.name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return StableDiffusionPolicy(pipeline, lora_rank=None, device=device, source=found.name)
+    return make_policy(pipeline, sampling, example, lora_rank=None, device=choose_device(), source=found.name)
 
 
-def _merge(pipeline: StableDiffusionPipeline, lora: Path, name: str) -> None:
+def put_network(pipeline: Any, folder: Path) -> None:
+    """The network of an export in the place of the pipeline's; or its LoRA, merged into it."""
+    network = getattr(pipeline, folder.name)
+    if (folder / "config.json").is_file():
+        setattr(pipeline, folder.name, type(network).from_pretrained(folder).to(network.device))
+        return
+    network.load_lora_adapter(folder, prefix=None, use_safetensors=True)
+    network.fuse_lora()
+    network.unload_lora()
+
+
+def _merge(pipeline: Any, lora: Path, name: str) -> None:
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"{type(pipeline).__name__} of {name} loads no LoRA file")
     try:
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name, use_safetensors=True)
     except Exception as error:  # diffusers and peft raise whatever they come across in a file that is no LoRA of this model
         raise UserError(f"the LoRA of {name} could not be loaded: {type(error).__name__}: {error}") from error
     if not pipeline.get_active_adapters():
-        raise UserError(f"{lora} holds nothing for the UNet of {name}: is it a LoRA of another model?")
+        raise UserError(f"{lora} holds nothing for the networks of {name}: is it a LoRA of another model?")
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()

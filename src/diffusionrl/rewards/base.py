@@ -136,18 +136,30 @@ def _describe(returned: Any) -> str:
     return f"a {type(returned).__name__}{shape}{length}"
 
 
+def grey(sample_shape: tuple[int, ...]) -> Tensor:
+    """A sample that shows nothing: grey, or silent."""
+    return torch.full(sample_shape, 0.5 if len(sample_shape) > 2 else 0.0)
+
+
+def describe_grey(sample_shape: tuple[int, ...]) -> str:
+    *before, height, width = sample_shape
+    if len(before) == 0:
+        return f"silent sounds of {width} values"
+    return f"grey {height} x {width} images" if len(before) == 1 else f"grey clips of {before[0]} {height} x {width} frames"
+
+
 def try_reward(
-    reward: Reward, image_size: int, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], count: int = 2
+    reward: Reward, sample_shape: tuple[int, ...], prompts: Sequence[str], metadata: Sequence[dict[str, Any]], count: int = 2
 ) -> Scores:
-    """Score two grey images, or ``count``, before anything slow starts, so that a reward that cannot work is found now. Prompts
-    come in turn. Returns the scores.
+    """Score two grey images (clips, silent sounds), or ``count``, before anything slow starts, so that a reward that cannot
+    work is found now. Prompts come in turn. Returns the scores.
 
     Raises:
         UserError: the reward raised, said what stops it, or returned something else than ``count`` numbers. Invalid numbers
             alone pass, and ``NothingSeen``: there may be nothing to see on a grey image.
     """
-    images = torch.full((count, 3, image_size, image_size), 0.5)
-    tried = f"the reward failed on {'two' if count == 2 else count} grey {image_size} x {image_size} images"
+    images, several = grey(sample_shape).expand(count, *sample_shape).clone(), "two" if count == 2 else count
+    tried = f"the reward failed on {several} {describe_grey(sample_shape)}"
     try:
         returned = reward(images, (list(prompts) * count)[:count], (list(metadata) * count)[:count])
     except NothingSeen as nothing:

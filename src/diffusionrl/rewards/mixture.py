@@ -158,7 +158,7 @@ def load_mixture(names: Sequence[str], config: RewardsConfig | None = None) -> M
 
 def try_mixture(
     mixture: Mixture,
-    image_size: int,
+    sample_shape: tuple[int, ...],
     prompts: Sequence[str],
     metadata: Sequence[dict[str, Any]],
     group_sizes: Sequence[int] = (),
@@ -176,13 +176,13 @@ def try_mixture(
     for name, reward in mixture.rewards.items():
         try:
             if name not in mixture.grouped:
-                found = try_reward(reward, image_size, prompts, metadata, 1 + len(prompts))
+                found = try_reward(reward, sample_shape, prompts, metadata, 1 + len(prompts))
                 first, again = found.values[[0, -1]].tolist()
                 if found.valid[[0, -1]].all() and not math.isclose(first, again, rel_tol=_ROUNDING):
                     unsteady.append(name)
                 continue
             for size in dict.fromkeys(group_sizes):
-                try_reward(reward, image_size, prompts[:1], metadata[:1], size)
+                try_reward(reward, sample_shape, prompts[:1], metadata[:1], size)
         except UserError as error:
             raise UserError(f"{name}: {error}" if len(mixture.rewards) > 1 else str(error)) from error
     return unsteady

@@ -29,20 +29,20 @@ class Rollout:
     Attributes:
         table: the sampler that made them.
         prompts: N prompts.
-        embeddings: (n, L, D).
-        latents: float32, (n, T + 1, C, h, w), from pure noise to the endpoint; (n, 1, C, h, w) where only endpoints are kept.
+        latents: float32, (n, T + 1, ...), from the start to the endpoint; (n, 1, ...) where only endpoints are kept.
         log_probs: float32, (n, T), of the stored latents under the policy that drew them; 0 on deterministic rows; (n, 0) where
             only endpoints are kept.
-        images: float32 in [0, 1], (n, 3, H, W), on the CPU.
+        images: float32, (n, *policy.sample_shape), on the CPU.
         scores: N scores.
         seconds: time spent in "rollout", until the last sample is scored, and, overlapping it, in "reward".
         group_size: samples in a row that one process drew.
         batch_size: samples that were drawn at once.
+        steps: what each step gave, (n, T, ...), which the log-probabilities are of, where the pipeline edits it afterwards;
+            None where that is the next latent.
     """
 
     table: SamplerTable
     prompts: list[Prompt]
-    embeddings: Tensor
     latents: Tensor
     log_probs: Tensor
     images: Tensor
@@ -50,6 +50,7 @@ class Rollout:
     seconds: dict[str, float]
     group_size: int = 1
     batch_size: int = sys.maxsize
+    steps: Tensor | None = None
 
     @property
     def shares(self) -> list[range]:
@@ -61,6 +62,15 @@ class Rollout:
         """Which samples this process drew."""
         return self.shares[processes.index()]
 
+    def prompts_of(self, samples: Tensor) -> list[Prompt]:
+        """Of samples by their place among those whose tensors are here."""
+        first = self.own.start if len(self.latents) < len(self.prompts) else 0
+        return [self.prompts[first + i] for i in samples.tolist()]
+
+    def step_to(self, samples: Tensor, rows: Tensor) -> Tensor:
+        """What the steps of some rows of the table gave, (B, ...)."""
+        return self.latents[samples, rows + 1] if self.steps is None else self.steps[samples, rows]
+
     def batches(self, process: int) -> list[range]:
         """The samples that a process drew at once, batch by batch."""
         return cut(self.shares[process], self.batch_size)
@@ -70,10 +80,10 @@ class Rollout:
         sizes = list(map(len, self.shares))
         return replace(
             self,
-            embeddings=processes.gather(self.embeddings, sizes),
             latents=processes.gather(self.latents, sizes),
             log_probs=processes.gather(self.log_probs, sizes),
             images=processes.gather(self.images, sizes),
+            steps=None if self.steps is None else processes.gather(self.steps, sizes),
         )
 
 
@@ -95,46 +105,80 @@ def make_table(policy: Policy, config: SamplingConfig) -> SamplerTable:
 
 
 def predict(
-    policy: Policy, table: SamplerTable, x: Tensor, steps: Tensor, embeddings: Tensor, guidance: float
+    policy: Policy, table: SamplerTable, x: Tensor, steps: Tensor, prompts: Sequence[Prompt], guidance: float
 ) -> tuple[Tensor, Tensor]:
     """Estimates of (x0, noise), for samples that may each be at a denoising step of their own.
 
     Args:
-        x: (B, C, h, w).
+        x: (B, ...).
         steps: rows of the table, (B,).
+        prompts: B of them.
     """
-    rows = steps.to(table.kept.device)
-    shape = (-1, *[1] * (x.ndim - 1))
-    grid = table.grid
-    timestep, alpha, sigma = (column[rows].to(x.device) for column in (grid.timesteps, grid.alpha, grid.sigma))
-    return policy.denoise(x, timestep, alpha.view(shape), sigma.view(shape), embeddings, guidance)
+    return policy.denoise(x, table.grid.levels[steps.to(x.device)], prompts, guidance)
 
 
 def denoise_step(
-    policy: Policy, table: SamplerTable, x: Tensor, steps: Tensor, embeddings: Tensor, guidance: float
+    policy: Policy, table: SamplerTable, x: Tensor, steps: Tensor, prompts: Sequence[Prompt], guidance: float
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the next latent; the arguments are those of ``predict``.
 
     This is the policy of the paper, and the only place where it is evaluated: sampling and updates share it.
     """
-    return table.mean(steps, *predict(policy, table, x, steps, embeddings, guidance)), table.std(steps, x)
+    return table.mean(steps, *predict(policy, table, x, steps, prompts, guidance)), table.std(steps, x)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Of B samples over T denoising steps.
+
+    Attributes:
+        latents: (B, T + 1, ...).
+        log_probs: (B, T); 0 on deterministic rows.
+        steps: as in ``Rollout``.
+    """
+
+    latents: Tensor
+    log_probs: Tensor
+    steps: Tensor | None
 
 
 @torch.no_grad()
 def sample_trajectories(
-    policy: Policy, table: SamplerTable, embeddings: Tensor, noise: Tensor, guidance: float, reduction: Reduction = "mean"
-) -> tuple[Tensor, Tensor]:
-    """Latents (B, T + 1, C, h, w) and log-probabilities (B, T) from noise (B, T + 1, C, h, w): the first row starts the
-    chain, row i + 1 is the fresh noise of step i."""
-    latents, log_probs = [noise[:, 0]], []
+    policy: Policy,
+    table: SamplerTable,
+    prompts: Sequence[Prompt],
+    start: Tensor,
+    noise: Tensor,
+    guidance: float,
+    reduction: Reduction = "mean",
+) -> Trajectories:
+    """Samples from where they begin, (B, ...), and the fresh noise of each step, (B, T, ...)."""
+    latents, steps, log_probs = [start], [], []
     for i in range(len(table)):
         interruption.check()
-        steps = torch.full((len(noise),), i, device=noise.device)
-        mean, std = denoise_step(policy, table, latents[-1], steps, embeddings, guidance)
-        latents.append(mean + std * noise[:, i + 1])
+        rows = torch.full((len(start),), i, device=start.device)
+        mean, std = denoise_step(policy, table, latents[-1], rows, prompts, guidance)
+        steps.append(mean + std * noise[:, i])
         carries = bool(table.fresh[i] > 0)
-        log_probs.append(log_density(latents[-1], mean, std, reduction) if carries else torch.zeros_like(noise[:, 0, 0, 0, 0]))
-    return torch.stack(latents, 1), torch.stack(log_probs, 1)
+        log_probs.append(log_density(steps[-1], mean, std, reduction) if carries else mean.new_zeros(len(mean)))
+        latents.append(_edited(policy, table, steps[-1], latents[-1], i, prompts) if policy.edits else steps[-1])
+    return Trajectories(torch.stack(latents, 1), torch.stack(log_probs, 1), torch.stack(steps, 1) if policy.edits else None)
+
+
+def _edited(policy: Policy, table: SamplerTable, y: Tensor, x: Tensor, row: int, prompts: Sequence[Prompt]) -> Tensor:
+    rows = torch.full((len(x),), row, device=x.device)
+    following = table.grid.levels[rows + 1] if row + 1 < len(table) else None
+    return policy.after(y, x, table.grid.levels[rows], following, prompts)
+
+
+def draw_noise(
+    policy: Policy, table: SamplerTable, prompts: Sequence[Prompt], seed: int, purpose: str, step: int, indices: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Where samples begin, (B, ...), and the fresh noise of their steps, (B, T, ...), on the policy's device; of each, they
+    depend on its prompt and on (seed, purpose, step, index) alone."""
+    start = policy.start(prompts, [seeds.address(seed, purpose, step, i) for i in indices])
+    drawn = seeds.normal(seed, purpose, step, list(indices), (len(table) + 1, *policy.latent_shape))
+    return start, drawn[:, 1:].to(policy.device)  # the first is the start where a policy starts from noise alone
 
 
 def collect(
@@ -150,7 +194,7 @@ def collect(
     timeout: float = 600.0,
     group_size: int = 1,
 ) -> Rollout:
-    """Sample one image a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone. Of several
+    """Sample once a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone. Of several
     processes, each samples and scores its share, and all know the scores. Where their weights are sharded, each runs as many
     batches as the others: one that has none left takes part with a sample that is thrown away.
 
@@ -165,47 +209,48 @@ def collect(
         Interrupted: the run was asked to stop.
     """
     table = make_table(policy, sampling)
-    shape = (len(table) + 1, *policy.latent_shape)
     mixture = as_mixture(reward)
     mixture.require_groups(group_size, "group_size", len(prompts), "the number of prompts")
     queue = RewardQueue(mixture, group_size)
-    embeddings, latents, log_probs, images = [], [], [], []
+    found: list[Trajectories] = []
+    images: list[Tensor] = []
     began = time.perf_counter()
     cuts = [cut(processes.share(len(prompts), group_size, each), sampling.batch_size) for each in range(processes.count())]
     batches = cuts[processes.index()]
     for indices in batches:
         chunk = prompts[indices.start : indices.stop]
-        noise = seeds.normal(seed, purpose, step, list(indices), shape).to(policy.device)
-        texts, metadata = [prompt.text for prompt in chunk], [prompt.metadata for prompt in chunk]
-        embeddings.append(policy.embed(texts))
-        path, densities = sample_trajectories(policy, table, embeddings[-1], noise, sampling.guidance, reduction)
-        whole = needs == "trajectories"
-        latents.append(path if whole else path[:, -1:].clone())
-        log_probs.append(densities if whole else densities[:, :0])
-        images.append(policy.decode(path[:, -1]).cpu())
-        queue.add(images[-1], texts, metadata)
+        start, noise = draw_noise(policy, table, chunk, seed, purpose, step, indices)
+        drawn = sample_trajectories(policy, table, chunk, start, noise, sampling.guidance, reduction)
+        images.append(policy.decode(drawn.latents[:, -1], chunk).cpu())
+        found.append(drawn if needs == "trajectories" else _endpoints(drawn))
+        queue.add(images[-1], [prompt.text for prompt in chunk], [prompt.metadata for prompt in chunk])
     if processes.sharded(policy.trainable().values()):
         for _ in range(max(map(len, cuts)) - len(batches)):
-            sample_trajectories(policy, table, embeddings[-1][:1], noise[:1], sampling.guidance, reduction)
+            sample_trajectories(policy, table, chunk[:1], start[:1], noise[:1], sampling.guidance, reduction)
     scores = queue.result(timeout)
-    found = Rollout(
+    steps = [each.steps for each in found if each.steps is not None]
+    rollout = Rollout(
         table,
         list(prompts),
-        torch.cat(embeddings),
-        torch.cat(latents),
-        torch.cat(log_probs),
+        torch.cat([each.latents for each in found]),
+        torch.cat([each.log_probs for each in found]),
         torch.cat(images),
         scores,
         {},
         group_size,
         sampling.batch_size,
+        torch.cat(steps) if steps else None,
     )
-    scores = gather_scores(scores, found.shares)
+    scores = gather_scores(scores, rollout.shares)
     seconds = {
         "rollout": time.perf_counter() - began,
         "reward": queue.seconds,
     }  # with the wait for scores, one's own and others'
-    return replace(found, scores=scores, seconds=seconds)
+    return replace(rollout, scores=scores, seconds=seconds)
+
+
+def _endpoints(drawn: Trajectories) -> Trajectories:
+    return Trajectories(drawn.latents[:, -1:].clone(), drawn.log_probs[:, :0], None)
 
 
 def gather_scores(own: Scores, shares: Sequence[range]) -> Scores:

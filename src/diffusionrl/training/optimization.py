@@ -59,7 +59,6 @@ class NonFiniteError(Exception):
             "losses": self.losses,
             "advantages": self.advantages[samples],
             "latents": rollout.latents[where],
-            "embeddings": rollout.embeddings[where],
             "log_probs": rollout.log_probs[where],
         }
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "batch.safetensors")

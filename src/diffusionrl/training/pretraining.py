@@ -76,11 +76,10 @@ class Pretraining:
         captions = ["" if drop else caption for (_, caption), drop in zip(pairs, without, strict=True)]
         prompts = [Prompt("")] * len(indices)
         prompts[own.start : own.stop] = map(Prompt, captions)
-        images = torch.stack([_cropped(image, policy.image_size) for image, _ in pairs])
+        images = torch.stack([_cropped(image, policy.sample_shape) for image, _ in pairs])
         nothing = torch.zeros(len(indices))
         return Rollout(
             prompts=prompts,
-            embeddings=policy.embed(captions),
             latents=policy.encode(images)[:, None],
             images=images,
             # Not looked at, where only endpoints are trained on.
@@ -105,8 +104,8 @@ class Pretraining:
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sample = rows[:, 0].to(rollout.latents.device)
-        clean, embeddings = rollout.latents[sample, -1], rollout.embeddings[sample]
-        errors = denoising_losses(policy, clean, embeddings, rows[:, 1].tolist(), guidance=1.0)
+        clean, prompts = rollout.latents[sample, -1], rollout.prompts_of(sample)
+        errors = denoising_losses(policy, clean, prompts, rows[:, 1].tolist(), guidance=1.0)
         return advantages.to(clean.device)[sample] * errors, {"pretraining/loss": errors.detach()}
 
     def capture(self) -> dict[str, Any]:
@@ -131,7 +130,8 @@ class Pretraining:
             self.pairs.broken.update((place, said) for place, said in state["broken"])
 
 
-def _cropped(image: Image.Image, size: int) -> Tensor:
-    """The largest square in the middle, resized, in [0, 1], (3, size, size)."""
-    fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+def _cropped(image: Image.Image, shape: tuple[int, ...]) -> Tensor:
+    """The largest part of its shape in the middle, resized, in [0, 1], (3, H, W)."""
+    _, height, width = shape
+    fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255

@@ -18,14 +18,15 @@ from diffusionrl.training.tasks import Task
 
 
 class TrainingState:
-    """Weights, optimizer, and what belongs to each task: the algorithm's own state, the reward's normalisation and counts, and
-    the recent invalid samples; and what the pretraining loss passed over."""
+    """Weights, older copies of them, optimizer, and what belongs to each task: the algorithm's own state, the reward's
+    normalisation and counts, and the recent invalid samples; and what the pretraining loss passed over."""
 
     def __init__(
         self, policy: Policy, tasks: Sequence[Task], config: TrainConfig, pretraining: Pretraining | None = None
     ) -> None:
         self.tasks, self.pretraining = {task.name: task for task in tasks}, pretraining
         self.optimization = Optimization(policy.trainable(), config.optimizer)
+        self.copies = policy.copies
 
     def capture(self, step: int, score: float | None = None) -> Checkpoint:
         """A copy of it all, on the CPU; ``score`` is the evaluation's after this step, if there was one. Of several processes,
@@ -45,6 +46,9 @@ class TrainingState:
             "policy": processes.copies(self.optimization.parameters),
             "optimizer": processes.copies(self.optimization.tensors()),
         }
+        older = processes.copies(self.copies.tensors())
+        if older:
+            tensors["copies"] = older
         return Checkpoint(step, tensors, state)
 
     def _compare(self, step: int) -> None:
@@ -78,6 +82,7 @@ class TrainingState:
             self.pretraining.restore(found.state["pretraining"])
         for name, parameter in parameters.items():
             parameter.copy_(like(parameter, weights[name]))
+        self.copies.load(found.tensors.get("copies", {}), like)
         self.optimization.load_tensors(found.tensors["optimizer"], found.state["updates"])
         for name, task in self.tasks.items():
             task.restore(states[name])

@@ -1,5 +1,6 @@
 """The loop. It knows no algorithm, no reward and no model by name."""
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -179,7 +180,7 @@ class Trainer:
         weights = sum(parameter.nbytes for parameter in self.state.optimization.parameters.values())
         evaluations = 2 + (config.steps // config.evaluation.every if config.evaluation.every else 0)
         count = len(self.tasks) * (evaluations * config.evaluation.num_samples + (recent.KEPT + 1) * 3 * recent.PICKED)
-        images = count * 3 * self.policy.image_size**2
+        images = count * math.prod(self.policy.sample_shape)
         there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
         return 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
 

@@ -1,0 +1,139 @@
+"""What is trained: LoRA adapters on any network, and older copies of the trained weights."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from diffusionrl import seeds
+from diffusionrl.errors import UserError
+
+ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj"),
+    *("to_q_a", "to_kv_a", "qkv", "q_proj", "k_proj", "v_proj"),
+)
+"""Names of attention projections in diffusers' networks."""
+REST = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv")
+
+
+def find_targets(network: torch.nn.Module, asked: str | Sequence[str]) -> dict[str, list[str]]:
+    """Layers that get an adapter: ends of names, and the full names that each of them stands for.
+
+    Args:
+        asked: "attention", "all" (feed-forward layers and convolutions too), or ends of names.
+
+    Raises:
+        UserError: a name matches no linear layer or convolution.
+    """
+    known = {"attention": ATTENTION, "all": ATTENTION + REST}
+    layers = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    found: dict[str, list[str]] = {}
+    for entry in (asked,) if isinstance(asked, str) else asked:
+        ends = {end: [name for name in layers if f".{name}".endswith(f".{end}")] for end in known.get(entry, (entry,))}
+        if not any(ends.values()):
+            last = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
+            raise UserError(
+                f"policy.lora_targets: {type(network).__name__} has no layer {entry!r}; its layers' names end in {last}"
+            )
+        found |= {end: names for end, names in ends.items() if names}
+    return found
+
+
+def without_part(layers: Mapping[str, torch.nn.Module], run: Callable[[], Tensor]) -> list[str]:
+    """Names of the layers that change nothing of what ``run`` gives: those of a last block's context, which is thrown away."""
+    device = next(next(iter(layers.values())).parameters()).device
+    shifts = {name: torch.zeros((), device=device, requires_grad=True) for name in layers}
+
+    def shifted(shift: Tensor) -> Callable[..., Tensor]:
+        return lambda module, given, output: output + shift.to(output.dtype)
+
+    handles = [layer.register_forward_hook(shifted(shifts[name])) for name, layer in layers.items()]
+    try:
+        gradients = torch.autograd.grad(run().sum(), list(shifts.values()), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, gradient in zip(layers, gradients, strict=True) if gradient is None]
+
+
+def add_lora(
+    network: Any, rank: int, targets: Sequence[str], seed: int, purpose: str = "lora", exclude: Sequence[str] = ()
+) -> dict[str, LoraLayer]:
+    """A new adapter whose alpha is its rank, in float32: layers by name. Its initial weights depend on the seed alone."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), exclude_modules=list(exclude) or None)
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its draws are replaced below
+        if hasattr(network, "add_adapter"):
+            network.add_adapter(config)
+        else:
+            inject_adapter_in_model(config, network)
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    for index, layer in enumerate(layers.values()):
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        drawn = torch.empty(down.shape).normal_(std=1 / rank, generator=seeds.torch_generator(seed, purpose, index))
+        down.data, up.data = drawn.to(down.device), torch.zeros(up.shape, device=up.device)
+        for weight in (down, up):
+            weight.requires_grad_(True)
+    return layers
+
+
+class Copies:
+    """Older sets of the trained weights, by name: exponential averages, or the weights of some step.
+
+    Args:
+        trainable: gives the trained parameters by name.
+    """
+
+    def __init__(self, trainable: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._trainable = trainable
+        self._sets: dict[str, dict[str, Tensor]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sets
+
+    @torch.no_grad()
+    def follow(self, name: str, decay: float = 0.0) -> None:
+        """decay * copy + (1 - decay) * weights; a copy that is not there begins as the weights are."""
+        weights = self._trainable()
+        if name not in self._sets:
+            self._sets[name] = {key: weight.detach().clone() for key, weight in weights.items()}
+            return
+        for key, weight in weights.items():
+            self._sets[name][key].lerp_(weight.detach(), 1 - decay)
+
+    @contextmanager
+    def used(self, name: str) -> Iterator[None]:
+        """Within it, the trained weights are the copy's. Only without gradient: they are exchanged in place.
+
+        Raises:
+            KeyError: there is no such copy.
+        """
+        copy, weights = self._sets[name], self._trainable()
+        before = {key: weight.data for key, weight in weights.items()}
+        try:
+            for key, weight in weights.items():
+                weight.data = copy[key]
+            yield
+        finally:
+            for key, weight in weights.items():
+                weight.data = before[key]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of all copies, "COPY/PARAMETER"."""
+        return {f"{name}/{key}": tensor for name, tensors in self._sets.items() for key, tensor in tensors.items()}
+
+    def load(self, tensors: Mapping[str, Tensor], like: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Be as when ``tensors`` was called. ``like`` puts a tensor where a parameter is."""
+        weights = self._trainable()
+        self._sets = {}
+        for full, tensor in tensors.items():
+            name, _, key = full.partition("/")
+            self._sets.setdefault(name, {})[key] = like(weights[key], tensor.clone())
+
+
+def lora_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The adapter's trained parameters by name."""
+    return {name: weight for name, weight in network.named_parameters() if ".lora_" in name}

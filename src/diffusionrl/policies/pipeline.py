@@ -1,0 +1,307 @@
+"""Any diffusers pipeline as a policy. It is asked by calling it (``asking.py``), so nothing here knows a family.
+
+What is trained are the networks that the pipeline's loop calls, found by listening; where the pipeline says for which of its
+parts it loads LoRA files, those among them. Adapters run beside their layers, as peft has them, from float32 weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from diffusionrl import processes, seeds
+from diffusionrl.data.prompts import Prompt
+from diffusionrl.errors import UserError
+from diffusionrl.policies.adapters import Copies, add_lora, find_targets, lora_weights, without_part
+from diffusionrl.policies.asking import AskedPipeline
+from diffusionrl.policies.base import chunks
+from diffusionrl.transitions import Grid, NoiseLevels
+
+_DECODE_BATCH = 16
+_FINE = 200  # steps of the grid that losses draw from
+_CLOSE = 1e-3  # two ways of asking that are meant to be the same, relative to the spread of the answer
+
+
+class PipelinePolicy:
+    """A pipeline of any family as a policy.
+
+    Args:
+        example: a prompt of the kind that will be asked, to try the pipeline with.
+        steps: denoising steps of a call.
+        guidance: at which it is tried.
+        arguments: of every call of the pipeline: height, width, num_frames, and others.
+        lora_rank: rank of a new adapter; None trains the whole networks.
+        lora_targets: see ``find_targets``.
+        networks: names of the parts that are trained; none named: see above.
+        seed: seed of the adapter's initial weights.
+
+    Raises:
+        UserError: the pipeline cannot be asked, does not take the arguments, or has nothing to train.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        example: Prompt | None = None,
+        steps: int = 50,
+        guidance: float = 5.0,
+        arguments: Mapping[str, Any] | None = None,
+        negative_prompt: str | None = None,
+        lora_rank: int | None = 4,
+        lora_targets: str | Sequence[str] = "attention",
+        networks: Sequence[str] = (),
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        seed: int = 0,
+        source: str = "<pipeline handed over in Python>",
+    ) -> None:
+        self.source, self.pipeline, self.device, self.dtype = source, pipeline, torch.device(device), dtype
+        self.example, self._guidance = example or Prompt("a photograph"), guidance
+        if lora_rank is None and dtype != torch.float32:
+            raise UserError("full fine-tuning needs policy.dtype float32: small updates are lost in bfloat16 weights")
+        for part in pipeline.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.requires_grad_(False).eval().to(self.device)
+                self._set_precision(part)
+        self.asked = AskedPipeline(pipeline, steps, arguments or {}, negative_prompt)
+        self._grids: dict[int, Grid] = {}
+        self._fine: NoiseLevels | None = None
+        self._repeats: dict[float, int] = {}
+        grid, first, called = self.asked.run_through(self.example, guidance)
+        self._grids[steps] = grid
+        self.latent_shape: tuple[int, ...] = tuple(first.shape[1:])
+        self._try_several()
+        self.edits = self._try_edits(grid)
+        self.sample_shape: tuple[int, ...] = tuple(self._decode(self.start([self.example], [0]), [self.example]).shape[1:])
+        self.networks = self._choose(called, networks)
+        self._adapted = self._adapt(lora_rank, lora_targets, seed)
+        self.copies = Copies(self.trainable)
+
+    def _set_precision(self, part: torch.nn.Module) -> None:
+        """Networks in ``dtype``, but for autoencoders; what they give is float32."""
+        wanted = torch.float32 if hasattr(part, "decode") else self.dtype
+        if any(weight.dtype != wanted for weight in part.parameters()):
+            part.to(wanted)
+        if wanted == torch.float32:
+            return
+        forward = part.forward
+
+        @wraps(forward)
+        def precise(*given: Any, **named: Any) -> Any:
+            with torch.autocast(self.device.type, self.dtype):
+                result = forward(*given, **named)
+            return tree_map(
+                lambda each: each.float() if isinstance(each, Tensor) and each.is_floating_point() else each, result
+            )
+
+        part.forward = precise
+
+    # What the pipeline can do, found by trying
+
+    @torch.no_grad()
+    def _try_several(self) -> None:
+        """Whether several prompts, or several samples of one, can go in one call; and then give what single ones give."""
+        prompts = [self.example] * 2
+        x = self.start([self.example], [1]).repeat(2, *[1] * len(self.latent_shape))
+        x[1] = self.start([self.example], [2])[0]
+        levels = self._grids[self.asked.steps].levels[torch.tensor([0])]
+        asked, ways = self.asked, ("lists", "counts")
+        expected = torch.cat([asked.denoise(x[i : i + 1], levels, prompts[:1], self._guidance) for i in range(2)])
+        working = []
+        for way in ways if not self.example.media else ways[1:]:
+            asked.ways = (way,)
+            try:
+                found = asked.denoise(x, levels[torch.tensor([0, 0])], prompts, self._guidance)
+                if self._close(found, expected):
+                    working.append(way)
+            except Exception:  # a pipeline that cannot take them raises whatever it does
+                continue
+        asked.ways = tuple(working)
+
+    @torch.no_grad()
+    def _try_edits(self, grid: Grid) -> bool:
+        if len(grid) < 2:
+            return False
+        prompts = [self.example]
+        x, y = self.start(prompts, [1]), self.start(prompts, [2])
+        levels = grid.levels
+        after = self.asked.after(y, x, levels[torch.tensor([0])], levels[torch.tensor([1])], prompts, self._guidance)
+        return not torch.equal(after, y)
+
+    @torch.no_grad()
+    def _try_times(self, guidance: float) -> int:
+        """How often the times of several samples are repeated for a call with one for each; 0: a call takes one alone."""
+        if guidance not in self._repeats:
+            self._repeats[guidance] = 0
+            levels, prompts = self._grids[self.asked.steps].levels, [self.example] * 2
+            two = levels[torch.tensor([0, len(levels) - 1])]
+            x = torch.cat([self.start(prompts[:1], [1]), self.start(prompts[:1], [2])])
+            each = [two[torch.tensor([i])] for i in range(2)]
+            expected = torch.cat([self.asked.denoise(x[i : i + 1], each[i], prompts[:1], guidance) for i in range(2)])
+            for repeats in (1, 2, 3) if self.asked.ways and len(levels) > 1 else ():
+                try:
+                    found = self.asked.denoise(x, two, prompts, guidance, repeats)
+                except Exception:  # a pipeline that takes one time alone raises whatever it does
+                    continue
+                if self._close(found, expected):
+                    self._repeats[guidance] = repeats
+                    break
+        return self._repeats[guidance]
+
+    @staticmethod
+    def _close(found: Tensor, expected: Tensor) -> bool:
+        return found.shape == expected.shape and bool((found - expected).abs().max() <= _CLOSE * expected.std())
+
+    # What is trained
+
+    def _choose(self, called: Sequence[str], asked: Sequence[str]) -> list[str]:
+        missing = [name for name in asked if name not in called]
+        if missing or not called:
+            named = f"{', '.join(missing)}: no such part is called" if missing else "no network of its own is called"
+            raise UserError(f"policy.networks: in the loop of {type(self.pipeline).__name__}, {named} ({', '.join(called)})")
+        loadable = [name for name in called if name in (getattr(self.pipeline, "_lora_loadable_modules", None) or ())]
+        return list(asked) or loadable or list(called)
+
+    def _parts(self) -> dict[str, Any]:
+        return {name: self.pipeline.components[name] for name in self.networks}
+
+    def _adapt(self, rank: int | None, asked: str | Sequence[str], seed: int) -> list[LoraLayer]:
+        if rank is None:
+            for network in self._parts().values():
+                network.requires_grad_(True)
+            return []
+        targets = {name: find_targets(network, asked) for name, network in self._parts().items()}
+        full = {(name, layer) for name, ends in targets.items() for layers in ends.values() for layer in layers}
+        parts = {f"{name}.{layer}": self._parts()[name].get_submodule(layer) for name, layer in sorted(full)}
+        idle = without_part(parts, self._at_both_ends)
+        added: list[LoraLayer] = []
+        for index, (name, network) in enumerate(self._parts().items()):
+            purpose = "lora" if index == 0 else f"lora/{name}"
+            exclude = [layer.removeprefix(f"{name}.") for layer in idle if layer.startswith(f"{name}.")]
+            added += add_lora(network, rank, list(targets[name]), seed, purpose, exclude).values()
+        return added
+
+    def _at_both_ends(self) -> Tensor:
+        """The prediction for the example at the first and the last time, which may be two networks'."""
+        levels, prompts = self._grids[self.asked.steps].levels, [self.example]
+        x = self.start(prompts, [1])
+        ends = [levels[torch.tensor([row])] for row in (0, len(levels) - 1)]
+        return torch.stack([self.asked.denoise(x, each, prompts, self._guidance) for each in ends])
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        found: dict[str, torch.nn.Parameter] = {}
+        for name, network in self._parts().items():
+            own = lora_weights(network) if self._adapted else dict(network.named_parameters())
+            found |= {f"{name}.{key}": weight for key, weight in own.items()}
+        return found
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Raises UserError under full fine-tuning, which keeps no copy of the original weights."""
+        if not self._adapted:
+            raise UserError("full fine-tuning keeps no reference model: train a LoRA (policy.training lora)")
+        try:
+            for layer in self._adapted:
+                layer._disable_adapters = True  # enable_adapters would also switch gradients off
+            yield
+        finally:
+            for layer in self._adapted:
+                layer._disable_adapters = False
+
+    # The policy
+
+    @property
+    def noise_levels(self) -> NoiseLevels:
+        if self._fine is None:
+            self._fine = self.grid(_FINE).levels
+        return self._fine
+
+    def grid(self, num_steps: int) -> Grid:
+        if num_steps not in self._grids:
+            steps, self.asked.steps = self.asked.steps, num_steps
+            try:
+                self._grids[num_steps] = self.asked.run_through(self.example, self._guidance)[0]
+            finally:
+                self.asked.steps = steps
+        return self._grids[num_steps]
+
+    def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
+        draws = [seeds.address(each, "start") for each in addresses]
+        return self.asked.start(prompts, draws, self._guidance).float()
+
+    def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> tuple[Tensor, Tensor]:
+        output = self._at_their_times(
+            lambda rows, repeats: self.asked.denoise(
+                x[rows], levels[rows], [prompts[i] for i in rows.tolist()], guidance, repeats
+            ),
+            levels,
+            guidance,
+        )
+        return self.asked.listener.schedule.split(output.float(), x, *levels.shaped(x))
+
+    def _at_their_times(self, ask: Callable[[Tensor, int], Tensor], levels: NoiseLevels, guidance: float) -> Tensor:
+        times, of = torch.unique(levels.timesteps, return_inverse=True)
+        everything = torch.arange(len(levels), device=levels.timesteps.device)
+        if len(times) == 1:
+            return ask(everything, 1)
+        repeats = self._try_times(guidance)
+        if repeats:
+            return ask(everything, repeats)
+        order = torch.argsort(of, stable=True)
+        sorted_rows = torch.cat([ask((of == index).nonzero().flatten(), 1) for index in range(len(times))])
+        return sorted_rows[torch.argsort(order)]
+
+    @torch.no_grad()
+    def after(
+        self, y: Tensor, x: Tensor, levels: NoiseLevels, following: NoiseLevels | None, prompts: Sequence[Prompt]
+    ) -> Tensor:
+        return self.asked.after(y, x, levels, following, prompts, self._guidance).float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.cat([self._decode(latents[part], prompts[part]) for part in chunks(len(latents), _DECODE_BATCH)])
+
+    def _decode(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.asked.decode(latents, prompts, self._guidance).detach().float()
+
+    def encode(self, images: Tensor) -> Tensor:
+        raise UserError(
+            f"{type(self.pipeline).__name__} is asked by calling it, and no call makes latents of an image: the pretraining "
+            "loss needs Stable Diffusion 1.x or 2.x"
+        )
+
+    def shard(self) -> None:
+        raise UserError(
+            "full fine-tuning on several processes needs Stable Diffusion 1.x or 2.x: train a LoRA (policy.training lora)"
+        )
+
+    def export(self, folder: Path) -> None:
+        """A LoRA for ``pipe.load_lora_weights(folder)`` where the pipeline has that, or else one a network for
+        ``network.load_lora_adapter(folder / name)``; after full fine-tuning, a folder a network."""
+        if not processes.is_main():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._adapted:
+            for name, network in self._parts().items():
+                network.save_pretrained(folder / name)
+            return
+        save = getattr(type(self.pipeline), "save_lora_weights", None)
+        if save is None:
+            for name, network in self._parts().items():
+                network.save_lora_adapter(folder / name)
+            return
+        layers = {}
+        for name, network in self._parts().items():
+            weights = {key: weight.contiguous() for key, weight in get_peft_model_state_dict(network).items()}
+            layers[f"{name}_lora_layers"] = weights
+            settings = network.peft_config["default"].to_dict()
+            settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+            layers[f"{name}_lora_adapter_metadata"] = settings
+        save(folder, **layers)
