@@ -2,12 +2,19 @@
 
 from typing import Any
 
+import pytest
 import tiny_pipelines as tiny
 import torch
+from diffusers import DDIMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.schedulers import scheduling_cosine_dpmsolver_multistep
 from torch import Tensor
 
+from diffusionrl import seeds
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies.pipeline import PipelinePolicy
+from diffusionrl.sampling.rollout import denoise_step, draw_noise, sample_trajectories
+from diffusionrl.transitions import SamplerTable, cps, ddim, log_density, ode
 
 STEPS, GUIDANCE = 4, 4.0
 
@@ -29,3 +36,89 @@ def plain_call(pipeline: Any, name: str, prompt: Prompt, draw: int, **more: Any)
         call |= {"true_cfg_scale": call.pop("guidance_scale"), "negative_prompt": " "}
     with torch.no_grad():
         return torch.as_tensor(pipeline(**call | more)[0])
+
+
+def trajectories(policy: PipelinePolicy, table: SamplerTable, prompts: list[Prompt], quiet: bool = False) -> Any:
+    start, noise = draw_noise(policy, table, prompts, 0, "test", 0, range(len(prompts)))
+    return sample_trajectories(policy, table, prompts, start, noise * (not quiet), GUIDANCE)
+
+
+@pytest.fixture(autouse=True)
+def conditions_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline draws some conditions from the VAE's posterior, at another moment than the policy has it draw them."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    monkeypatch.setattr(
+        scheduling_cosine_dpmsolver_multistep, "BrownianTreeNoiseSampler", lambda *_, **__: lambda *_: torch.zeros(())
+    )
+
+
+# PNDM is of higher order: the pipeline's own call is that of DDIM on its grid.
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_pipeline_is_asked_and_answers_as_its_own_call_does(name: str) -> None:
+    """Sampling by our table and decoding are the pipeline's own, whatever it does beside; a replay is equal to the bit."""
+    prompts, policy = prompts_for(name), policy_of(name)
+    plain = tiny.build(name)
+    if name == "sd1":
+        plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config, clip_sample=False)
+        plain.scheduler.set_timesteps(STEPS)
+        assert torch.equal(plain.scheduler.timesteps.float(), policy.grid(STEPS).timesteps)
+    # Stable Audio's scheduler is stochastic; with its draws at 0, a step of it is DDIM at eta 1.
+    table = ddim(policy.grid(STEPS), 1.0) if name == "stable_audio" else ode(policy.grid(STEPS))
+    drawn = trajectories(policy, table, prompts, quiet=True)
+    ours = policy.decode(drawn.latents[:, -1], prompts)
+    draws = [seeds.address(seeds.address(0, "test", 0, i), "start") for i in range(2)]
+    theirs = torch.cat([plain_call(plain, name, prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)])
+    assert theirs.std() > 0.03, "or there is nothing to see"
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert ours.shape[1:] == policy.sample_shape and drawn.latents.shape[2:] == policy.latent_shape
+    assert torch.equal(trajectories(policy, table, prompts, quiet=True).latents, drawn.latents)
+    assert policy.edits == (name == "inpaint4")
+    check_grid(policy)
+
+
+def check_grid(policy: PipelinePolicy) -> None:
+    """It is the scheduler's, or what the loop takes of it."""
+    grid, native = policy.grid(STEPS), policy.asked.native
+    count = len(grid)
+    assert 1 <= count <= STEPS and (grid.sigma[1:] < grid.sigma[:-1]).all()
+    torch.testing.assert_close(grid.alpha[1:], grid.alpha_next[:-1], rtol=0, atol=1e-6)
+    if policy.asked.listener.schedule.kind == "flow":
+        torch.testing.assert_close(grid.alpha, 1 - grid.sigma)
+    else:
+        torch.testing.assert_close(grid.alpha**2 + grid.sigma**2, torch.ones(count))
+    assert len(policy.noise_levels) >= 100
+    policy.asked.start([policy.example], [0], GUIDANCE)  # a call of the real number of steps is the last
+    assert torch.equal(grid.timesteps, torch.unique_consecutive(native.timesteps).float()[-count:])
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_ratio_gradient_and_reference(name: str) -> None:
+    """Before the first update the ratio is 1 exactly where the update is cut as the rollout was; the gradient reaches every
+    tensor of the adapter; without it, the policy is what it was."""
+    prompts, policy = prompts_for(name), policy_of(name)
+    table = cps(policy.grid(STEPS), 0.7)
+    before = trajectories(policy, table, prompts)
+    for index, (key, weight) in enumerate(policy.trainable().items()):
+        if "lora_B" in key:
+            weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
+    drawn = trajectories(policy, table, prompts)
+    assert not torch.equal(drawn.latents, before.latents), "the adapter must matter"
+    with policy.reference():
+        assert torch.equal(trajectories(policy, table, prompts).latents, before.latents)
+    row = int((table.fresh > 0).nonzero()[0])
+    rows = torch.full((2,), row)
+    samples = torch.arange(2)
+    mean, std = denoise_step(policy, table, drawn.latents[:, row], rows, prompts, GUIDANCE)
+    following = drawn.latents[samples, rows + 1] if drawn.steps is None else drawn.steps[samples, rows]
+    assert torch.equal(log_density(following, mean, std), drawn.log_probs[:, row])
+    # At times of their own, in one call or in several, samples are what they are alone.
+    apart = torch.tensor([0, len(table) - 1])
+    together, _ = denoise_step(policy, table, drawn.latents[samples, apart], apart, prompts, GUIDANCE)
+    for i in range(2):
+        alone, _ = denoise_step(
+            policy, table, drawn.latents[i : i + 1, apart[i]], apart[i : i + 1], prompts[i : i + 1], GUIDANCE
+        )
+        torch.testing.assert_close(together[i], alone[0], rtol=1e-3, atol=1e-4)
+    (mean.square().mean() + together.square().mean()).backward()
+    missed = [key for key, weight in policy.trainable().items() if weight.grad is None or not weight.grad.any()]
+    assert not missed

@@ -4,6 +4,7 @@ Configurations follow the ones that diffusers tests its pipelines with. ``build(
 arguments, ``EXAMPLES`` the media of those that take some.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ def pipeline(**arguments: Any) -> Callable[[Callable[[], Any]], Callable[[], Any
 
 def build(name: str) -> Any:
     """With initial weights that depend on nothing else."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of parts that diffusers deprecates
         torch.manual_seed(0)
         made = _BUILDERS[name]()
     for part in made.components.values():
@@ -169,7 +170,7 @@ def stable_diffusion(kind: Any, scheduler: Any, **unet_settings: Any) -> Any:
 @pipeline()
 def sd1() -> Any:
     """With the scheduler that it comes with, of second order and more."""
-    return stable_diffusion(d.StableDiffusionPipeline, d.PNDMScheduler(**BETAS, skip_prk_steps=True))
+    return stable_diffusion(d.StableDiffusionPipeline, d.PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False))
 
 
 @pipeline()

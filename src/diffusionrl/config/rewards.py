@@ -166,6 +166,8 @@ class RewardsConfig:
     max_invalid: float = 0.5
     """A run saves and stops when more than this share of the samples of ``invalid_window`` steps has no valid score."""
     invalid_window: int = 3
+    frames: int = 8
+    """Frames of a video that rewards for images score, spread evenly; their mean counts. 0: all."""
     normalise: bool = False
     """Take each reward relative to its mean and in units of its standard deviation over the evaluation before training."""
     clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
@@ -178,6 +180,7 @@ class RewardsConfig:
     def __post_init__(self) -> None:
         require(self.timeout > 0, f"rewards.timeout must be positive, not {self.timeout}")
         require(0 <= self.max_invalid <= 1, f"rewards.max_invalid must lie in [0, 1], not {self.max_invalid}")
+        require(self.frames >= 0, f"rewards.frames must not be negative, not {self.frames}")
         require(self.invalid_window >= 1, f"rewards.invalid_window must be at least 1, not {self.invalid_window}")
 
 

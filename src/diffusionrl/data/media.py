@@ -1,12 +1,64 @@
-"""Images that a prompt names, for pipelines that take them."""
+"""Samples to files, and images that a prompt names: pictures, clips that play, and sound with a picture of its wave."""
 
+import wave
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
+from diffusionrl.data.images import to_pil
 from diffusionrl.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # of Pillow's some forty decoders, the ones that are needed
+FRAME_RATE = 16
+"""Frames a second of a clip that is written."""
+_WAVE = (256, 96)  # pixels of the picture of a wave
+
+
+def still(sample: Tensor) -> Image.Image:
+    """A picture of a sample: an image, (3, H, W); the frame in the middle of a video, (F, 3, H, W); or the wave of a sound,
+    (C, S)."""
+    if sample.ndim == 2:
+        return _wave_picture(sample)
+    return to_pil(sample if sample.ndim == 3 else sample[len(sample) // 2])
+
+
+def write_sample(sample: Tensor, file: Path, sampling_rate: int | None = None) -> None:
+    """``file``, a PNG; beside it, under the same name, a video is an animated WebP, and a sound a WAV of 16 bits."""
+    still(sample).save(file)
+    if sample.ndim == 4:
+        first, *others = [to_pil(frame) for frame in sample]
+        duration = round(1000 / FRAME_RATE)
+        first.save(file.with_suffix(".webp"), save_all=True, append_images=others, duration=duration, loop=0, quality=90)
+    elif sample.ndim == 2:
+        assert sampling_rate is not None
+        levels = (sample.clamp(-1, 1) * 32767).round().to(torch.int16)
+        with wave.open(str(file.with_suffix(".wav")), "wb") as written:
+            written.setnchannels(len(levels))
+            written.setsampwidth(2)
+            written.setframerate(sampling_rate)
+            written.writeframes(levels.T.contiguous().numpy().tobytes())
+
+
+def _wave_picture(sound: Tensor) -> Image.Image:
+    """The lowest and the highest value of each column's stretch of time."""
+    width, height = _WAVE
+    values = sound.mean(0).clamp(-1, 1).numpy()
+    edges = np.linspace(0, len(values), width + 1).astype(int)
+    pixels = np.full((height, width, 3), 255, dtype=np.uint8)
+    for column, (start, stop) in enumerate(pairwise(edges)):
+        stretch = values[start : max(stop, start + 1)]
+        low, high = ((1 - each) / 2 * (height - 1) for each in (stretch.max(), stretch.min()))
+        pixels[int(low) : int(high) + 1, column] = (68, 119, 170)
+    return Image.fromarray(pixels)
+
+
+def stills(samples: Sequence[Tensor] | Tensor) -> list[Image.Image]:
+    return [still(sample) for sample in samples]
 
 
 def open_image(medium: Path | Image.Image) -> Image.Image:

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from PIL import Image, ImageOps
 
 from diffusionrl.config import PretrainingConfig
+from diffusionrl.data.media import FORMATS
 from diffusionrl.emoji.scenes import draw_scene
 from diffusionrl.errors import RunStopped, UserError
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
-_FORMATS = ("JPEG", "PNG", "WEBP")  # of Pillow's some forty decoders, the ones that are needed
 _EXAMPLE = '{"file_name": "0001.png", "text": "a cat"}'
 
 
@@ -95,7 +95,7 @@ class FolderPairs:
             place = (address + further) % len(self._entries)
             name, caption = self._entries[place]
             try:
-                with Image.open(self.folder / name, formats=_FORMATS) as image:
+                with Image.open(self.folder / name, formats=FORMATS) as image:
                     return ImageOps.exif_transpose(image).convert("RGB"), caption
             except Exception as error:  # Pillow raises whatever a broken file leads it to
                 self.broken[place] = f"{self.folder / name} ({type(error).__name__}: {error})"

@@ -22,6 +22,8 @@ PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 """Built-in sets beside those of the embedded world, a file each."""
 MAX_LENGTH = 10_000  # characters
 CHECKED = 100_000  # lines that are checked before a run starts; the others, when they are drawn
+_MEDIA = ("image", "mask_image", "control_image")
+"""Keys of a JSONL line that name an image for the pipeline, under the names of its arguments."""
 _CHUNK = 1 << 22
 _ROWS = 1000  # read at once: one by one, each takes tens of microseconds
 
@@ -49,8 +51,9 @@ class Prompt:
 
 
 def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> Sequence[Prompt]:
-    """A built-in set by name; a ``.jsonl`` file, one object with "prompt" a line; a ``.parquet`` file with a column "prompt";
-    ``dataset:ID`` or ``dataset:ID:SPLIT`` of the library ``datasets``, likewise; any other file, one prompt a line.
+    """A built-in set by name; a ``.jsonl`` file, one object with "prompt" a line, which may name images beside the file; a
+    ``.parquet`` file with a column "prompt"; ``dataset:ID`` or ``dataset:ID:SPLIT`` of the library ``datasets``, likewise; any
+    other file, one prompt a line.
 
     Blank lines are skipped. Broken ones are too, up to ``max_broken`` of them. With a ``limit``, no more lines of a file are
     looked at, and no more rows are checked.
@@ -236,7 +239,19 @@ def _from_json(text: str, path: Path, number: int) -> Prompt:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         found = f"has the columns {sorted(entry)}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
         raise UserError(f'{path}:{number}: no "prompt" with text in it (the line {found})')
-    return Prompt(entry.pop("prompt").strip(), entry)
+    return Prompt(entry.pop("prompt").strip(), entry, _media(entry, path, number))
+
+
+def _media(entry: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
+    """The images that an entry names, relative to its file. Raises UserError for one that is not there."""
+    media = {}
+    for name in _MEDIA:
+        if entry.get(name) is not None:
+            file = path.parent / str(entry[name])
+            if not file.is_file():
+                raise UserError(f"{path}:{number}: {name} {entry[name]!r} is no file beside it ({file})")
+            media[name] = file
+    return media
 
 
 class DatasetPrompts(_Prompts):

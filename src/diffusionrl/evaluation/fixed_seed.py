@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
-from diffusionrl.data.images import image_grid, to_pil
+from diffusionrl.data.images import image_grid
+from diffusionrl.data.media import stills, write_sample
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores, as_mixture
-from diffusionrl.sampling.rollout import Needs, Rollout, collect, gather_scores
+from diffusionrl.sampling.rollout import Needs, Rollout, collect, gather_scores, metadata_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def evaluate(
     if held_out is None:
         return Evaluation(rollout.whole(), group_sizes=group_sizes)
     own = [asked[i] for i in rollout.own]
-    texts, metadata = [prompt.text for prompt in own], [prompt.metadata for prompt in own]
+    texts, metadata = [prompt.text for prompt in own], metadata_of(own, rollout.sampling_rate)
     call = RewardCall(held_out, rollout.images, texts, metadata, group_size=size)
     call.start()
     parts = gather_scores(call.result(timeout), rollout.shares).parts
@@ -127,14 +128,13 @@ def evaluate(
 
 
 def write_samples(evaluation: Evaluation, folder: Path) -> None:
-    """``grid.png``, every image, and ``samples.jsonl``. File names come from the index, never from a prompt."""
+    """``grid.png``, every sample, and ``samples.jsonl``. File names come from the index, never from a prompt."""
     folder.mkdir(parents=True, exist_ok=True)
     rollout = evaluation.rollout
-    tiles = [to_pil(image) for image in rollout.images]
-    image_grid(tiles, columns=8).save(folder / "grid.png")
+    image_grid(stills(rollout.images), columns=8).save(folder / "grid.png")
     with (folder / "samples.jsonl").open("w") as lines:
-        for index, tile in enumerate(tiles):
-            tile.save(folder / f"{index:05d}.png")
+        for index, sample in enumerate(rollout.images):
+            write_sample(sample, folder / f"{index:05d}.png", rollout.sampling_rate)
             lines.write(json.dumps(sample_entry(rollout, index, evaluation.beside)) + "\n")
 
 

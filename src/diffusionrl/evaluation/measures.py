@@ -19,13 +19,19 @@ _LUMINANCE = (0.299, 0.587, 0.114)  # Rec. 601
 
 
 def image_statistics(images: Tensor) -> dict[str, Tensor]:
-    """Three numbers an image, (N,) each, of images in [0, 1], (N, 3, H, W).
+    """Three numbers an image, (N,) each, of images in [0, 1], (N, 3, H, W); of videos, (N, F, 3, H, W), means over their
+    frames; of sounds, (N, C, S), none.
 
     - saturation: that of HSV, (max - min) / max over the channels, averaged over the pixels; 0 where a pixel is black;
     - sharpness: the variance of the Laplacian of the luminance (kernel 0 1 0, 1 -4 1, 0 1 0), inside the border;
     - high_frequency: the share of the luminance's energy, its mean left out, at more than a quarter cycle a pixel, which is
       half of what the pixels can carry; 0 for an even image.
     """
+    if images.ndim == 3:
+        return {}
+    if images.ndim == 5:
+        frames = image_statistics(images.flatten(0, 1))
+        return {name: values.view(images.shape[:2]).mean(1) for name, values in frames.items()}
     highest, lowest = images.amax(1), images.amin(1)
     saturation = torch.where(highest > 0, (highest - lowest) / highest.clamp(min=1e-12), 0.0).mean((1, 2))
     luminance = torch.einsum("nchw,c->nhw", images, torch.tensor(_LUMINANCE))

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from diffusionrl.data.images import to_pil
+from diffusionrl.data.media import write_sample
 from diffusionrl.evaluation.fixed_seed import sample_entry
 from diffusionrl.sampling.rollout import Rollout
 
@@ -30,7 +30,7 @@ def write_recent(rollout: Rollout, samples: Path, step: int, task: str = "") -> 
     parts = scores.parts if len(scores.parts) > 1 else {}
     with (folder / "samples.jsonl").open("w") as lines:
         for index in sorted([*ranked[:count], *ranked[len(ranked) - count :], *failed]):
-            to_pil(rollout.images[index - own.start]).save(folder / f"{index:05d}.png")
+            write_sample(rollout.images[index - own.start], folder / f"{index:05d}.png", rollout.sampling_rate)
             error = {"error": scores.error} if index in failed else {}
             lines.write(json.dumps(sample_entry(rollout, index, parts) | error) + "\n")
     for old in (samples / "recent").glob("step_*"):

@@ -53,11 +53,11 @@ def without_part(layers: Mapping[str, torch.nn.Module], run: Callable[[], Tensor
 
     handles = [layer.register_forward_hook(shifted(shifts[name])) for name, layer in layers.items()]
     try:
-        gradients = torch.autograd.grad(run().sum(), list(shifts.values()), allow_unused=True)
+        gradients = torch.autograd.grad(run().square().sum(), list(shifts.values()), allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-    return [name for name, gradient in zip(layers, gradients, strict=True) if gradient is None]
+    return [name for name, gradient in zip(layers, gradients, strict=True) if gradient is None or not gradient]
 
 
 def add_lora(

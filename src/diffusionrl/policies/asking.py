@@ -281,6 +281,10 @@ class AskedPipeline:
     def remember(self, prompts: Sequence[Prompt], guidance: float) -> None:
         """Have the pipeline make of each prompt what it makes of it, if that is not kept."""
         for prompt in {prompt.key: prompt for prompt in prompts}.values():
+            for name in prompt.media:
+                if name not in self.parameters:
+                    kind = type(self.pipeline).__name__
+                    raise UserError(f"{kind} takes no {name}, which the prompt {prompt.text!r} names")
             if "prepared" not in self._kept.get(prompt.key, {}):
                 self.lists = "lists" in self.ways or not self.ways
                 self._start([prompt], [0], guidance)

@@ -22,6 +22,8 @@ class Policy(Protocol):
     device: torch.device
     sample_shape: tuple[int, ...]
     """The shape of one sample: (3, H, W) of an image, (F, 3, H, W) of a video, (C, S) of sound."""
+    sampling_rate: int | None
+    """Of sounds, in Hz."""
     latent_shape: tuple[int, ...]
     """The shape of one latent, in the layout that the network's pipeline has: (C, h, w), (L, C), (C, f, h, w) ..."""
     edits: bool

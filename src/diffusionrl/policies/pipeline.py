@@ -80,6 +80,9 @@ class PipelinePolicy:
         self._try_several()
         self.edits = self._try_edits(grid)
         self.sample_shape: tuple[int, ...] = tuple(self._decode(self.start([self.example], [0]), [self.example]).shape[1:])
+        self.sampling_rate: int | None = None
+        if len(self.sample_shape) == 2:
+            self.sampling_rate = int(pipeline.vae.config.sampling_rate)
         self.networks = self._choose(called, networks)
         self._adapted = self._adapt(lora_rank, lora_targets, seed)
         self.copies = Copies(self.trainable)

@@ -45,6 +45,7 @@ class StableDiffusionPolicy:
     """
 
     edits = False
+    sampling_rate: int | None = None
 
     def __init__(
         self,

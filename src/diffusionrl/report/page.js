@@ -15,6 +15,10 @@
   const show = (image, number) => {
     if (number < 0) image.removeAttribute("src");
     else image.src = data.images[number];
+    const sound = image.closest("figure")?.querySelector("audio");
+    if (!sound) return;
+    if (number in data.sounds) sound.src = data.sounds[number];
+    else sound.removeAttribute("src");
   };
   const judge = (element, [, , change, better]) => {
     element.textContent = change;

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from diffusionrl.evaluation.intervals import Estimate
 from diffusionrl.report.curves import tick_label
 from diffusionrl.report.record import Evaluated, Sample
-from diffusionrl.report.thumbnails import data_uri
+from diffusionrl.report.thumbnails import data_uri, sound_uri
 from diffusionrl.runs import checkpoint
 from diffusionrl.runs.folder import PARTIAL
 
@@ -40,6 +40,7 @@ def render(template: str, **content: Any) -> str:
         [
             "default-src 'none'",
             "img-src data:",
+            "media-src data:",
             f"style-src '{_hash(style)}'",
             f"script-src '{_hash(script)}'",
             "base-uri 'none'",
@@ -87,11 +88,16 @@ def write_page(target: Path, page: str) -> None:
         raise
 
 
+_SOUND_BYTES = 16_000_000
+
+
 @dataclass
 class Pictures:
     """The images of a page, each of them in it once."""
 
     uris: list[str] = field(default_factory=list)
+    sounds: dict[int, str] = field(default_factory=dict)
+    """By the number of the picture of its wave; those that came first, as far as the page has room for them."""
     _numbers: dict[str, int] = field(default_factory=dict)
     _files: dict[Path, int] = field(default_factory=dict)
 
@@ -102,8 +108,14 @@ class Pictures:
             if uri is not None and uri not in self._numbers:
                 self._numbers[uri] = len(self.uris)
                 self.uris.append(uri)
+                self._add_sound(file)
             self._files[file] = -1 if uri is None else self._numbers[uri]
         return self._files[file]
+
+    def _add_sound(self, file: Path) -> None:
+        sound = sound_uri(file)
+        if sound is not None and sum(map(len, self.sounds.values())) + len(sound) <= _SOUND_BYTES:
+            self.sounds[len(self.uris) - 1] = sound
 
 
 @dataclass(frozen=True)
@@ -142,9 +154,16 @@ def scrubber(pictures: Pictures, labels: Sequence[str], cells: Sequence[Sequence
     data = {
         "labels": list(labels),
         "images": later,
+        "sounds": pictures.sounds,
         "cells": [[[c.image, c.score, c.change, c.better] for c in s] for s in cells],
     }
-    return {"labels": list(labels), "last": list(cells[-1]) if cells else [], "uris": pictures.uris, "data": _json(data)}
+    return {
+        "labels": list(labels),
+        "last": list(cells[-1]) if cells else [],
+        "uris": pictures.uris,
+        "sounds": pictures.sounds,
+        "data": _json(data),
+    }
 
 
 def _json(data: Any) -> Markup:

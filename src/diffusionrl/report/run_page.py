@@ -244,6 +244,7 @@ def _shown(sample: Sample, pictures: Pictures, places: int, when: str) -> dict[s
     shown = cell(sample, None, pictures, places)
     return {
         "uri": pictures.uris[shown.image] if shown.image >= 0 else None,
+        "sound": pictures.sounds.get(shown.image),
         "prompt": cut(sample.prompt),
         "score": shown.score,
         "others": [(name, number(value)) for name, value in sample.scores.items()],

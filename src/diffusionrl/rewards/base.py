@@ -84,7 +84,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequ
     try:
         with torch.no_grad():
             returned = reward(images, prompts, metadata)
-        return _as_scores(returned, prompts, getattr(reward, "range", (-math.inf, math.inf)))
+        return as_scores(returned, prompts, getattr(reward, "range", (-math.inf, math.inf)))
     except Exception as error:  # a reward may fail in any way; the run decides how much failure it takes
         nothing = torch.zeros(len(images))
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -104,7 +104,8 @@ def looks_at_groups(reward: Reward) -> bool:
     return bool(getattr(reward, "whole_groups", False))
 
 
-def _as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]) -> Scores:
+def as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]) -> Scores:
+    """What a reward returned, checked. Raises UserError where it is not a number for each of the prompts."""
     said = returned if isinstance(returned, Scores) else None
     values = _as_floats(said.values if said else returned, len(prompts))
     answered = values.isfinite() & (said.valid if said else True)
@@ -166,7 +167,7 @@ def try_reward(
         return Scores(torch.zeros(count), torch.zeros(count, dtype=torch.bool), str(nothing))
     except Exception as error:  # whatever it raises is the answer
         raise UserError(f"{tried}: {type(error).__name__}: {error}") from error
-    scores = _as_scores(returned, [""] * count, (-math.inf, math.inf))
+    scores = as_scores(returned, [""] * count, (-math.inf, math.inf))
     if isinstance(returned, Scores) and not scores.valid.any():
         raise UserError(f"{tried}: {scores.error}")
     return scores

@@ -3,6 +3,7 @@
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import one_of
 from diffusionrl.rewards.base import REGISTRY, Reward, find_function
+from diffusionrl.rewards.frames import OnFrames
 from diffusionrl.rewards.remote import RemoteReward
 
 
@@ -13,10 +14,11 @@ def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
     Raises:
         UserError: no such reward, it does not import, or what it is built from is not there.
     """
+    config = config or RewardsConfig()
     if name in REGISTRY:
-        return REGISTRY[name](config or RewardsConfig())
+        return OnFrames(REGISTRY[name](config), name, config.frames)
     if name.startswith(("http://", "https://")):
-        return RemoteReward(name, (config or RewardsConfig()).remote)
+        return OnFrames(RemoteReward(name, config.remote), name, config.frames)
     if ":" not in name:
         raise one_of("reward", name, REGISTRY, "; your own is package.module:function")
     return find_function("reward", name, "(images, prompts, metadata) -> scores")

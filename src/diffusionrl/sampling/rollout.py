@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Rollout:
         batch_size: samples that were drawn at once.
         steps: what each step gave, (n, T, ...), which the log-probabilities are of, where the pipeline edits it afterwards;
             None where that is the next latent.
+        sampling_rate: of sounds, in Hz.
     """
 
     table: SamplerTable
@@ -51,6 +52,7 @@ class Rollout:
     group_size: int = 1
     batch_size: int = sys.maxsize
     steps: Tensor | None = None
+    sampling_rate: int | None = None
 
     @property
     def shares(self) -> list[range]:
@@ -223,7 +225,7 @@ def collect(
         drawn = sample_trajectories(policy, table, chunk, start, noise, sampling.guidance, reduction)
         images.append(policy.decode(drawn.latents[:, -1], chunk).cpu())
         found.append(drawn if needs == "trajectories" else _endpoints(drawn))
-        queue.add(images[-1], [prompt.text for prompt in chunk], [prompt.metadata for prompt in chunk])
+        queue.add(images[-1], [prompt.text for prompt in chunk], metadata_of(chunk, policy.sampling_rate))
     if processes.sharded(policy.trainable().values()):
         for _ in range(max(map(len, cuts)) - len(batches)):
             sample_trajectories(policy, table, chunk[:1], start[:1], noise[:1], sampling.guidance, reduction)
@@ -240,6 +242,7 @@ def collect(
         group_size,
         sampling.batch_size,
         torch.cat(steps) if steps else None,
+        policy.sampling_rate,
     )
     scores = gather_scores(scores, rollout.shares)
     seconds = {
@@ -247,6 +250,13 @@ def collect(
         "reward": queue.seconds,
     }  # with the wait for scores, one's own and others'
     return replace(rollout, scores=scores, seconds=seconds)
+
+
+def metadata_of(prompts: Sequence[Prompt], sampling_rate: int | None = None) -> list[dict[str, Any]]:
+    """What a reward is told of prompts beside their texts; of sounds, that includes "sampling_rate"."""
+    if sampling_rate is None:
+        return [prompt.metadata for prompt in prompts]
+    return [prompt.metadata | {"sampling_rate": sampling_rate} for prompt in prompts]
 
 
 def _endpoints(drawn: Trajectories) -> Trajectories:

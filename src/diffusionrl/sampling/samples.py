@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from diffusionrl.config import SamplingConfig
-from diffusionrl.data.images import image_grid, to_pil
+from diffusionrl.data.images import image_grid
+from diffusionrl.data.media import stills, write_sample
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies import load_trained
 from diffusionrl.policies.base import chunks
@@ -27,8 +28,8 @@ def sample_images(model: str, prompts: Sequence[str], seeds: Sequence[int], samp
         drawn = sample_trajectories(policy, table, asked, start, noise, sampling.guidance)
         images.append(policy.decode(drawn.latents[:, -1], asked).cpu())
     out.mkdir(parents=True)
-    tiles = [to_pil(image) for image in torch.cat(images)]
-    for index, tile in enumerate(tiles):
-        tile.save(out / f"{index:05d}.png")
-    image_grid(tiles, columns=len(seeds)).save(out / "grid.png")
+    samples = torch.cat(images)
+    for index, sample in enumerate(samples):
+        write_sample(sample, out / f"{index:05d}.png", policy.sampling_rate)
+    image_grid(stills(samples), columns=len(seeds)).save(out / "grid.png")
     return out / "grid.png"

@@ -148,8 +148,8 @@ class Monitor:
     def _measures(self, found: Evaluation) -> dict[str, float]:
         rollout, sampling = found.rollout, self.config.sampling
         measures: dict[str, float] = {}
-        if self.embed is not None:
-            images = rollout.images
+        if self.embed is not None and rollout.images.ndim > 3:
+            images = rollout.images if rollout.images.ndim == 4 else rollout.images[:, rollout.images.shape[1] // 2]
             with torch.no_grad():
                 embeddings = torch.cat([self.embed(images[part]) for part in chunks(len(images), sampling.batch_size)])
             measures |= diversity(embeddings, [prompt.text for prompt in rollout.prompts])
