@@ -1,5 +1,7 @@
 """Any pipeline as a policy, held against the pipeline's own call: grid, samples, gradient, export, resume."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers import scheduling_cosine_dpmsolver_multistep
 from torch import Tensor
 
-from diffusionrl import seeds
+from diffusionrl import TrainConfig, seeds, train
+from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, OptimizerConfig, SamplingConfig
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.policies import put_export
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.sampling.rollout import denoise_step, draw_noise, sample_trajectories
 from diffusionrl.transitions import SamplerTable, cps, ddim, log_density, ode
@@ -86,9 +90,8 @@ def check_grid(policy: PipelinePolicy) -> None:
         torch.testing.assert_close(grid.alpha, 1 - grid.sigma)
     else:
         torch.testing.assert_close(grid.alpha**2 + grid.sigma**2, torch.ones(count))
-    assert len(policy.noise_levels) >= 100
-    policy.asked.start([policy.example], [0], GUIDANCE)  # a call of the real number of steps is the last
     assert torch.equal(grid.timesteps, torch.unique_consecutive(native.timesteps).float()[-count:])
+    assert len(policy.noise_levels) >= 100
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
@@ -122,3 +125,46 @@ def test_ratio_gradient_and_reference(name: str) -> None:
     (mean.square().mean() + together.square().mean()).backward()
     missed = [key for key, weight in policy.trainable().items() if weight.grad is None or not weight.grad.any()]
     assert not missed
+
+
+def brightness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+    return images.flatten(1).mean(1)
+
+
+def settings_for(name: str, **settings: Any) -> TrainConfig:
+    return TrainConfig(
+        steps=2,
+        prompts_per_step=2,
+        sampling=SamplingConfig(num_steps=STEPS, guidance=GUIDANCE, sampler="cps", eta=0.7, batch_size=2),
+        algorithm=DDPOConfig(updates_per_step=1, clip_range=1e3, normalisation="batch"),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        evaluation=EvaluationConfig(every=0, num_samples=2),
+        checkpoint=CheckpointConfig(every=1),
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_run_resumes_and_its_export_draws_the_same(name: str, tmp_path: Path) -> None:
+    """Two steps, against one, a new process's policy, and the other; and the export in a fresh plain pipeline."""
+    prompts = prompts_for(name)
+    straight, first, second = (policy_of(name) for _ in range(3))
+    config = settings_for(name)
+    train(replace(config, run_dir=tmp_path / "straight"), straight, brightness, prompts)
+    train(replace(config, run_dir=tmp_path / "resumed", steps=1), first, brightness, prompts)
+    train(replace(config, run_dir=tmp_path / "resumed"), second, brightness, prompts)
+    weights = straight.trainable()
+    assert all(torch.equal(weight, weights[key]) for key, weight in second.trainable().items())
+    assert any(weight.any() for key, weight in weights.items() if "lora_B" in key), "something was learned"
+    plain = tiny.build(name)
+    put_export(plain, tmp_path / "straight" / "export", name)
+    arguments = {"steps": STEPS, "guidance": GUIDANCE, "arguments": tiny.call_of(name), "lora_rank": None}
+    exported = PipelinePolicy(plain, prompts[0], **arguments)
+    table = cps(straight.grid(STEPS), 0.7)
+    ours, theirs, base = (trajectories(policy, table, prompts).latents for policy in (straight, exported, policy_of(name)))
+    learned = (ours - base).abs().max()
+    assert learned > 1e-5, "the adapter must matter"
+    assert (theirs - ours).abs().max() < 0.02 * learned
+    kinds = {2: "wav", 4: "webp"}
+    if len(straight.sample_shape) in kinds:
+        assert list((tmp_path / "straight" / "samples").rglob(f"*.{kinds[len(straight.sample_shape)]}"))

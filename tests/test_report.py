@@ -345,7 +345,7 @@ def test_the_result_loads_in_five_lines(tmp_path: Path, model: str, training: An
     assert len(code.splitlines()) <= 5
     compile(code, "load.py", "exec")
     assert repr(str(tmp_path / "a 'run'" / "export"))[1:-1] in code
-    assert ("pipe.unet =" in code) == (training == "full") and ("load_pipeline('emoji')" in code) == (model == "emoji")
+    assert ("pipe.unet =" in code) == (training == "full") and ('load_pipeline("emoji")' in code) == (model == "emoji")
 
 
 def test_the_lines_draw_what_was_trained_where_the_model_says_nothing_of_clipping(tiny_folder: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from diffusionrl.policies import EMBEDDED_MODEL
 
 _BUILDERS: dict[str, Callable[[], Any]] = {}
-SIZE = {"height": 32, "width": 32}
+SIZE = {"height": 16, "width": 16}
 _WORDS = {"max_sequence_length": 16}
 CALLS: dict[str, dict[str, Any]] = {}
 
@@ -48,13 +48,13 @@ def build(name: str) -> Any:
 
 def picture(channel: int) -> Image.Image:
     """A ramp of one colour across, of the next one down."""
-    ramp = np.arange(32) * 8
-    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    ramp = np.arange(16) * 16
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
     pixels[..., channel], pixels[..., (channel + 1) % 3] = ramp[None], ramp[:, None]
     return Image.fromarray(pixels)
 
 
-MASK = Image.fromarray(np.repeat(np.arange(32)[:, None] < 16, 32, 1).astype(np.uint8) * 255)
+MASK = Image.fromarray(np.repeat(np.arange(16)[:, None] < 8, 16, 1).astype(np.uint8) * 255)
 
 
 def examples(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -258,7 +258,7 @@ def flow(**settings: Any) -> Any:
     return d.FlowMatchEulerDiscreteScheduler(**settings)
 
 
-@pipeline()
+@pipeline(**_WORDS)
 def sd3() -> Any:
     network = d.SD3Transformer2DModel(
         sample_size=32,
@@ -285,7 +285,7 @@ def sd3() -> Any:
     )
 
 
-@pipeline(strength=0.75, height=None, width=None)
+@pipeline(**_WORDS, strength=0.75, height=None, width=None)
 def sd3_img2img() -> Any:
     return d.StableDiffusion3Img2ImgPipeline(**sd3().components)
 
@@ -326,7 +326,7 @@ def flux_img2img() -> Any:
     return _as(d.FluxImg2ImgPipeline, flux())
 
 
-@pipeline(**_WORDS, _auto_resize=False, max_area=1024)
+@pipeline(**_WORDS, _auto_resize=False, max_area=256)
 def flux_kontext() -> Any:
     return _as(d.FluxKontextPipeline, flux())
 
@@ -438,7 +438,7 @@ def z_image() -> Any:
     )
 
 
-@pipeline(**_WORDS, use_resolution_binning=False, complex_human_instruction=None)
+@pipeline(**_WORDS, use_resolution_binning=False, complex_human_instruction=None, height=32, width=32)
 def sana() -> Any:
     network = d.SanaTransformer2DModel(
         patch_size=1,
@@ -507,7 +507,7 @@ def pixart_sigma() -> Any:
     return d.PixArtSigmaPipeline(transformer=network, vae=kl(), scheduler=scheduler, text_encoder=t5(), tokenizer=tokenizer())
 
 
-@pipeline(max_sequence_length=32)
+@pipeline(max_sequence_length=32, height=32, width=32)
 def lumina2() -> Any:
     network = d.Lumina2Transformer2DModel(
         sample_size=4,
@@ -608,7 +608,7 @@ def wan() -> Any:
     )
 
 
-@pipeline(**_WORDS, num_frames=9)
+@pipeline(**_WORDS, num_frames=9, height=32, width=32)
 def ltx() -> Any:
     network = d.LTXVideoTransformer3DModel(
         in_channels=8,

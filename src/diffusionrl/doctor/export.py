@@ -1,19 +1,16 @@
 """From weights to images and to a file: decoding, and the export in plain diffusers."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.data.prompts import Prompt
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
-from diffusionrl.policies import load_pipeline
+from diffusionrl.policies import Policy, load_pipeline, make_policy, put_export
 from diffusionrl.sampling.rollout import Rollout, draw_noise, sample_trajectories
 from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import ode
@@ -31,36 +28,41 @@ def check_images(rollout: Rollout) -> Finding:
         remedy = "the decoder overflows: run it in float32, or try another checkpoint of the model"
         return Finding("fail", "images", "the decoder gives NaN or infinity", remedy)
     if not images.flatten(1).std(1).max() > 1 / 255:
-        return Finding("fail", "images", "all images are blank", "look at more of them: diffusionrl sample --model ...")
-    height, width = images.shape[-2:]
-    return Finding("pass", "images", f"{len(images)} decoded, {width} x {height}, finite, not blank")
+        kind = "sounds are silent" if images.ndim == 3 else "images are blank"
+        return Finding("fail", "images", f"all {kind}", "look at more of them: diffusionrl sample --model ...")
+    size = " x ".join(map(str, images.shape[-2:]))
+    if images.ndim == 5:
+        size += f", {images.shape[1]} frames each"
+    return Finding("pass", "images", f"{len(images)} decoded, {size}, finite, not blank")
 
 
 @torch.no_grad()
 def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
     """Move the weights, export them, load them in plain diffusers, and draw the same images."""
-    policy = trainer.policy
-    try:
-        plain = load_pipeline(policy.source)
-    except UserError as error:
-        return Finding("warn", "export", f"not tried: {error}", "hand over the model by folder or hub id")
+    policy, sampling = trainer.policy, trainer.config.sampling
     prompts, table = (rollout.prompts * 2)[:2], ode(policy.grid(_STEPS))
     start, noise = draw_noise(policy, table, prompts, trainer.config.seed, "doctor", 2, [0, 1])
-    plain.to(policy.device)
-    plain.set_progress_bar_config(disable=True)
-    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config, clip_sample=False)
-    base = _draw(plain, prompts, start, trainer.config.sampling.guidance)
 
-    def draw() -> Tensor:
-        drawn = sample_trajectories(policy, table, prompts, start, noise, trainer.config.sampling.guidance)
-        return _levels(policy.decode(drawn.latents[:, -1], prompts))
+    def draw(drawing: Policy = policy) -> Tensor:
+        drawn = sample_trajectories(drawing, table, prompts, start, noise, sampling.guidance)
+        return _levels(drawing.decode(drawn.latents[:, -1], prompts))
 
+    def plain(export: Path | None = None) -> Tensor:
+        """What diffusers makes of the model, with an export put into it."""
+        pipeline = load_pipeline(policy.source)
+        if export is not None:
+            put_export(pipeline, export, policy.source)
+        return draw(make_policy(pipeline, sampling, prompts[0], lora_rank=None, device=str(policy.device)))
+
+    try:
+        base = plain()
+    except UserError as error:
+        return Finding("warn", "export", f"not tried: {error}", "hand over the model by folder or hub id")
     ours = _shifted(trainer, draw, base)
     try:
         with tempfile.TemporaryDirectory() as folder:
             policy.export(Path(folder))
-            _load(plain, Path(folder))
-            theirs = _draw(plain, prompts, start, trainer.config.sampling.guidance)
+            theirs = plain(Path(folder))
     except Exception as error:  # whatever it raises is the answer
         return Finding("fail", "export", f"does not load in plain diffusers: {type(error).__name__}: {error}", _REMEDY)
     exact = trainer.config.policy.dtype == "float32" and policy.device.type == "cpu"
@@ -84,18 +86,6 @@ def _shifted(trainer: Trainer, draw: Callable[[], Tensor], base: Tensor) -> Tens
         if (images - base).abs().mean() >= _SHOWS:
             break
     return images
-
-
-def _draw(pipeline: Any, prompts: Sequence[Prompt], start: Tensor, guidance: float) -> Tensor:
-    settings = {"num_inference_steps": _STEPS, "guidance_scale": guidance, "output_type": "pt"}
-    return _levels(pipeline([prompt.text for prompt in prompts], latents=start.to(pipeline.unet.dtype), **settings).images)
-
-
-def _load(pipeline: Any, folder: Path) -> None:
-    if (folder / "unet").is_dir():
-        pipeline.unet = type(pipeline.unet).from_pretrained(folder / "unet").to(pipeline.device)
-    else:
-        pipeline.load_lora_weights(folder)
 
 
 def _levels(images: Tensor) -> Tensor:

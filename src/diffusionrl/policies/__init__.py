@@ -1,9 +1,9 @@
 """Models as policies."""
 
 from diffusionrl.policies.base import Policy
-from diffusionrl.policies.loading import EMBEDDED_MODEL, check_model, load_pipeline, load_policy
+from diffusionrl.policies.loading import EMBEDDED_MODEL, check_model, load_pipeline, load_policy, make_policy
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy
-from diffusionrl.policies.trained import find_trained, load_trained
+from diffusionrl.policies.trained import find_trained, load_trained, put_export
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -14,4 +14,6 @@ __all__ = [
     "load_pipeline",
     "load_policy",
     "load_trained",
+    "make_policy",
+    "put_export",
 ]

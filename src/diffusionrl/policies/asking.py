@@ -187,18 +187,20 @@ class AskedPipeline:
             return self.plain_call(self.pipeline, **arguments)[0]
         return None
 
+    @property
+    def guidance_argument(self) -> str | None:
+        """What takes the guidance: ``true_cfg_scale`` where a pipeline has that and its network takes no embedded one."""
+        configs = [getattr(part, "config", None) for part in self.pipeline.components.values()]
+        embedded = any(getattr(config, "guidance_embeds", False) for config in configs)
+        names = ("guidance_scale",) if embedded else ("true_cfg_scale", "guidance_scale")
+        return next((name for name in names if name in self.parameters), None)
+
     def _guided(self, guidance: float, count: int) -> dict[str, Any]:
-        """Guidance as this pipeline takes it: embedded, as ``true_cfg_scale``, or classifier-free."""
-        negative = self.negative_prompt
-        embedded = any(
-            getattr(getattr(part, "config", None), "guidance_embeds", False) for part in self.pipeline.components.values()
-        )
-        given: dict[str, Any] = {}
-        if "true_cfg_scale" in self.parameters and not embedded:
-            given["true_cfg_scale"] = guidance
-            negative = negative or " "
-        elif "guidance_scale" in self.parameters:
-            given["guidance_scale"] = guidance
+        """Guidance as this pipeline takes it: embedded, or classifier-free."""
+        argument, negative = self.guidance_argument, self.negative_prompt
+        if argument == "true_cfg_scale":
+            negative = negative or " "  # without one there is no guidance
+        given: dict[str, Any] = {} if argument is None else {argument: guidance}
         if negative is not None and "negative_prompt" in self.parameters:
             given["negative_prompt"] = [negative] * count if self.lists else negative
         return given

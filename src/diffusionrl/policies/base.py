@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ class Policy(Protocol):
     source: str
     """Where the model came from: what ``load_policy`` was given."""
     device: torch.device
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What env.json says of it, as JSON values: see ``runs.usage``."""
+        ...
+
     sample_shape: tuple[int, ...]
     """The shape of one sample: (3, H, W) of an image, (F, 3, H, W) of a video, (C, S) of sound."""
     sampling_rate: int | None

@@ -6,6 +6,7 @@ parts it loads LoRA files, those among them. Adapters run beside their layers, a
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -24,6 +26,7 @@ from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks
 from diffusionrl.transitions import Grid, NoiseLevels
 
+ADAPTER = "adapter_model.safetensors"  # peft's name
 _DECODE_BATCH = 16
 _FINE = 200  # steps of the grid that losses draw from
 _CLOSE = 1e-3  # two ways of asking that are meant to be the same, relative to the spread of the answer
@@ -181,14 +184,14 @@ class PipelinePolicy:
                 network.requires_grad_(True)
             return []
         targets = {name: find_targets(network, asked) for name, network in self._parts().items()}
-        full = {(name, layer) for name, ends in targets.items() for layers in ends.values() for layer in layers}
-        parts = {f"{name}.{layer}": self._parts()[name].get_submodule(layer) for name, layer in sorted(full)}
+        full = {name: sorted({layer for layers in ends.values() for layer in layers}) for name, ends in targets.items()}
+        parts = {f"{name}.{layer}": self._parts()[name].get_submodule(layer) for name in full for layer in full[name]}
         idle = without_part(parts, self._at_both_ends)
         added: list[LoraLayer] = []
         for index, (name, network) in enumerate(self._parts().items()):
             purpose = "lora" if index == 0 else f"lora/{name}"
-            exclude = [layer.removeprefix(f"{name}.") for layer in idle if layer.startswith(f"{name}.")]
-            added += add_lora(network, rank, list(targets[name]), seed, purpose, exclude).values()
+            used = [layer for layer in full[name] if f"{name}.{layer}" not in idle]
+            added += add_lora(network, rank, list(targets[name]) if used == full[name] else used, seed, purpose).values()
         return added
 
     def _at_both_ends(self) -> Tensor:
@@ -219,6 +222,21 @@ class PipelinePolicy:
                 layer._disable_adapters = False
 
     # The policy
+
+    @property
+    def about(self) -> dict[str, Any]:
+        schedule = self.asked.listener.schedule
+        loads_files = hasattr(type(self.pipeline), "save_lora_weights")
+        return {
+            "pipeline": type(self.pipeline).__name__,
+            "scheduler": schedule.name,
+            "first_order": schedule.first_order,
+            "networks": self.networks,
+            "format": "full" if not self._adapted else "lora" if loads_files else "peft",
+            "guidance": self.asked.guidance_argument,
+            "arguments": self.asked.arguments,
+            "makes": {2: "sound", 3: "image", 4: "video"}[len(self.sample_shape)],
+        }
 
     @property
     def noise_levels(self) -> NoiseLevels:
@@ -287,7 +305,7 @@ class PipelinePolicy:
 
     def export(self, folder: Path) -> None:
         """A LoRA for ``pipe.load_lora_weights(folder)`` where the pipeline has that, or else one a network for
-        ``network.load_lora_adapter(folder / name)``; after full fine-tuning, a folder a network."""
+        ``peft.PeftModel.from_pretrained(network, folder / name)``; after full fine-tuning, a folder a network."""
         if not processes.is_main():
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -296,15 +314,17 @@ class PipelinePolicy:
                 network.save_pretrained(folder / name)
             return
         save = getattr(type(self.pipeline), "save_lora_weights", None)
-        if save is None:
-            for name, network in self._parts().items():
-                network.save_lora_adapter(folder / name)
-            return
-        layers = {}
+        layers: dict[str, Any] = {}
         for name, network in self._parts().items():
             weights = {key: weight.contiguous() for key, weight in get_peft_model_state_dict(network).items()}
+            settings = replace(network.peft_config["default"], inference_mode=True)
+            if save is None:
+                (folder / name).mkdir(exist_ok=True)
+                save_file({f"base_model.model.{key}": weight for key, weight in weights.items()}, folder / name / ADAPTER)
+                settings.save_pretrained(folder / name)
+                continue
             layers[f"{name}_lora_layers"] = weights
-            settings = network.peft_config["default"].to_dict()
-            settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-            layers[f"{name}_lora_adapter_metadata"] = settings
-        save(folder, **layers)
+            described = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.to_dict().items()}
+            layers[f"{name}_lora_adapter_metadata"] = described
+        if save is not None:
+            save(folder, **layers)

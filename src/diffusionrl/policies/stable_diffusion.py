@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -26,6 +27,7 @@ from diffusionrl.data.prompts import Prompt, keep_newest
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import Copies, add_lora, find_targets, lora_weights
 from diffusionrl.policies.base import chunks
+from diffusionrl.runs.usage import ABOUT_STABLE_DIFFUSION
 from diffusionrl.transitions import Grid, NoiseLevels, to_x0_and_noise, variance_preserving_grid
 
 _DECODE_BATCH = 16
@@ -93,6 +95,10 @@ class StableDiffusionPolicy:
         return variance_preserving_grid(
             self._alphas_cumprod, num_steps, self._spacing, self._steps_offset, self._final_alpha_cumprod
         )
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return ABOUT_STABLE_DIFFUSION | {"format": "lora" if self._adapted else "full"}
 
     def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
         drawn = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(each)) for each in addresses]

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from peft import PeftModel
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
@@ -23,14 +24,14 @@ class Trained:
         base: "emoji", a folder or a hub id.
         sample_shape: of what it makes; None where it is known when it is loaded.
         lora: a safetensors file.
-        networks: folders that take the place of the base's parts of their names; or that hold a LoRA for these.
+        export: what a run exported.
     """
 
     name: str
     base: str
     sample_shape: tuple[int, ...] | None
     lora: Path | None = None
-    networks: tuple[Path, ...] = ()
+    export: Path | None = None
 
 
 def find_trained(model: str, lora: Path | None = None) -> Trained:
@@ -46,11 +47,8 @@ def find_trained(model: str, lora: Path | None = None) -> Trained:
             raise UserError(f"{model} is a run, which has learned something itself: give the LoRA's base model, or no LoRA")
         base, export = yaml.safe_load((run_dir / "config.yaml").read_text())["model"], run_dir / "export"
         shape = check_model(base)
-        if (export / LORA_WEIGHT_NAME_SAFE).is_file():
-            return Trained(model, base, shape, lora=export / LORA_WEIGHT_NAME_SAFE)
-        networks = exported_networks(export)
-        if networks:
-            return Trained(model, base, shape, networks=networks)
+        if list(export.rglob("*.safetensors")):
+            return Trained(model, base, shape, export=export)
         raise UserError(f"{run_dir} is a run folder without an export: it has not trained yet")
     shape = check_model(model)
     if lora is None:
@@ -59,11 +57,6 @@ def find_trained(model: str, lora: Path | None = None) -> Trained:
     if not file.is_file() or file.suffix != ".safetensors":
         raise UserError(f"LoRA {lora} was not found: give a .safetensors file, or a folder with {LORA_WEIGHT_NAME_SAFE} in it")
     return Trained(f"{model} with {lora.name}", model, shape, lora=file)
-
-
-def exported_networks(export: Path) -> tuple[Path, ...]:
-    """The folders of an export that hold a whole network, or a LoRA for one."""
-    return tuple(sorted(folder for folder in export.glob("*") if list(folder.glob("*.safetensors"))))
 
 
 def load_trained(
@@ -76,22 +69,28 @@ def load_trained(
     """
     found = find_trained(model, lora)
     pipeline = load_pipeline(found.base)
-    for folder in found.networks:
-        put_network(pipeline, folder)
+    if found.export is not None:
+        put_export(pipeline, found.export, found.name)
     if found.lora is not None:
         _merge(pipeline, found.lora, found.name)
     return make_policy(pipeline, sampling, example, lora_rank=None, device=choose_device(), source=found.name)
 
 
-def put_network(pipeline: Any, folder: Path) -> None:
-    """The network of an export in the place of the pipeline's; or its LoRA, merged into it."""
-    network = getattr(pipeline, folder.name)
-    if (folder / "config.json").is_file():
-        setattr(pipeline, folder.name, type(network).from_pretrained(folder).to(network.device))
+def put_export(pipeline: Any, export: Path, name: str) -> None:
+    """What a run exported into its model: a LoRA, merged; or a folder a network, with its weights or a LoRA for it.
+
+    Raises:
+        UserError: it could not be loaded.
+    """
+    if (export / LORA_WEIGHT_NAME_SAFE).is_file():
+        _merge(pipeline, export / LORA_WEIGHT_NAME_SAFE, name)
         return
-    network.load_lora_adapter(folder, prefix=None, use_safetensors=True)
-    network.fuse_lora()
-    network.unload_lora()
+    for folder in sorted({file.parent for file in export.glob("*/*.safetensors")}):
+        network = getattr(pipeline, folder.name)
+        if (folder / "config.json").is_file():
+            setattr(pipeline, folder.name, type(network).from_pretrained(folder).to(network.device))
+            continue
+        setattr(pipeline, folder.name, PeftModel.from_pretrained(network, folder).merge_and_unload())
 
 
 def _merge(pipeline: Any, lora: Path, name: str) -> None:

@@ -25,6 +25,7 @@ from diffusionrl.report.page import (
     write_page,
 )
 from diffusionrl.report.record import Evaluated, Run, Sample, read_run, time_unit
+from diffusionrl.runs.usage import about_of, loading_lines
 
 MAX_TILES = 48
 PICKED = 6  # best, worst and failed samples
@@ -264,9 +265,19 @@ def _command(run: Run) -> str:
 def _machine(run: Run) -> list[tuple[str, str]]:
     environment = run.environment
     found = [(name, environment.get(name)) for name in ("platform", "device", "threads", "seed", "resumed_from_step")]
+    if "model" in environment:
+        found.insert(0, ("model", _model(about_of(environment, run.config))))
     peak = max((value for value in run.column("peak_memory_gb")[1] if value is not None), default=None)
     named = [*found, ("peak memory", None if peak is None else f"{number(peak, 3)} GB")]
     return [(name.replace("_", " "), cut(str(value))) for name, value in named if value is not None]
+
+
+def _model(about: dict[str, Any]) -> str:
+    """The pipeline, what of it is trained, and whether its own call takes other steps than a run."""
+    said = f"{about['pipeline']} ({', '.join(map(str, about['networks']))})"
+    if about.get("first_order") is False:
+        said += f"; steps are of first order, on the grid of its {about.get('scheduler')}, which takes others"
+    return said
 
 
 def _versions(run: Run) -> list[tuple[str, str]]:
@@ -277,22 +288,10 @@ def _versions(run: Run) -> list[tuple[str, str]]:
 
 def _load(run: Run) -> str:
     """What was learned, in plain diffusers."""
-    model, sampling = run.config.get("model"), run.config.get("sampling") or {}
+    model, about = run.config.get("model"), about_of(run.environment, run.config)
     own = str(model).startswith("<")
-    full = (run.config.get("policy") or {}).get("training") == "full"
-    export = str(run.folder / "export")
-    eta = f", eta={sampling.get('eta')}" if sampling.get("sampler") == "ddim" else ""
-    settings = f"num_inference_steps={sampling.get('num_steps')}, guidance_scale={sampling.get('guidance')}{eta}"
     prompts = [s.prompt for s in run.evaluations[-1].samples.values() if len(s.prompt) < 80] if run.evaluations else []
-    if model == "emoji":
-        lines = ["from diffusionrl.policies import load_pipeline", "pipe = load_pipeline('emoji')"]
-    else:
-        lines = [
-            "from diffusers import DDIMScheduler, StableDiffusionPipeline",
-            f"pipe = StableDiffusionPipeline.from_pretrained({'MODEL' if own else repr(str(model))})",
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)",
-        ]
-    unet, lora = f"pipe.unet = type(pipe.unet).from_pretrained({export + '/unet'!r})", f"pipe.load_lora_weights({export!r})"
-    lines += [unet if full else lora, f"image = pipe({(prompts or ['a cat'])[0]!r}, {settings}).images[0]"]
+    base, export = "MODEL" if own else repr(str(model)), repr(str(run.folder / "export"))
+    lines = loading_lines(run.config, about, base, export, repr((prompts or ["a cat"])[0]))
     note = "# MODEL: the folder or hub id of the pipeline that was handed over in Python\n" if own else ""
     return note + "\n".join(lines)

@@ -19,8 +19,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from diffusionrl.runs.hub import local_folder
+from diffusionrl.runs.usage import about_of, loading_lines
 from diffusionrl.runs.folder import read_metrics, replace_file
 
+_TASKS = {"image": "text-to-image", "video": "text-to-video", "sound": "text-to-audio"}
 _SHOWN = 4  # prompts in the gallery
 _OWN_NAMES = ("--name", "--run-dir", "--push-to-hub")  # options that say where a run lies, and nothing about it
 
@@ -49,7 +51,7 @@ def _write(run_dir: Path, step: int) -> None:
                 shutil.copyfile(folder / f"{index:05d}.png", images / f"{when}_{number}.png")
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     environment = json.loads((run_dir / "env.json").read_text())
-    text = make_card(config, environment, lines, [prompt for _, prompt in prompts], full=(export / "unet").is_dir())
+    text = make_card(config, environment, lines, [prompt for _, prompt in prompts], full=about_of(environment, config)["format"] == "full")
     ModelCard(text)  # raises where the hub could not read the front matter
     replace_file(export / "README.md", text)
 
@@ -73,21 +75,23 @@ def make_card(
         environment: what env.json holds.
         metrics: lines of metrics.jsonl up to the step that was exported.
         prompts: of ``images/before_0.png`` and ``images/after_0.png`` and so on.
-        full: the whole UNet was trained, not a LoRA.
+        full: whole networks were trained, not a LoRA.
     """
+    about = about_of(environment, config)
     base, base_said = _base(config["model"])
     rewards = [name.partition("=")[0] for name in config["reward"]]
     held_out = [name.partition("=")[0] for name in config["evaluation"]["held_out"]]
     algorithm = config["algorithm"]["name"].upper()
-    what = "The UNet" if full else "A LoRA"
+    what = "Full fine-tuning" if full else "A LoRA"
     license_said, licence = _licence(config["model"])
     data = ModelCardData(
         base_model=base,
         base_model_relation=("finetune" if full else "adapter") if base else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=_TASKS[about["makes"]],
         tags=[
-            *("text-to-image", "stable-diffusion", "diffusers", *(() if full else ("lora", "template:sd-lora"))),
+            *(_TASKS[about["makes"]], "diffusers", *(("stable-diffusion",) if "StableDiffusion" in about["pipeline"] else ())),
+            *(() if full else ("lora", "template:sd-lora")),
             *("reinforcement-learning", "diffusionrl", config["algorithm"]["name"]),
         ],
     )
@@ -106,7 +110,7 @@ def make_card(
             "## Scores\n",
             _scores(metrics, rewards, held_out, [task["name"] for task in config["tasks"]]),
             "## Use\n",
-            _usage(config, base, prompts, full),
+            _usage(config, about | ({"format": "full"} if full else {}), base, prompts),
             "## Training\n",
             f"{versions}; seed {config['seed']}.\n",
             _command(environment["command"]),
@@ -190,28 +194,15 @@ def _figure(line: dict[str, Any], name: str) -> str:
     return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
-def _usage(config: dict[str, Any], base: str | None, prompts: Sequence[str], full: bool) -> str:
-    """Five lines of diffusers; the embedded model is found by diffusionrl."""
-    sampling = config["sampling"]
-    eta = f", eta={sampling['eta']:g}" if sampling["sampler"] == "ddim" else ""
+def _usage(config: dict[str, Any], about: dict[str, Any], base: str | None, prompts: Sequence[str]) -> str:
+    """A few lines of diffusers; the embedded model is found by diffusionrl."""
     prompt = ascii(_clean(prompts[0])) if prompts else "'...'"
-    settings = f"num_inference_steps={sampling['num_steps']}, guidance_scale={sampling['guidance']:g}{eta}"
-    here = '"this repository or folder"'
-    if config["model"] == "emoji":
-        lines = ["from diffusionrl.policies import load_pipeline", 'pipe = load_pipeline("emoji")']
-    else:
-        lines = [
-            "from diffusers import DDIMScheduler, StableDiffusionPipeline",
-            f"pipe = StableDiffusionPipeline.from_pretrained({json.dumps(base or 'folder of the base model')})",
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)",
-        ]
-    if full:
-        lines.append(f'pipe.unet = type(pipe.unet).from_pretrained({here}, subfolder="unet")')
-    else:
-        lines.append(f"pipe.load_lora_weights({here})")
-    lines.append(f"image = pipe({prompt}, {settings}).images[0]")
-    comfyui = "`comfyui.safetensors` is the same LoRA under the names that ComfyUI and other interfaces read.\n"
-    return _code("\n".join(lines)) + ("" if full else f"\n{comfyui}")
+    base_said, here = json.dumps(base or "folder of the base model"), '"this repository or folder"'
+    lines = loading_lines(config, about, base_said, here, prompt)
+    return _code("\n".join(lines)) + (f"\n{_COMFYUI}" if about.get("comfyui") and about["format"] == "lora" else "")
+
+
+_COMFYUI = "`comfyui.safetensors` is the same LoRA under the names that ComfyUI and other interfaces read.\n"
 
 
 def _command(command: Sequence[str]) -> str:

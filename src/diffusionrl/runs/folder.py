@@ -239,7 +239,7 @@ class RunFolder:
             raise UserError(f"{self.run_dir} has {found.step} steps behind it; {self.config.steps} were asked for")
         return found
 
-    def begin(self, step: int | None, device: torch.device) -> None:
+    def begin(self, step: int | None, device: torch.device, about: dict[str, Any] | None = None) -> None:
         """Write settings and environment; forget what was recorded after ``step``, which is made again. None: all of it."""
         self._begun = True
         for half_written in (*self.run_dir.glob(f"*{PARTIAL}"), *self.run_dir.glob("export/**/.tmp*")):  # safetensors' own
@@ -264,6 +264,7 @@ class RunFolder:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),
             "processes": processes.count(),
+            "model": about,
         }
         self._compare_environment(environment)
         replace_file(self.run_dir / "env.json", json.dumps(environment, indent=2) + "\n")
@@ -351,7 +352,7 @@ class NoFolder(RunFolder):
     def check_disk(self, need: int) -> None:
         pass
 
-    def begin(self, step: int | None, device: torch.device) -> None:
+    def begin(self, step: int | None, device: torch.device, about: dict[str, Any] | None = None) -> None:
         pass
 
     def say(self, text: str) -> None:

@@ -73,7 +73,7 @@ class Trainer:
             folder.say(f"going on after step {found.step}")
         self.at_start = found
         try:
-            folder.begin(found.step if found else None, self.policy.device)
+            folder.begin(found.step if found else None, self.policy.device, self.policy.about)
             self.monitor.recall(folder.run_dir)
             interruption.begin_polling()
             done = self._steps(folder)
