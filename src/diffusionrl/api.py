@@ -21,10 +21,11 @@ from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
+from diffusionrl.rewards.base import grey
 from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.runs.folder import NoFolder, RunFolder, TrainResult, tell_result
 from diffusionrl.runs.hub import push
-from diffusionrl.sampling.rollout import make_table
+from diffusionrl.sampling.rollout import make_table, metadata_of
 from diffusionrl.training.tasks import Task
 from diffusionrl.training.trainer import Trainer
 
@@ -126,17 +127,20 @@ def _prepare(
     if shape is None:  # which its settings do not tell
         trained = _load(config, chosen[0])
         shape = trained.sample_shape
+    rate = None if trained is None else trained.sampling_rate
     mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
     held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
     _check_groups(config, mixture, held_out)
     sizes = (config.samples_per_prompt, config.evaluation.samples_per_prompt)
-    _try(mixture, chosen, shape, config.rewards.timeout, sizes)
+    _try(mixture, chosen, shape, config.rewards.timeout, sizes, rate)
     if held_out is not None:
-        _try(held_out, chosen, shape, config.rewards.timeout, sizes[1:])
+        _try(held_out, chosen, shape, config.rewards.timeout, sizes[1:], rate)
     own = algorithm or make_algorithm(config)
-    further = [_load_task(each, config, own, shape) for each in config.tasks]
+    further = [_load_task(each, config, own, shape, rate) for each in config.tasks]
     embed = load_embedder(config.evaluation.embeddings, config.model)
     trained = trained or _load(config, chosen[0])
+    if pairs is not None:
+        trained.encode(grey(shape)[None])  # which not every policy can
     table = make_table(trained, config.sampling)
     if isinstance(config.algorithm, DiffusionRLConfig):
         config.algorithm.check_steps(int((table.fresh > 0).sum()))
@@ -160,7 +164,9 @@ def _check_shares(config: TrainConfig) -> None:
         processes.share(config.pretraining.batch_size, setting="pretraining.batch_size")
 
 
-def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, shape: tuple[int, ...]) -> Task:
+def _load_task(
+    settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, shape: tuple[int, ...], rate: int | None
+) -> Task:
     """A further task, loaded and tried; its algorithm is a copy of the first one's before that has seen anything.
 
     Raises:
@@ -171,18 +177,23 @@ def _load_task(settings: TaskConfig, config: TrainConfig, algorithm: Algorithm, 
         reward = load_mixture(settings.reward, config.rewards)
         _require_groups(reward, settings, config)
         sizes = (settings.samples_per_prompt, config.evaluation.samples_per_prompt)
-        _try(reward, prompts, shape, config.rewards.timeout, sizes)
+        _try(reward, prompts, shape, config.rewards.timeout, sizes, rate)
     except UserError as error:
         raise UserError(f"{settings.whose}{error}") from error
     return Task(settings, prompts, reward, copy.deepcopy(algorithm), config)
 
 
 def _try(
-    reward: Mixture, prompts: Sequence[Prompt], shape: tuple[int, ...], timeout: float, group_sizes: Sequence[int]
+    reward: Mixture,
+    prompts: Sequence[Prompt],
+    shape: tuple[int, ...],
+    timeout: float,
+    group_sizes: Sequence[int],
+    sampling_rate: int | None = None,
 ) -> None:
     """Raises UserError for a reward that cannot score a few grey images in time; warns of one that does not repeat itself."""
     samples = [prompts[0], prompts[-1]]
-    texts, metadata = [prompt.text for prompt in samples], [prompt.metadata for prompt in samples]
+    texts, metadata = [prompt.text for prompt in samples], metadata_of(samples, sampling_rate)
     unsteady: list[str] = []
     if not within(timeout, lambda: unsteady.extend(try_mixture(reward, shape, texts, metadata, group_sizes))):
         seconds = f"{timeout:g} s (rewards.timeout)"

@@ -63,6 +63,7 @@ def run(arguments: Sequence[str]) -> None:
     from diffusionrl.evaluation.assessment import report, score_model, table
     from diffusionrl.policies import find_trained, load_trained
     from diffusionrl.rewards import load_mixture, try_mixture
+    from diffusionrl.sampling.rollout import metadata_of
 
     asked = [(config.model, config.lora), *([(config.baseline, None)] if config.baseline else [])]
     found = [find_trained(*each) for each in asked]
@@ -74,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
     if shape is None:  # which its settings do not tell
         first = load_trained(*asked[0], config.sampling, prompts[0])
         shape = first.sample_shape
-    try_mixture(rewards, shape, [p.text for p in prompts[:2]], [p.metadata for p in prompts[:2]], (size,))
+    try_mixture(rewards, shape, [p.text for p in prompts[:2]], metadata_of(prompts[:2], first and first.sampling_rate), (size,))
     sheets = []
     for each, trained in zip(asked, found, strict=True):
         print(f"{trained.name}: {count} samples", flush=True)

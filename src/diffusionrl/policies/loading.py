@@ -38,23 +38,30 @@ def _file(model: str, name: str) -> Path:
         raise UserError(f"model {model!r} is no folder here, and the hub did not give it: {error}") from error
 
 
+def read_index(model: str) -> dict[str, Any]:
+    """A model's ``model_index.json``. Raises UserError where there is none, or no pipeline in it."""
+    index = _file(model, "model_index.json")
+    if not index.is_file():
+        raise UserError(f"{index.parent} is no diffusers pipeline: it has no model_index.json")
+    try:
+        found = json.loads(index.read_text())
+        str(found["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} does not say what pipeline it is of: {type(error).__name__}: {error}") from error
+    return dict(found)
+
+
 def find_class(model: str) -> type:
     """The pipeline class of a model, one of diffusers' own.
 
     Raises:
         UserError: there is no such model, it is no pipeline, or its class is not in diffusers.
     """
-    index = _file(model, "model_index.json")
-    if not index.is_file():
-        raise UserError(f"{index.parent} is no diffusers pipeline: it has no model_index.json")
-    try:
-        name = json.loads(index.read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} does not say what pipeline it is of: {type(error).__name__}: {error}") from error
-    found = getattr(diffusers, str(name), None)
+    name = str(read_index(model)["_class_name"])
+    found = getattr(diffusers, name, None)
     if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
         raise UserError(
-            f"{index.parent} holds a {name}, and diffusers {diffusers.__version__} has no such pipeline: upgrade diffusers, or "
+            f"model {model!r} is a {name}, and diffusers {diffusers.__version__} has no such pipeline: upgrade diffusers, or "
             "load it yourself and hand it over in Python"
         )
     return found
@@ -94,8 +101,8 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
     kind = find_class(model)
     settings: dict[str, Any] = {"dtype": dtype if dtype == torch.float32 else {"default": dtype, "vae": torch.float32}}
     taken = inspect.signature(kind).parameters
-    if "safety_checker" in taken:
-        settings["safety_checker"] = None
+    absent = [name for name, value in read_index(model).items() if value == [None, None] and name in taken]
+    settings |= dict.fromkeys([*absent, *({"safety_checker"} & taken.keys())])
     if "requires_safety_checker" in taken:
         settings["requires_safety_checker"] = False
     try:

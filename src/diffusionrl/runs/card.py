@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from diffusionrl.runs.folder import read_metrics, replace_file
 from diffusionrl.runs.hub import local_folder
 from diffusionrl.runs.usage import about_of, loading_lines
-from diffusionrl.runs.folder import read_metrics, replace_file
 
 _TASKS = {"image": "text-to-image", "video": "text-to-video", "sound": "text-to-audio"}
 _SHOWN = 4  # prompts in the gallery
@@ -51,7 +51,9 @@ def _write(run_dir: Path, step: int) -> None:
                 shutil.copyfile(folder / f"{index:05d}.png", images / f"{when}_{number}.png")
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     environment = json.loads((run_dir / "env.json").read_text())
-    text = make_card(config, environment, lines, [prompt for _, prompt in prompts], full=about_of(environment, config)["format"] == "full")
+    text = make_card(
+        config, environment, lines, [prompt for _, prompt in prompts], full=about_of(environment, config)["format"] == "full"
+    )
     ModelCard(text)  # raises where the hub could not read the front matter
     replace_file(export / "README.md", text)
 

@@ -20,12 +20,12 @@ import yaml
 from filelock import FileLock, Timeout
 
 from diffusionrl import processes
-from diffusionrl.runs import checkpoint
-from diffusionrl.runs.alarms import Watch
-from diffusionrl.runs.checkpoint import Checkpoint
 from diffusionrl.config import TrainConfig, to_yaml
 from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.interruption import Interrupted
+from diffusionrl.runs import checkpoint
+from diffusionrl.runs.alarms import Watch
+from diffusionrl.runs.checkpoint import Checkpoint
 from diffusionrl.runs.progress import Progress
 from diffusionrl.runs.trackers import IMAGES, Mirror, check_trackers, close_all, make_tracker
 

@@ -1,0 +1,65 @@
+"""What was learned, in a few lines of plain diffusers: for the report and for the model card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_OUTPUTS = {"image": "images", "video": "frames", "sound": "audios"}
+ABOUT_STABLE_DIFFUSION: dict[str, Any] = {
+    "pipeline": "StableDiffusionPipeline",
+    "scheduler": "DDIMScheduler",
+    "networks": ["unet"],
+    "format": "lora",
+    "guidance": "guidance_scale",
+    "makes": "image",
+    "comfyui": True,
+}
+
+
+def about_of(environment: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What env.json says of the pipeline; where it says nothing, Stable Diffusion, trained as config.yaml says."""
+    found = environment.get("model")
+    full = (config.get("policy") or {}).get("training") == "full"
+    if not (isinstance(found, dict) and isinstance(found.get("pipeline"), str) and isinstance(found.get("networks"), list)):
+        found = {}
+    return found if found.get("makes") in _OUTPUTS else ABOUT_STABLE_DIFFUSION | {"format": "full" if full else "lora"}
+
+
+def loading_lines(config: Mapping[str, Any], about: Mapping[str, Any], base: str, here: str, prompt: str) -> list[str]:
+    """Python that loads a model with what a run exported, and calls it.
+
+    Args:
+        config: what config.yaml holds.
+        about: see ``about_of``; it is ``Policy.about``.
+        base: the base model, as a Python expression.
+        here: the export, as one.
+        prompt: likewise.
+    """
+    sampling, kind = config.get("sampling") or {}, about.get("pipeline")
+    given = [f"num_inference_steps={sampling.get('num_steps')}", f"{about.get('guidance')}={_number(sampling.get('guidance'))}"]
+    if sampling.get("sampler") == "ddim" and kind == "StableDiffusionPipeline":
+        given.append(f"eta={_number(sampling.get('eta'))}")
+    given += [f"{name}={value!r}" for name, value in (about.get("arguments") or {}).items()]
+    if config.get("model") == "emoji":
+        lines = ["from diffusionrl.policies import load_pipeline", 'pipe = load_pipeline("emoji")']
+    elif about.get("scheduler") == "DDIMScheduler" and kind == "StableDiffusionPipeline":
+        lines = [
+            "from diffusers import DDIMScheduler, StableDiffusionPipeline",
+            f"pipe = StableDiffusionPipeline.from_pretrained({base})",
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)",
+        ]
+    else:
+        lines = [f"from diffusers import {kind}", f"pipe = {kind}.from_pretrained({base})"]
+    networks = about.get("networks") or []
+    if about.get("format") == "full":
+        lines += [f'pipe.{name} = type(pipe.{name}).from_pretrained({here}, subfolder="{name}")' for name in networks]
+    elif about.get("format") == "peft":
+        lines.insert(0, "from peft import PeftModel")
+        lines += [f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, {here}, subfolder="{name}")' for name in networks]
+    else:
+        lines.append(f"pipe.load_lora_weights({here})")
+    made = about["makes"]
+    return [*lines, f"{made} = pipe({prompt}, {', '.join(given)}).{_OUTPUTS[made]}[0]"]
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

@@ -1,0 +1,210 @@
+"""The command line on models of other families, saved as a user has them: train, sample, evaluate, doctor."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_pipelines as tiny
+import yaml
+from PIL import Image
+
+from diffusionrl.cli import main
+from diffusionrl.errors import UserError
+from diffusionrl.policies import check_model, load_policy
+
+QUICK = [
+    *("--sampling.num-steps", "2", "--sampling.guidance", "2", "--sampling.sampler", "cps", "--sampling.eta", "0.7"),
+    *("--sampling.batch-size", "2"),
+]
+TRAINED = [
+    *("--steps", "1", "--prompts-per-step", "2", "--samples-per-prompt", "2", "--evaluation.num-samples", "2"),
+    *("--algorithm.updates-per-step", "1", "--algorithm.train-fraction", "1", "--algorithm.normalisation", "group"),
+    *("--algorithm.clip-range", "0.1", "--evaluation.embeddings.model", "none"),
+]
+LOUDNESS = """
+def loudness(sounds, prompts, metadata):
+    assert sounds.ndim == 3 and all(each["sampling_rate"] == 4 for each in metadata)
+    return sounds.square().mean((1, 2)).sqrt()
+"""
+
+
+def options_of(name: str) -> list[str]:
+    sizes, others = [], []
+    for key, value in tiny.call_of(name).items():
+        if key in ("height", "width", "num_frames"):
+            sizes += [f"--sampling.{key.replace('_', '-')}", str(value)]
+        else:
+            others.append(f"{key}={json.dumps(value)}")
+    return [*sizes, *(["--sampling.call", *others] if others else [])]
+
+
+@pytest.fixture
+def model(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A saved pipeline, a file of prompts beside it, and a reward for sound; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    tiny.build(request.param).save_pretrained(tmp_path / "model")
+    media = tiny.examples(request.param)
+    lines = []
+    for text, images in zip(("a cat", "a dog"), media, strict=True):
+        named = {key: f"{text[2:]}_{key}.png" for key in images}
+        for key, image in images.items():
+            image.save(tmp_path / named[key])
+        lines.append(json.dumps({"prompt": text, **named}) + "\n")
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    (tmp_path / "sounds.py").write_text(LOUDNESS)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd3", "flux", "flux_kontext", "wan", "stable_audio"], indirect=True)
+def test_train_sample_and_evaluate(model: Path, request: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    name = request.node.callspec.params["model"]
+    reward = "sounds:loudness" if name == "stable_audio" else "compressibility"
+    chosen = ["--model", str(model), *QUICK, *options_of(name)]
+    asked = ["--prompts", "prompts.jsonl", "--reward", reward]
+    assert main(["train", *chosen, *asked, *TRAINED, "--run-dir", "run"]) == 0, capsys.readouterr().err
+    metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["ratio/max_gap"] < 1e-5 and metrics[-1]["reward/invalid"] == 0
+    about = json.loads(Path("run/env.json").read_text())["model"]
+    assert about["pipeline"] == type(tiny.build(name)).__name__
+    ending = {"wan": "webp", "stable_audio": "wav"}.get(name, "png")
+    assert len(list(Path("run/samples/step_000001").glob(f"0*.{ending}"))) == 2
+    page = Path("run/report.html").read_text()
+    kind = {"wan": "data:image/webp", "stable_audio": "data:audio/wav"}.get(name, "data:image/png")
+    assert kind in page and about["pipeline"] in page
+    assert about["pipeline"] in Path("run/export/README.md").read_text()
+    settings = yaml.safe_load(Path("run/config.yaml").read_text())["sampling"]
+    assert settings["num_steps"] == 2
+    if name != "flux_kontext":  # whose prompts have images, which sample takes none of
+        assert main(["sample", "--model", "run", "--prompts", "a cat", "--seeds", "0", "--out", "drawn"]) == 0
+        assert Path(f"drawn/00000.{ending}").is_file()
+    more = ["--baseline", str(model), "--num-samples", "2", "--out", "scores.json"]
+    assert main(["evaluate", "--model", "run", *asked, *more]) == 0, capsys.readouterr().err
+    assert json.loads(Path("scores.json").read_text())["settings"]["model"] == "run"
+
+
+@pytest.mark.parametrize("model", ["sd3", "wan"], indirect=True)
+def test_the_doctor_finds_them_healthy(model: Path, request: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    name = request.node.callspec.params["model"]
+    chosen = [
+        "--model",
+        str(model),
+        *QUICK,
+        *options_of(name),
+        "--prompts",
+        "prompts.jsonl",
+        "--optimizer.learning-rate",
+        "0.01",
+    ]
+    assert main(["doctor", *chosen, *TRAINED]) == 0, capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "plain diffusers draws the same images" in said and " 0 failed" in said
+    assert ("frames each" in said) == (name == "wan")
+
+
+# What cannot be had is said at once
+
+
+@pytest.mark.parametrize("model", ["stable_audio"], indirect=True)
+def test_a_reward_for_images_on_sound(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--model", str(model), *QUICK, *options_of("stable_audio"), "--prompts", "prompts.jsonl"]
+    assert main(["train", *chosen, *TRAINED, "--run-dir", "run"]) == 2
+    assert "compressibility scores images, and the model makes sound" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("model", ["flux"], indirect=True)
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--sampling.call", "wings=2"], "FluxPipeline takes no wings"),
+        (["--sampling.num-frames", "9"], "FluxPipeline takes no num_frames"),
+        (["--sampling.call", "output_type=np"], "set by diffusionrl itself"),
+        (["--sampling.call", "wings"], "is not KEY=VALUE"),
+        (["--policy.lora-targets", "to_z"], "has no layer 'to_z'; its layers' names end in"),
+        (["--policy.networks", "unet"], "unet: no such part is called"),
+        (["--pretraining.source", "emoji"], "no call makes latents of an image"),
+    ],
+)
+def test_what_a_model_does_not_take(model: Path, given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--model", str(model), *QUICK, *TRAINED, "--prompts", "prompts.jsonl", "--run-dir", "run"]
+    sizes = [] if given[0].startswith("--sampling") else options_of("flux")
+    try:
+        code = main(["train", *chosen, *sizes, *given])
+    except SystemExit as error:  # tyro's, of a value out of range
+        code = int(error.code or 0)
+    assert code == 2 and said in " ".join(capsys.readouterr().err.split())
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("model", ["flux_kontext"], indirect=True)
+def test_an_image_that_is_missing_or_broken(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = [
+        "--model",
+        str(model),
+        *QUICK,
+        *options_of("flux_kontext"),
+        *TRAINED,
+        "--prompts",
+        "prompts.jsonl",
+        "--run-dir",
+        "run",
+    ]
+    Path("cat_image.png").write_bytes(b"no image")
+    assert main(["train", *chosen]) == 2
+    assert "cat_image.png of a prompt cannot be read" in capsys.readouterr().err
+    Path("cat_image.png").unlink()
+    assert main(["train", *chosen]) == 2
+    assert "prompts.jsonl:1: image 'cat_image.png' is no file beside it" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("model", ["sd1"], indirect=True)
+def test_models_that_cannot_be_asked(model: Path, tmp_path: Path) -> None:
+    index, scheduler = model / "model_index.json", model / "scheduler" / "scheduler_config.json"
+    settings, schedule = json.loads(index.read_text()), json.loads(scheduler.read_text())
+
+    def refused(kind: str, scheduler_kind: str = "DDIMScheduler") -> str:
+        index.write_text(json.dumps(settings | {"_class_name": kind}))
+        scheduler.write_text(json.dumps(schedule | {"_class_name": scheduler_kind}))
+        with pytest.raises(UserError) as error:
+            check_model(str(model))
+        return str(error.value)
+
+    assert "diffusers" in refused("NoSuchPipeline") and "has no such pipeline" in refused("NoSuchPipeline")
+    assert "has no such pipeline" in refused("UNet2DModel")
+    assert "cannot be asked where sampling starts" in refused("DDPMPipeline")
+    assert "its scheduler, LCMScheduler, is of no kind" in refused("StableDiffusionXLPipeline", "LCMScheduler")
+    index.write_text("{")
+    with pytest.raises(UserError, match="does not say what pipeline"):
+        check_model(str(model))
+    with pytest.raises(UserError, match="has no model_index"):
+        check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["sd1"], indirect=True)
+def test_stable_diffusion_takes_the_general_road_where_more_is_asked(model: Path) -> None:
+    from diffusionrl.config import SamplingConfig
+    from diffusionrl.policies import StableDiffusionPolicy
+
+    assert isinstance(load_policy(str(model)), StableDiffusionPolicy)
+    asked = SamplingConfig(num_steps=2, height=16, width=32)
+    policy = load_policy(str(model), sampling=asked)
+    assert not isinstance(policy, StableDiffusionPolicy) and policy.sample_shape == (3, 16, 32)
+
+
+def test_pictures_are_pictures(tmp_path: Path) -> None:
+    import torch
+
+    from diffusionrl.data.media import write_sample
+
+    write_sample(torch.rand(5, 3, 8, 8), tmp_path / "clip.png")
+    with Image.open(tmp_path / "clip.webp") as clip:
+        assert (clip.n_frames, clip.size) == (5, (8, 8))
+    write_sample(torch.sin(torch.arange(2 * 8000) / 20).view(2, 8000), tmp_path / "sound.png", 4000)
+    import wave
+
+    with wave.open(str(tmp_path / "sound.wav")) as sound:
+        assert (sound.getnchannels(), sound.getframerate(), sound.getnframes()) == (2, 4000, 8000)
+    with Image.open(tmp_path / "sound.png") as picture:
+        assert len(picture.getcolors() or ()) == 2
