@@ -168,3 +168,20 @@ def test_a_run_resumes_and_its_export_draws_the_same(name: str, tmp_path: Path) 
     kinds = {2: "wav", 4: "webp"}
     if len(straight.sample_shape) in kinds:
         assert list((tmp_path / "straight" / "samples").rglob(f"*.{kinds[len(straight.sample_shape)]}"))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "wan"])
+def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
+    prompts, found = prompts_for(name), []
+    for settings in ({}, {"gradient_checkpointing": True}):
+        policy = policy_of(name, **settings)
+        for index, (key, weight) in enumerate(policy.trainable().items()):
+            if "lora_B" in key:
+                weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
+        table = cps(policy.grid(STEPS), 0.7)
+        start = policy.start(prompts, [0, 1])
+        denoise_step(policy, table, start, torch.tensor([0, 0]), prompts, GUIDANCE)[0].square().mean().backward()
+        found.append({key: weight.grad for key, weight in policy.trainable().items()})
+    for key, gradient in found[0].items():
+        assert gradient is not None and found[1][key] is not None
+        torch.testing.assert_close(found[1][key], gradient, rtol=1e-4, atol=1e-6)

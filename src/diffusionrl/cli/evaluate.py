@@ -75,7 +75,9 @@ def run(arguments: Sequence[str]) -> None:
     if shape is None:  # which its settings do not tell
         first = load_trained(*asked[0], config.sampling, prompts[0])
         shape = first.sample_shape
-    try_mixture(rewards, shape, [p.text for p in prompts[:2]], metadata_of(prompts[:2], first and first.sampling_rate), (size,))
+    try_mixture(
+        rewards, shape, [p.text for p in prompts[:2]], metadata_of(prompts[:2], first.sampling_rate if first else None), (size,)
+    )
     sheets = []
     for each, trained in zip(asked, found, strict=True):
         print(f"{trained.name}: {count} samples", flush=True)

@@ -1,6 +1,7 @@
 """How a model is sampled, and what of it is trained."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -88,6 +89,16 @@ class PolicyConfig:
     lora_targets: tuple[str, ...] = ("attention",)
     """"attention" (attention projections of every kind), "all" (feed-forward layers and convolutions of the blocks too), or
     ends of the names of layers."""
+    lora: Path | None = None
+    """Go on from a LoRA: a .safetensors file, or a folder that holds one. Its rank, alpha and layers are kept."""
+    reference: Literal["start", "base"] = "start"
+    """What the policy is compared with: the model as training began, with that LoRA; or without it."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: a third slower, and a fraction of the memory."""
+    vae_slicing: bool = False
+    """Decode one sample after the other."""
+    vae_tiling: bool = False
+    """Decode a sample tile by tile, which may show where they meet."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network. Latents, log-probabilities and trained weights are float32 always."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -98,4 +109,7 @@ class PolicyConfig:
         require(
             self.training == "lora" or self.dtype == "float32",
             "policy.training 'full' needs policy.dtype float32: small updates are lost in bfloat16 weights",
+        )
+        require(
+            self.training == "lora" or self.lora is None, "policy.lora is trained further with policy.training 'lora' alone"
         )

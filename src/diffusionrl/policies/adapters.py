@@ -1,10 +1,13 @@
 """What is trained: LoRA adapters on any network, and older copies of the trained weights."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -17,6 +20,7 @@ ATTENTION = (
     *("to_q_a", "to_kv_a", "qkv", "q_proj", "k_proj", "v_proj"),
 )
 """Names of attention projections in diffusers' networks."""
+_DOWN = re.compile(r"(lora_A|lora_down|lora\.down)(\.default)?\.weight$")  # of each layer in a file, one
 REST = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv")
 
 
@@ -68,7 +72,7 @@ def add_lora(network: Any, rank: int, targets: Sequence[str], seed: int, purpose
             network.add_adapter(config)
         else:
             inject_adapter_in_model(config, network)
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    layers = lora_layers(network)
     for index, layer in enumerate(layers.values()):
         down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         drawn = torch.empty(down.shape).normal_(std=1 / rank, generator=seeds.torch_generator(seed, purpose, index))
@@ -76,6 +80,55 @@ def add_lora(network: Any, rank: int, targets: Sequence[str], seed: int, purpose
         for weight in (down, up):
             weight.requires_grad_(True)
     return layers
+
+
+def find_lora(path: Path) -> Path:
+    """A safetensors file, or the one that a folder holds under diffusers' name. Raises UserError where there is none."""
+    file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise UserError(f"LoRA {path} was not found: give a .safetensors file, or a folder with {LORA_WEIGHT_NAME_SAFE} in it")
+    return file
+
+
+def load_lora(pipeline: Any, file: Path, name: str) -> None:
+    """A LoRA file, under diffusers', peft's or kohya's names, as the adapter "default".
+
+    Args:
+        name: of the model, for errors.
+
+    Raises:
+        UserError: the pipeline loads none, the file is of another model, or a part of it matches nothing.
+    """
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"{type(pipeline).__name__} of {name} loads no LoRA file")
+    try:
+        found = type(pipeline).lora_state_dict(file.parent, weight_name=file.name, use_safetensors=True)
+        keys = [key for key in (found[0] if isinstance(found, tuple) else found) if _DOWN.search(key)]
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True, adapter_name="default")
+    except Exception as error:  # diffusers and peft raise whatever they come across in a file that is no LoRA of this model
+        raise UserError(f"the LoRA of {name} could not be loaded: {type(error).__name__}: {error}") from error
+    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    loaded = sum(len(lora_layers(network)) for network in networks)
+    if loaded < len(keys) or not keys:
+        raise UserError(
+            f"{file} holds {len(keys)} layers, and {loaded} of them are of {name}: is it a LoRA of another model? It begins "
+            f"with {', '.join(keys[:2]) or 'nothing of a LoRA'}"
+        )
+
+
+def take_lora(network: torch.nn.Module) -> dict[str, LoraLayer]:
+    """The layers of an adapter that was loaded, to be trained on: in float32, with its own rank and alpha."""
+    layers = lora_layers(network)
+    for layer in layers.values():
+        for part in (layer.lora_A, layer.lora_B):
+            part["default"].float().requires_grad_(True)
+    return layers
+
+
+def lora_layers(network: torch.nn.Module) -> dict[str, LoraLayer]:
+    """By name, those that hold the adapter "default"."""
+    found = {name: module for name, module in network.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer for name, layer in found.items() if "default" in layer.lora_A}
 
 
 class Copies:
@@ -135,3 +188,11 @@ class Copies:
 def lora_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The adapter's trained parameters by name."""
     return {name: weight for name, weight in network.named_parameters() if ".lora_" in name}
+
+
+def save_memory(network: Any, switch: str) -> None:
+    """Call ``network.enable_gradient_checkpointing()`` and the like. Raises UserError where there is no such method."""
+    try:
+        getattr(network, switch)()
+    except (AttributeError, ValueError) as error:  # ValueError: diffusers', of a network that has no checkpoints
+        raise UserError(f"{type(network).__name__} has no {switch}: leave that setting off ({error})") from error

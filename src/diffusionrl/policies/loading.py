@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
+from diffusionrl.policies.adapters import save_memory
 from diffusionrl.policies.asking import check_class
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.pipeline import PipelinePolicy
@@ -152,6 +153,11 @@ def load_policy(
     seed: int = 0,
     sampling: SamplingConfig | None = None,
     example: Prompt | None = None,
+    gradient_checkpointing: bool = False,
+    vae_slicing: bool = False,
+    vae_tiling: bool = False,
+    lora: Path | None = None,
+    reference: str = "start",
 ) -> Policy:
     """A policy by name, folder or hub id; the arguments are those of ``PolicyConfig`` and of ``make_policy``.
 
@@ -159,8 +165,12 @@ def load_policy(
         UserError: the model is not there, or cannot be a policy.
     """
     precision: torch.dtype = getattr(torch, dtype)
+    pipeline = load_pipeline(model, precision)
+    for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
+        if wanted:
+            save_memory(getattr(pipeline, "vae", None), switch)
     return make_policy(
-        load_pipeline(model, precision),
+        pipeline,
         sampling,
         example,
         networks,
@@ -170,6 +180,9 @@ def load_policy(
         device=choose_device(device),
         seed=seed,
         source=model,
+        gradient_checkpointing=gradient_checkpointing,
+        lora=lora,
+        reference=reference,
     )
 
 

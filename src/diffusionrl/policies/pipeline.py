@@ -21,7 +21,17 @@ from torch.utils._pytree import tree_map
 from diffusionrl import processes, seeds
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
-from diffusionrl.policies.adapters import Copies, add_lora, find_targets, lora_weights, without_part
+from diffusionrl.policies.adapters import (
+    Copies,
+    add_lora,
+    find_lora,
+    find_targets,
+    load_lora,
+    lora_weights,
+    save_memory,
+    take_lora,
+    without_part,
+)
 from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks
 from diffusionrl.transitions import Grid, NoiseLevels
@@ -44,6 +54,8 @@ class PipelinePolicy:
         lora_targets: see ``find_targets``.
         networks: names of the parts that are trained; none named: see above.
         seed: seed of the adapter's initial weights.
+        lora: an adapter to go on from, in the place of a new one.
+        reference: "start" is the model as training began, "base" the model without any adapter.
 
     Raises:
         UserError: the pipeline cannot be asked, does not take the arguments, or has nothing to train.
@@ -64,6 +76,9 @@ class PipelinePolicy:
         device: str = "cpu",
         seed: int = 0,
         source: str = "<pipeline handed over in Python>",
+        gradient_checkpointing: bool = False,
+        lora: Path | None = None,
+        reference: str = "start",
     ) -> None:
         self.source, self.pipeline, self.device, self.dtype = source, pipeline, torch.device(device), dtype
         self.example, self._guidance = example or Prompt("a photograph"), guidance
@@ -87,8 +102,17 @@ class PipelinePolicy:
         if len(self.sample_shape) == 2:
             self.sampling_rate = int(pipeline.vae.config.sampling_rate)
         self.networks = self._choose(called, networks)
-        self._adapted = self._adapt(lora_rank, lora_targets, seed)
-        self.copies = Copies(self.trainable)
+        if lora is None:
+            self._adapted = self._adapt(lora_rank, lora_targets, seed)
+        else:
+            load_lora(pipeline, find_lora(lora), source)
+            self._adapted = [layer for network in self._parts().values() for layer in take_lora(network).values()]
+        if gradient_checkpointing:
+            for network in self._parts().values():
+                save_memory(network, "enable_gradient_checkpointing")
+        self.copies, self._start = Copies(self.trainable), Copies(self.trainable)
+        if lora is not None and reference == "start":
+            self._start.follow("start")
 
     def _set_precision(self, part: torch.nn.Module) -> None:
         """Networks in ``dtype``, but for autoencoders; what they give is float32."""
@@ -213,6 +237,10 @@ class PipelinePolicy:
         """Raises UserError under full fine-tuning, which keeps no copy of the original weights."""
         if not self._adapted:
             raise UserError("full fine-tuning keeps no reference model: train a LoRA (policy.training lora)")
+        if "start" in self._start:
+            with self._start.used("start"):
+                yield
+            return
         try:
             for layer in self._adapted:
                 layer._disable_adapters = True  # enable_adapters would also switch gradients off

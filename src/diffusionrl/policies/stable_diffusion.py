@@ -25,7 +25,16 @@ from torch.distributed.fsdp import fully_shard
 from diffusionrl import processes
 from diffusionrl.data.prompts import Prompt, keep_newest
 from diffusionrl.errors import UserError
-from diffusionrl.policies.adapters import Copies, add_lora, find_targets, lora_weights
+from diffusionrl.policies.adapters import (
+    Copies,
+    add_lora,
+    find_lora,
+    find_targets,
+    load_lora,
+    lora_weights,
+    save_memory,
+    take_lora,
+)
 from diffusionrl.policies.base import chunks
 from diffusionrl.runs.usage import ABOUT_STABLE_DIFFUSION
 from diffusionrl.transitions import Grid, NoiseLevels, to_x0_and_noise, variance_preserving_grid
@@ -58,6 +67,9 @@ class StableDiffusionPolicy:
         device: str = "cpu",
         seed: int = 0,
         source: str = "<pipeline handed over in Python>",
+        gradient_checkpointing: bool = False,
+        lora: Path | None = None,
+        reference: str = "start",
     ) -> None:
         self.source = source
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
@@ -78,18 +90,26 @@ class StableDiffusionPolicy:
         self.memory_format = torch.channels_last  # the faster layout for convolutions, on CPUs too
         self.unet.to(dtype=dtype, memory_format=self.memory_format)
         self._adapted: dict[str, LoraLayer] = {}
-        if lora_rank is not None:
+        if lora is not None:
+            load_lora(pipeline, find_lora(lora), source)
+            self._adapted = take_lora(self.unet)
+        elif lora_rank is not None:
             self._adapted = add_lora(self.unet, lora_rank, list(find_targets(self.unet, lora_targets)), seed)
         elif dtype != torch.float32:
             raise UserError("full fine-tuning needs policy.dtype float32: small updates are lost in bfloat16 weights")
         else:
             self.unet.requires_grad_(True)
-        self._weight_space = bool(self._adapted) and dtype == torch.float32
+        if gradient_checkpointing:
+            save_memory(self.unet, "enable_gradient_checkpointing")
+        # A checkpoint is computed again when the merged weights are gone.
+        self._weight_space = bool(self._adapted) and dtype == torch.float32 and not gradient_checkpointing
         if self._weight_space:
             self.unet.disable_adapters()
             for parameter in self.trainable().values():  # which peft has just frozen
                 parameter.requires_grad_(True)
-        self.copies = Copies(self.trainable)
+        self.copies, self._start = Copies(self.trainable), Copies(self.trainable)
+        if lora is not None and reference == "start":
+            self._start.follow("start")
 
     def grid(self, num_steps: int) -> Grid:
         return variance_preserving_grid(
@@ -140,12 +160,13 @@ class StableDiffusionPolicy:
             return self.unet(*inputs).sample.float()
 
     def _merged_weights(self) -> dict[str, Tensor]:
-        """W + B A of every adapted layer; a kernel counts as the matrix (out, in * height * width). Alpha is the rank."""
+        """W + B A of every adapted layer; a kernel counts as the matrix (out, in * height * width)."""
         merged = {}
         for name, layer in self._adapted.items():
             weight = layer.base_layer.weight
             down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            merged[f"{name}.base_layer.weight"] = weight + (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+            change = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+            merged[f"{name}.base_layer.weight"] = weight + layer.scaling["default"] * change
         return merged
 
     def after(
@@ -178,6 +199,10 @@ class StableDiffusionPolicy:
         """Raises UserError under full fine-tuning, which keeps no copy of the original weights."""
         if not self._adapted:
             raise UserError("full fine-tuning keeps no reference model: train a LoRA (policy.training lora)")
+        if "start" in self._start:
+            with self._start.used("start"):
+                yield
+            return
         in_weight_space = self._weight_space
         if in_weight_space:
             self._weight_space = False
@@ -221,6 +246,8 @@ class StableDiffusionPolicy:
         )
         # ComfyUI looks for diffusers' names of old, "attn1.processor.to_q"; kohya's it knows for every layer.
         renamed = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
+        scale = next(iter(self._adapted.values())).scaling["default"]  # alpha over rank; kohya's alphas are set to the ranks
+        renamed |= {name: scale * alpha for name, alpha in renamed.items() if name.endswith(".alpha")}
         save_file(renamed, folder / "comfyui.safetensors")
 
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
+from diffusionrl.policies.adapters import find_lora, load_lora
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.loading import check_model, choose_device, load_pipeline, make_policy
 
@@ -53,10 +54,7 @@ def find_trained(model: str, lora: Path | None = None) -> Trained:
     shape = check_model(model)
     if lora is None:
         return Trained(model, model, shape)
-    file = lora / LORA_WEIGHT_NAME_SAFE if lora.is_dir() else lora
-    if not file.is_file() or file.suffix != ".safetensors":
-        raise UserError(f"LoRA {lora} was not found: give a .safetensors file, or a folder with {LORA_WEIGHT_NAME_SAFE} in it")
-    return Trained(f"{model} with {lora.name}", model, shape, lora=file)
+    return Trained(f"{model} with {lora.name}", model, shape, lora=find_lora(lora))
 
 
 def load_trained(
@@ -94,13 +92,6 @@ def put_export(pipeline: Any, export: Path, name: str) -> None:
 
 
 def _merge(pipeline: Any, lora: Path, name: str) -> None:
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise UserError(f"{type(pipeline).__name__} of {name} loads no LoRA file")
-    try:
-        pipeline.load_lora_weights(lora.parent, weight_name=lora.name, use_safetensors=True)
-    except Exception as error:  # diffusers and peft raise whatever they come across in a file that is no LoRA of this model
-        raise UserError(f"the LoRA of {name} could not be loaded: {type(error).__name__}: {error}") from error
-    if not pipeline.get_active_adapters():
-        raise UserError(f"{lora} holds nothing for the networks of {name}: is it a LoRA of another model?")
+    load_lora(pipeline, lora, name)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
