@@ -1,5 +1,6 @@
 """Any pipeline as a policy, held against the pipeline's own call: grid, samples, gradient, export, resume."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,12 +147,14 @@ def settings_for(name: str, **settings: Any) -> TrainConfig:
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_a_run_resumes_and_its_export_draws_the_same(name: str, tmp_path: Path) -> None:
-    """Two steps, against one, a new process's policy, and the other; and the export in a fresh plain pipeline."""
+    """Two steps, against a run that was killed between them and another policy; and the export in a fresh plain pipeline."""
     prompts = prompts_for(name)
-    straight, first, second = (policy_of(name) for _ in range(3))
-    config = settings_for(name)
+    straight, second, config = policy_of(name), policy_of(name), settings_for(name)
     train(replace(config, run_dir=tmp_path / "straight"), straight, brightness, prompts)
-    train(replace(config, run_dir=tmp_path / "resumed", steps=1), first, brightness, prompts)
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_000002")
+    shutil.rmtree(tmp_path / "resumed" / "export")
+    (tmp_path / "resumed" / "finished.json").unlink()
     train(replace(config, run_dir=tmp_path / "resumed"), second, brightness, prompts)
     weights = straight.trainable()
     assert all(torch.equal(weight, weights[key]) for key, weight in second.trainable().items())

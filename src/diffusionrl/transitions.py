@@ -148,7 +148,8 @@ def variance_preserving_grid(
 
 
 def flow_grid(num_steps: int, shift: float = 1.0, num_train_timesteps: int = 1000) -> Grid:
-    """The grid of linear flows (SD3, FLUX): alpha = 1 - s, sigma = s, from s = 1 to s = 0.
+    """A grid of linear flows: alpha = 1 - s, sigma = s, from s = 1 to s = 0. For toy models and tests: a pipeline's grid is its
+    scheduler's (SD3's is shifted twice, and differs from this one by up to 0.006).
 
     Args:
         shift: moves steps towards the noise, s -> shift * s / (1 + (shift - 1) * s).
