@@ -75,6 +75,7 @@ def test_train_sample_and_evaluate(model: Path, request: Any, capsys: pytest.Cap
     assert about["pipeline"] in Path("run/export/README.md").read_text()
     settings = yaml.safe_load(Path("run/config.yaml").read_text())["sampling"]
     assert settings["num_steps"] == 2
+    assert ("guidance is distilled" in capsys.readouterr().err) == name.startswith("flux")
     if name != "flux_kontext":  # whose prompts have images, which sample takes none of
         assert main(["sample", "--model", "run", "--prompts", "a cat", "--seeds", "0", "--out", "drawn"]) == 0
         assert Path(f"drawn/00000.{ending}").is_file()
@@ -191,6 +192,19 @@ def test_stable_diffusion_takes_the_general_road_where_more_is_asked(model: Path
     asked = SamplingConfig(num_steps=2, height=16, width=32)
     policy = load_policy(str(model), sampling=asked)
     assert not isinstance(policy, StableDiffusionPolicy) and policy.sample_shape == (3, 16, 32)
+
+
+def test_distilled_checkpoints_are_told_by_configuration_or_name() -> None:
+    from diffusionrl.policies.distilled import distillation
+
+    plain, klein, flux = (tiny.build(name) for name in ("sd3", "flux2_klein", "flux"))
+    assert distillation(plain, "stabilityai/stable-diffusion-3.5-medium") is None
+    assert "few steps" in (distillation(plain, "stabilityai/stable-diffusion-3.5-large-turbo") or "")
+    assert "few steps" in (distillation(flux, "black-forest-labs/FLUX.1-schnell") or "")
+    assert "guidance is distilled" in (distillation(flux, "black-forest-labs/FLUX.1-dev") or "")
+    assert distillation(klein, "klein-base") is None
+    klein.register_to_config(is_distilled=True)
+    assert "few steps" in (distillation(klein, "klein") or "")
 
 
 def test_pictures_are_pictures(tmp_path: Path) -> None:

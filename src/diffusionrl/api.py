@@ -151,7 +151,10 @@ def _prepare(
 
 def _load(config: TrainConfig, example: Prompt) -> Policy:
     settings = dataclasses.asdict(config.policy)
-    return load_policy(config.model, **settings, seed=config.seed, sampling=config.sampling, example=example)
+    policy = load_policy(config.model, **settings, seed=config.seed, sampling=config.sampling, example=example)
+    if policy.about.get("distilled") and processes.is_main():
+        print(f"warning: {policy.about['distilled']}", file=sys.stderr)
+    return policy
 
 
 def _check_shares(config: TrainConfig) -> None:

@@ -34,6 +34,7 @@ from diffusionrl.policies.adapters import (
 )
 from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks
+from diffusionrl.policies.distilled import distillation
 from diffusionrl.transitions import Grid, NoiseLevels
 
 ADAPTER = "adapter_model.safetensors"  # peft's name
@@ -263,6 +264,7 @@ class PipelinePolicy:
             "format": "full" if not self._adapted else "lora" if loads_files else "peft",
             "guidance": self.asked.guidance_argument,
             "arguments": self.asked.arguments,
+            "distilled": distillation(self.pipeline, self.source),
             "makes": {2: "sound", 3: "image", 4: "video"}[len(self.sample_shape)],
         }
 
