@@ -42,6 +42,7 @@ weights: $(READY)  ## the embedded model again, from its recipe
 	$(BIN)/python -m diffusionrl.emoji.recipe clip
 	$(BIN)/python -m diffusionrl.emoji.recipe preference
 	$(BIN)/python -m diffusionrl.emoji.recipe diffusion
+	$(BIN)/python -m diffusionrl.emoji.recipe flow
 	$(BIN)/python -m diffusionrl.emoji.recipe publish
 
 # torch first and by its version, so that pip takes a CPU build where one is offered.

@@ -258,7 +258,7 @@ def test_a_signal_in_each_phase_of_a_step(
         "rollout": (rollout, "denoise_step", 2 + 3 + 2 * 6 + 1),  # first evaluation: 3; a step: 3 here, 3 * 2 in its updates
         "reward": (Mixture, "score", 4),
         "update": (DDPO, "losses", 6),
-        "evaluation": (evaluation, "to_pil", 3),
+        "evaluation": (evaluation, "write_sample", 3),
         "save": (checkpoint, "save_file", 1),
     }[where]
     original, calls = getattr(owner, name), []

@@ -24,7 +24,7 @@ USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
   serve-reward  score images over HTTP            NAME [OPTIONS]
 
 "diffusionrl COMMAND --help" lists the options. Every field of the configuration is one (--algorithm.clip-range 1e-4).
-Options win over the YAML file, which wins over the preset (default: emoji).
+Options win over the YAML file, which wins over the preset (default: emoji, or emoji-flow for that model).
 """
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train.run,

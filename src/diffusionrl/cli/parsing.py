@@ -26,6 +26,9 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
     """
     preset, rest = take(list(arguments), "--preset")
     file, rest = take(rest, "--config")
+    model, _ = take(rest, "--model")
+    if preset is None and model in PRESETS:
+        preset = model  # an embedded model's own
     if preset is not None and preset not in PRESETS:
         raise one_of("preset", preset, PRESETS)
     config = PRESETS[preset or "emoji"]()
@@ -114,10 +117,12 @@ def check_reward(name: str) -> None:
 
 
 def settings_of(arguments: Sequence[str]) -> TrainConfig:
-    """Of the run that ``--model`` names, or of the preset "emoji"."""
+    """Of the run that ``--model`` names, or of its preset, or of the preset "emoji"."""
     model, _ = take(list(arguments), "--model")
     run_config = Path(model or "") / "config.yaml"
-    return parse_train(["--config", str(run_config)] if run_config.is_file() else [])
+    if run_config.is_file():
+        return parse_train(["--config", str(run_config)])
+    return parse_train(["--model", model] if model in PRESETS else [])
 
 
 def quiet_libraries() -> None:

@@ -59,7 +59,7 @@ class TrainConfig:
     """A whole run."""
 
     model: str = "emoji"
-    """"emoji" (the embedded model), a folder in diffusers' format, or a hub id."""
+    """"emoji" or "emoji-flow" (the embedded models), a folder in diffusers' format, or a hub id."""
     reward: tuple[str, ...] = ("compressibility",)
     """Built-in rewards, or package.module:function of your own, called with (images, prompts, metadata). NAME=WEIGHT where
     several are added up."""

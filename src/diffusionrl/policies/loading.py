@@ -20,13 +20,15 @@ from diffusionrl.policies.schedules import kind_of
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder
 from diffusionrl.runs.hub import cached_first, local_folder
 
-EMBEDDED_MODEL = Path(__file__).parent.parent / "emoji" / "weights" / "pipeline"
+_WEIGHTS = Path(__file__).parent.parent / "emoji" / "weights"
+EMBEDDED_MODEL = _WEIGHTS / "pipeline"
+_EMBEDDED = {"emoji": EMBEDDED_MODEL, "emoji-flow": _WEIGHTS / "flow"}
 _FAST = "StableDiffusionPipeline"  # which has a policy of its own
 
 
 def _folder(model: str) -> Path | None:
     """The local folder of a model, or None for a hub id."""
-    return EMBEDDED_MODEL if model == "emoji" else local_folder(model)
+    return _EMBEDDED.get(model) or local_folder(model)
 
 
 def _file(model: str, name: str) -> Path:
@@ -93,7 +95,7 @@ def check_model(model: str) -> tuple[int, ...] | None:
 
 
 def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The diffusers pipeline of "emoji", of a folder or of a hub id, safetensors only; autoencoders in float32.
+    """The diffusers pipeline of "emoji" or "emoji-flow", of a folder or of a hub id, safetensors only; autoencoders in float32.
 
     Raises:
         UserError: see ``check_model``; or it could not be loaded.

@@ -83,7 +83,10 @@ def put_export(pipeline: Any, export: Path, name: str) -> None:
     if (export / LORA_WEIGHT_NAME_SAFE).is_file():
         _merge(pipeline, export / LORA_WEIGHT_NAME_SAFE, name)
         return
-    for folder in sorted({file.parent for file in export.glob("*/*.safetensors")}):
+    folders = sorted({file.parent for file in export.glob("*/*.safetensors")})
+    if not folders:
+        raise UserError(f"the export of {name} holds no weights: {export}")
+    for folder in folders:
         network = getattr(pipeline, folder.name)
         if (folder / "config.json").is_file():
             setattr(pipeline, folder.name, type(network).from_pretrained(folder).to(network.device))

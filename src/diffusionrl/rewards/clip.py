@@ -99,7 +99,7 @@ def load_embedder(settings: CLIPScoreConfig, model: str) -> Callable[[Tensor], T
         UserError: see ``CLIP``.
     """
     name = settings.model
-    if name == "none" or (name == "auto" and model != "emoji"):
+    if name == "none" or (name == "auto" and model not in ("emoji", "emoji-flow")):
         return None
     clip = CLIP("emoji" if name == "auto" else name, settings.revision, settings.processor, settings.processor_revision)
     return clip.embed_images

@@ -126,8 +126,8 @@ def make_card(
 
 def _base(model: str) -> tuple[str | None, str]:
     """The hub id of the base model, if it has one, and words for it."""
-    if model == "emoji":
-        return None, "the embedded model of diffusionrl"
+    if model in ("emoji", "emoji-flow"):
+        return None, f"the embedded model {model} of diffusionrl"
     if model.startswith("<"):
         return None, "a pipeline that was handed over in Python"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII) and not Path(model).is_dir():
@@ -137,7 +137,7 @@ def _base(model: str) -> tuple[str | None, str]:
 
 def _licence(model: str) -> tuple[str, dict[str, str]]:
     """What can be said of the licence, and its fields: from the base model's own card, if it is in its folder or the cache."""
-    if model == "emoji":
+    if model in ("emoji", "emoji-flow"):
         said = "The embedded model is Apache-2.0, as diffusionrl is; the sprites that it was trained on are SIL OFL 1.1."
         return said, {"license": "apache-2.0"}
     try:

@@ -39,8 +39,8 @@ def loading_lines(config: Mapping[str, Any], about: Mapping[str, Any], base: str
     if sampling.get("sampler") == "ddim" and kind == "StableDiffusionPipeline":
         given.append(f"eta={_number(sampling.get('eta'))}")
     given += [f"{name}={value!r}" for name, value in (about.get("arguments") or {}).items()]
-    if config.get("model") == "emoji":
-        lines = ["from diffusionrl.policies import load_pipeline", 'pipe = load_pipeline("emoji")']
+    if config.get("model") in ("emoji", "emoji-flow"):
+        lines = ["from diffusionrl.policies import load_pipeline", f'pipe = load_pipeline("{config["model"]}")']
     elif about.get("scheduler") == "DDIMScheduler" and kind == "StableDiffusionPipeline":
         lines = [
             "from diffusers import DDIMScheduler, StableDiffusionPipeline",

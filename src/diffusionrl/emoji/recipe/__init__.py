@@ -1,4 +1,5 @@
-"""How the embedded world's weights are made: VAE, then text encoder and UNet, and the models that judge them.
+"""How the embedded world's weights are made: VAE, then text encoder and UNet, a flow transformer, and
+the models that judge them.
 
 One command a stage, each of which saves, resumes when run again, and writes its log and figures beside its weights::
 
@@ -10,5 +11,6 @@ One command a stage, each of which saves, resumes when run again, and writes its
     python -m diffusionrl.emoji.recipe clip         # and the aesthetic head on it
     python -m diffusionrl.emoji.recipe preference
     python -m diffusionrl.emoji.recipe diffusion
+    python -m diffusionrl.emoji.recipe flow         # a transformer on the VAE and text encoders of the others
     python -m diffusionrl.emoji.recipe publish      # float16 weights and figures into the package
 """

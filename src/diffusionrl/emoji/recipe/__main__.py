@@ -9,6 +9,7 @@ from diffusionrl.emoji.recipe.classifier import ClassifierConfig, train_classifi
 from diffusionrl.emoji.recipe.clip import CLIPTrainingConfig, train_clip
 from diffusionrl.emoji.recipe.detector import DetectorConfig, DetectorJudgeConfig, train_detector
 from diffusionrl.emoji.recipe.diffusion import DiffusionConfig, train_diffusion
+from diffusionrl.emoji.recipe.flow import FlowConfig, train_flow
 from diffusionrl.emoji.recipe.preference import PreferenceConfig, train_preference
 from diffusionrl.emoji.recipe.publish import PublishConfig, publish
 from diffusionrl.emoji.recipe.skin_tones import SkinTonesConfig, train_skin_tones
@@ -23,6 +24,7 @@ STAGES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "clip": (CLIPTrainingConfig, train_clip),
     "preference": (PreferenceConfig, train_preference),
     "diffusion": (DiffusionConfig, train_diffusion),
+    "flow": (FlowConfig, train_flow),
     "publish": (PublishConfig, publish),
 }
 

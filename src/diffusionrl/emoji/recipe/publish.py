@@ -14,12 +14,13 @@ from transformers import CLIPModel
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.emoji.classifier import SceneClassifier, name_subjects
+from diffusionrl.emoji.recipe.flow_quality import load_flow, measure_flow
 from diffusionrl.emoji.vocabulary import ANIMALS, SUBJECTS, with_article
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy
 from diffusionrl.sampling.rollout import collect
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-STAGES = ("vae", "classifier", "skin-tones", "detector", "detector-judge", "clip", "preference", "diffusion")
+STAGES = ("vae", "classifier", "skin-tones", "detector", "detector-judge", "clip", "preference", "diffusion", "flow")
 NETWORKS = {
     "classifier": "classifier.safetensors",
     "skin-tones": "skin_tones.safetensors",
@@ -46,6 +47,8 @@ class PublishConfig:
 def publish(config: PublishConfig) -> None:
     if "diffusion" in config.stages:
         _publish_pipeline(config.runs / "diffusion")
+    if "flow" in config.stages:
+        _publish_flow(config.runs / "flow")
     if "clip" in config.stages:
         _publish_clip(config.runs / "clip")
     for stage, file in NETWORKS.items():
@@ -58,6 +61,8 @@ def publish(config: PublishConfig) -> None:
         shutil.copy(config.runs / stage / "log.jsonl", WEIGHTS / f"{stage.replace('-', '_')}_log.jsonl")
     if {"diffusion", "classifier"} & set(config.stages):
         figures |= measure(config)
+    if "flow" in config.stages:
+        figures |= measure_flow(WEIGHTS, config.num_samples_per_subject)
     (WEIGHTS / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
@@ -67,6 +72,19 @@ def _publish_pipeline(folder: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(WEIGHTS / "pipeline")
     for file in ("vocab.json", "merges.txt"):  # which transformers before 5 reads
         shutil.copy(folder / "tokenizer" / file, WEIGHTS / "pipeline" / "tokenizer" / file)
+
+
+def _publish_flow(folder: Path) -> None:
+    load_flow(folder / "pipeline").to(torch.float16).save_pretrained(WEIGHTS / "flow")
+    for file in (WEIGHTS / "flow").rglob("*.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content.pop("_name_or_path", None)  # a folder of whoever trained it
+        if file.parent.name.startswith("text_encoder"):
+            content["dtype"] = "float32"  # or they load in half precision by default, and the other parts do not
+        compact = (
+            {"indent": None, "separators": (",", ":")} if file.name == "tokenizer.json" else {"indent": 2}
+        )  # half the size
+        file.write_text(json.dumps(content, ensure_ascii=False, **compact) + "\n", encoding="utf-8")
 
 
 def _publish_clip(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The training loop that the three stages share: Muon and AdamW, warm-up and cosine decay, save and resume."""
+"""The training loop that the stages share: Muon and AdamW, warm-up and cosine decay, save and resume."""
 
 import json
 import math
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+AVERAGE_POWER = 16
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,25 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     return x.T if tall else x
 
 
+@torch.no_grad()
+def update_average(average: torch.nn.Module, module: torch.nn.Module, step: int) -> None:
+    """The power-function average of Karras et al. (arXiv 2312.02696): it looks back over about the last tenth of the steps."""
+    decay = (1 - 1 / (step + 1)) ** (AVERAGE_POWER + 1)
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+
+
 def train_stage(
-    module: torch.nn.Module, loss: Callable[[int], tuple[torch.Tensor, dict[str, float]]], config: TrainingConfig
+    module: torch.nn.Module,
+    loss: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
+    config: TrainingConfig,
+    average: torch.nn.Module | None = None,
 ) -> None:
     """Train ``module`` in place, from its newest saved state if there is one.
 
     Args:
         loss: step -> (loss, metrics to log). Its randomness must come from ``seeds``, keyed by the step, so that a resumed
             run goes on as if it had not stopped.
+        average: a copy of ``module`` that becomes the moving average of its weights.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     optimizer = MatrixOptimizer(module, config)
@@ -111,6 +124,8 @@ def train_stage(
         first = int(tensors.pop("step"))
         module.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         optimizer.load_tensors({k[10:]: v for k, v in tensors.items() if k.startswith("optimizer.")})
+        if average:
+            average.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
         print(f"resumed at step {first}", flush=True)
     module.train()
     totals: dict[str, float] = {}
@@ -120,6 +135,8 @@ def train_stage(
         value.backward()  # type: ignore[no-untyped-call]
         warmup = min(1.0, (step + 1) / config.warmup_steps)
         optimizer.step(warmup * 0.5 * (1 + math.cos(math.pi * step / config.num_steps)))
+        if average:
+            update_average(average, module, step)
         for key, number in metrics.items():
             totals[key] = totals.get(key, 0.0) + number
         if (step + 1) % config.log_every == 0:
@@ -135,6 +152,8 @@ def train_stage(
             tensors = {"step": torch.tensor(step + 1)}
             tensors |= {f"model.{k}": v.contiguous() for k, v in module.state_dict().items()}
             tensors |= {f"optimizer.{k}": v.contiguous() for k, v in optimizer.tensors().items()}
+            if average:
+                tensors |= {f"average.{k}": v.contiguous() for k, v in average.state_dict().items()}
             save_file(tensors, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
     module.eval()
