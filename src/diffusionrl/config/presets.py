@@ -57,9 +57,7 @@ def emoji_flow() -> TrainConfig:
         steps=15,
         prompts_per_step=6,
         samples_per_prompt=8,
-        sampling=SamplingConfig(
-            num_steps=8, guidance=1.0, sampler="cps", eta=0.7, batch_size=48, call=("max_sequence_length=1",)
-        ),
+        sampling=SamplingConfig(8, 1.0, "cps", 0.7, batch_size=48, call=("max_sequence_length=1",)),
         policy=PolicyConfig(lora_rank=16),
         algorithm=DDPOConfig(
             clip_range=1e-3, normalisation="group", updates_per_step=2, step_weight_power=2.0, micro_batch_size=48
