@@ -49,8 +49,8 @@ def emoji_flow() -> TrainConfig:
     """The clipped policy gradient on the embedded flow model and JPEG compressibility, minutes on two cores.
 
     Without guidance and with advantages by group the signal is far above the noise, so little is needed: 48 samples a step, as
-    6 prompts x 8, on 8 steps of coefficients-preserving sampling. Steps are weighted by the square of their fresh noise, as that
-    sampler's paper has it in effect: the grid's last step has hardly any, and its gradient would drown the others'.
+    6 prompts x 8, on 8 steps of coefficients-preserving sampling. Steps are weighted by the square of their fresh noise: the
+    grid's last step has hardly any, and its gradient would drown the others'.
     """
     return TrainConfig(
         model="emoji-flow",
