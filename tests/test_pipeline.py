@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusionrl import TrainConfig, seeds, train
 from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, OptimizerConfig, SamplingConfig
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.errors import UserError
 from diffusionrl.policies import put_export
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.sampling.rollout import denoise_step, draw_noise, sample_trajectories
@@ -43,9 +44,9 @@ def plain_call(pipeline: Any, name: str, prompt: Prompt, draw: int, **more: Any)
         return torch.as_tensor(pipeline(**call | more)[0])
 
 
-def trajectories(policy: PipelinePolicy, table: SamplerTable, prompts: list[Prompt], quiet: bool = False) -> Any:
+def trajectories(policy: PipelinePolicy, table: SamplerTable, prompts: list[Prompt]) -> Any:
     start, noise = draw_noise(policy, table, prompts, 0, "test", 0, range(len(prompts)))
-    return sample_trajectories(policy, table, prompts, start, noise * (not quiet), GUIDANCE)
+    return sample_trajectories(policy, table, prompts, start, noise, GUIDANCE)
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +70,18 @@ def test_a_pipeline_is_asked_and_answers_as_its_own_call_does(name: str) -> None
         assert torch.equal(plain.scheduler.timesteps.float(), policy.grid(STEPS).timesteps)
     # Stable Audio's scheduler is stochastic; with its draws at 0, a step of it is DDIM at eta 1.
     table = ddim(policy.grid(STEPS), 1.0) if name == "stable_audio" else ode(policy.grid(STEPS))
-    drawn = trajectories(policy, table, prompts, quiet=True)
-    ours = policy.decode(drawn.latents[:, -1], prompts)
+    start, noise = draw_noise(policy, table, prompts, 0, "test", 0, range(2))
     draws = [seeds.address(seeds.address(0, "test", 0, i), "start") for i in range(2)]
+    if name == "inpaint4":  # which noises the known part as the start was, here by the prompt's own draws
+        draws = [seeds.address(0, f"condition/{prompt.key}") for prompt in prompts]
+        start = policy.asked.start(prompts, draws, GUIDANCE, policy.device)
+    drawn = sample_trajectories(policy, table, prompts, start, 0 * noise, GUIDANCE)
+    ours = policy.decode(drawn.latents[:, -1], prompts)
     theirs = torch.cat([plain_call(plain, name, prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)])
     assert theirs.std() > 0.03, "or there is nothing to see"
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert ours.shape[1:] == policy.sample_shape and drawn.latents.shape[2:] == policy.latent_shape
-    assert torch.equal(trajectories(policy, table, prompts, quiet=True).latents, drawn.latents)
+    assert torch.equal(sample_trajectories(policy, table, prompts, start, 0 * noise, GUIDANCE).latents, drawn.latents)
     assert policy.edits == (name == "inpaint4")
     check_grid(policy)
 
@@ -188,3 +193,35 @@ def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     for key, gradient in found[0].items():
         assert gradient is not None and found[1][key] is not None
         torch.testing.assert_close(found[1][key], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["inpaint4", "inpaint9", "sd1_img2img"])
+def test_conditions_do_not_depend_on_the_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn for a condition is the prompt's, whatever samples were drawn before and beside."""
+    monkeypatch.undo()  # conditions are drawn
+    prompts, policy = prompts_for(name), policy_of(name)
+    table = cps(policy.grid(STEPS), 0.7)
+    together = trajectories(policy, table, prompts).latents
+    policy.start(prompts[1:], [13])
+    for i in range(2):
+        start, noise = draw_noise(policy, table, prompts[i : i + 1], 0, "test", 0, [i])
+        alone = sample_trajectories(policy, table, prompts[i : i + 1], start, noise, GUIDANCE).latents
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
+
+
+def test_one_step_and_other_guidance() -> None:
+    """A loop of one step is asked too; and what is kept of a prompt is kept for each way of asking."""
+    assert policy_of("sd3", steps=1).networks == ["transformer"]
+    policy, prompts = policy_of("z_image", guidance=0.0), prompts_for("z_image")
+    levels = policy.grid(STEPS).levels[torch.tensor([1, 1])]
+    x = policy.start(prompts, [0, 1])
+    for guidance in (1.0, 0.0, 1.0):
+        together = policy.denoise(x, levels, prompts, guidance)[0]
+        for i in range(2):
+            alone = policy.denoise(x[i : i + 1], levels[torch.tensor([i])], prompts[i : i + 1], guidance)[0]
+            torch.testing.assert_close(together[i], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_negative_prompt_that_nothing_takes() -> None:
+    with pytest.raises(UserError, match="has no guidance that leads away"):
+        policy_of("flux", negative_prompt="ugly")

@@ -123,6 +123,8 @@ def _prepare(
     _check_shares(config)
     pairs = load_pairs(config.pretraining)
     shape = check_model(config.model) if policy is None else policy.sample_shape
+    if policy is None and config.sampling.arguments:  # which may ask for another one
+        shape = None
     trained = policy
     if shape is None:  # which its settings do not tell
         trained = _load(config, chosen[0])

@@ -83,7 +83,7 @@ def relative(
 ) -> Tensor:
     """By name: to a prompt's recent rewards, which ``statistics`` remembers, to the whole step, or to the samples of one prompt
     in it. Returns (N,)."""
-    texts = [prompt.text for prompt in prompts]
+    keys = [prompt.key for prompt in prompts]
     if normalisation == "prompt":
-        return statistics.advantages(scores, texts)
-    return group_advantages(scores, texts) if normalisation == "group" else batch_advantages(scores)
+        return statistics.advantages(scores, keys)
+    return group_advantages(scores, keys) if normalisation == "group" else batch_advantages(scores)

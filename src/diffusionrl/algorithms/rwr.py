@@ -43,8 +43,8 @@ class RWR:
     def advantages(self, rollout: Rollout) -> Tensor:
         scores = rollout.scores
         weights = torch.zeros_like(scores.values)
-        texts = [prompt.text if self.config.normalisation == "prompt" else "" for prompt in rollout.prompts]
-        for indices in members_of(texts).values():
+        keys = [prompt.key if self.config.normalisation == "prompt" else "" for prompt in rollout.prompts]
+        for indices in members_of(keys).values():
             members = torch.tensor(indices)
             members = members[scores.valid[members]]
             if len(members):

@@ -92,7 +92,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     known = getattr(prompts, "fingerprint", None)
     if known is not None:
         return str(known)
-    said = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], sort_keys=True, default=str)
+    said = json.dumps([[prompt.key, prompt.metadata] for prompt in prompts], sort_keys=True, default=str)
     return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -239,7 +239,8 @@ def _from_json(text: str, path: Path, number: int) -> Prompt:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         found = f"has the columns {sorted(entry)}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
         raise UserError(f'{path}:{number}: no "prompt" with text in it (the line {found})')
-    return Prompt(entry.pop("prompt").strip(), entry, _media(entry, path, number))
+    media = _media(entry, path, number)
+    return Prompt(entry.pop("prompt").strip(), entry | {name: str(file) for name, file in media.items()}, media)
 
 
 def _media(entry: dict[str, Any], path: Path, number: int) -> dict[str, Any]:

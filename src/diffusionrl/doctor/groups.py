@@ -19,7 +19,7 @@ def check_groups(trainer: Trainer) -> Finding:
             return Finding("pass", "groups", f"{size}, each sample relative to all of the step")
         return Finding("fail", "groups", f"{size}: nothing to compare a sample with", "raise samples_per_prompt")
     steps = max(1, min(config.steps, _MAX_DRAWS // config.prompts_per_step))
-    drawn = [Counter(prompt.text for prompt in trainer.tasks[0].prompts_of(step)) for step in range(1, steps + 1)]
+    drawn = [Counter(prompt.key for prompt in trainer.tasks[0].prompts_of(step)) for step in range(1, steps + 1)]
     min_count = getattr(config.algorithm, "min_count", None) if normalisation == "prompt" else None
     if min_count is not None:
         return _remembered(drawn, min_count, size)

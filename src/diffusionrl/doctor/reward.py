@@ -73,7 +73,7 @@ def check_variation(trainer: Trainer, rollout: Rollout) -> Finding:
     flat = [name for name, part in parts.items() if _alike(part)]
     if flat:
         return _flat(trainer, rollout, flat[0])
-    groups = [group for group in members_of([prompt.text for prompt in rollout.prompts]).values() if len(group) > 1]
+    groups = [group for group in members_of([prompt.key for prompt in rollout.prompts]).values() if len(group) > 1]
     values = rollout.scores.values
     if groups and not _shared(trainer) and all(_alike(values[group]) for group in groups):
         remedy = "choose a reward that looks at the image; samples of one prompt are what a policy learns from"

@@ -90,11 +90,12 @@ def find_lora(path: Path) -> Path:
     return file
 
 
-def load_lora(pipeline: Any, file: Path, name: str) -> None:
+def load_lora(pipeline: Any, file: Path, name: str, networks: Sequence[str] | None = None) -> None:
     """A LoRA file, under diffusers', peft's or kohya's names, as the adapter "default".
 
     Args:
         name: of the model, for errors.
+        networks: parts of the pipeline that it may be for; None: any.
 
     Raises:
         UserError: the pipeline loads none, the file is of another model, or a part of it matches nothing.
@@ -107,8 +108,14 @@ def load_lora(pipeline: Any, file: Path, name: str) -> None:
         pipeline.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True, adapter_name="default")
     except Exception as error:  # diffusers and peft raise whatever they come across in a file that is no LoRA of this model
         raise UserError(f"the LoRA of {name} could not be loaded: {type(error).__name__}: {error}") from error
-    networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    loaded = sum(len(lora_layers(network)) for network in networks)
+    parts = {key: part for key, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    layers = {key: len(lora_layers(part)) for key, part in parts.items()}
+    loaded = sum(layers.values())
+    others = [key for key, count in layers.items() if count and networks is not None and key not in networks]
+    if others:
+        raise UserError(
+            f"{file} is for {', '.join(others)} too, and only {', '.join(networks or ())} is trained: take these layers out"
+        )
     if loaded < len(keys) or not keys:
         raise UserError(
             f"{file} holds {len(keys)} layers, and {loaded} of them are of {name}: is it a LoRA of another model? It begins "

@@ -68,6 +68,8 @@ class AskedPipeline:
                 f"{type(pipeline).__name__} takes no {', '.join(unknown)} (sampling.call, height, width, num_frames); it takes "
                 f"{', '.join(name for name in self.parameters if name not in ('self', 'kwargs'))}"
             )
+        if negative_prompt is not None and ("negative_prompt" not in self.parameters or self._embeds_guidance):
+            raise UserError(f"sampling.negative_prompt: {type(pipeline).__name__} has no guidance that leads away from one")
         self.count_argument = next((name for name in _COUNTS if name in self.parameters), None)
         pipeline.set_progress_bar_config(disable=True)
         self.native = pipeline.scheduler
@@ -78,7 +80,7 @@ class AskedPipeline:
         self._x: Tensor | None = None
         self._rows: list[Prompt] = []
         self._ordinal = 0
-        self._until_prepared = False
+        self._until_prepared = self._remembering = self._encoding = False
         self._generators: list[tuple[torch.Generator, int]] = []
         self._started: Any = None
         self._kept: dict[str, dict[Any, Any]] = {}
@@ -109,6 +111,8 @@ class AskedPipeline:
         count = next((name for name in _COUNTS if name in parameters), None)
 
         def encode(*given: Any, **named: Any) -> Any:
+            if self._encoding:  # one encoder calls the other: what the outer one gives is kept
+                return native(*given, **named)
             bound = inspect.signature(native).bind(*given, **named)
             arguments = bound.arguments
             rows = self._rows if self.lists or (count and arguments.get(count, 1) > 1) else self._rows[:1]
@@ -125,21 +129,28 @@ class AskedPipeline:
                 key = ("encode", native.__name__, ordinal, said, texts)
                 kept = self._kept.setdefault(prompt.key, {})
                 if key not in kept:
-                    with torch.no_grad():
-                        kept[key] = native(**own)
+                    kept[key] = self._encode(native, **own)
                 singles.append(kept[key])
             return self._together(
-                ("encode", native.__name__, ordinal, said, self.lists), singles, lambda: native(*given, **named)
+                ("encode", native.__name__, ordinal, said, self.lists), singles, lambda: self._encode(native, *given, **named)
             )
 
         return encode
 
+    def _encode(self, native: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        self._encoding = True
+        try:
+            with torch.no_grad():
+                return native(*given, **named)
+        finally:
+            self._encoding = False
+
     def _prepared(self, *given: Any, **named: Any) -> Any:
         if self._x is None:  # they are wanted as the pipeline makes them
             made = self._prepare(*given, **named)
-            if len(self._rows) == 1:
+            if self._remembering:  # by the prompt's own draws, whatever samples draw
                 self._kept.setdefault(self._rows[0].key, {})["prepared"] = made
-            self._started = made
+            self._started, self.listener.prepared = made, True
             if self._until_prepared:
                 raise Enough
             return made
@@ -188,18 +199,24 @@ class AskedPipeline:
         return None
 
     @property
+    def _embeds_guidance(self) -> bool:
+        configs = [getattr(part, "config", None) for part in self.pipeline.components.values()]
+        return any(getattr(config, "guidance_embeds", False) for config in configs)
+
+    @property
+    def given_negative_prompt(self) -> str | None:
+        """What is handed over: with ``true_cfg_scale`` there is no guidance without one."""
+        return self.negative_prompt or (" " if self.guidance_argument == "true_cfg_scale" else None)
+
+    @property
     def guidance_argument(self) -> str | None:
         """What takes the guidance: ``true_cfg_scale`` where a pipeline has that and its network takes no embedded one."""
-        configs = [getattr(part, "config", None) for part in self.pipeline.components.values()]
-        embedded = any(getattr(config, "guidance_embeds", False) for config in configs)
-        names = ("guidance_scale",) if embedded else ("true_cfg_scale", "guidance_scale")
+        names = ("guidance_scale",) if self._embeds_guidance else ("true_cfg_scale", "guidance_scale")
         return next((name for name in names if name in self.parameters), None)
 
     def _guided(self, guidance: float, count: int) -> dict[str, Any]:
         """Guidance as this pipeline takes it: embedded, or classifier-free."""
-        argument, negative = self.guidance_argument, self.negative_prompt
-        if argument == "true_cfg_scale":
-            negative = negative or " "  # without one there is no guidance
+        argument, negative = self.guidance_argument, self.given_negative_prompt
         given: dict[str, Any] = {} if argument is None else {argument: guidance}
         if negative is not None and "negative_prompt" in self.parameters:
             given["negative_prompt"] = [negative] * count if self.lists else negative
@@ -214,9 +231,9 @@ class AskedPipeline:
         finally:
             listener.offer, listener.answers, self._x = None, [], None
 
-    def _in_calls(self, prompts: Sequence[Prompt], ask: Callable[[Tensor], Tensor]) -> Tensor:
+    def _in_calls(self, prompts: Sequence[Prompt], ask: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
         """What is asked of all rows, in as few calls as the pipeline takes; ``ask`` is given rows, (B,)."""
-        rows = torch.arange(len(prompts))
+        rows = torch.arange(len(prompts), device=device)
         if len(prompts) == 1:
             self.lists = "lists" in self.ways or not self.ways
             return ask(rows)
@@ -230,7 +247,7 @@ class AskedPipeline:
         groups: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
             groups.setdefault(prompt.key if "counts" in self.ways else str(row), []).append(row)
-        answers = torch.cat([ask(torch.tensor(group)) for group in groups.values()])
+        answers = torch.cat([ask(torch.tensor(group, device=device)) for group in groups.values()])
         return answers[torch.tensor([row for group in groups.values() for row in group]).argsort().to(answers.device)]
 
     # The questions
@@ -265,12 +282,12 @@ class AskedPipeline:
         columns = (grid.timesteps, grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
         return Grid(*(column[last] for column in columns)), first, called
 
-    def start(self, prompts: Sequence[Prompt], draws: Sequence[int], guidance: float) -> Tensor:
+    def start(self, prompts: Sequence[Prompt], draws: Sequence[int], guidance: float, device: torch.device) -> Tensor:
         """The first latents, as the pipeline makes them, (B, ...); ``draws`` are a seed for each."""
         self.remember(prompts, guidance)
-        return self._in_calls(prompts, lambda rows: self._start(_of(prompts, rows), _of(draws, rows), guidance))
+        return self._in_calls(prompts, lambda rows: self._start(_of(prompts, rows), _of(draws, rows), guidance), device)
 
-    def _start(self, prompts: Sequence[Prompt], draws: Sequence[int], guidance: float) -> Tensor:
+    def _start(self, prompts: Sequence[Prompt], draws: Sequence[int] | None, guidance: float) -> Tensor:
         self._until_prepared = True
         try:
             with self._asking(None, None), torch.no_grad():
@@ -288,8 +305,11 @@ class AskedPipeline:
                     kind = type(self.pipeline).__name__
                     raise UserError(f"{kind} takes no {name}, which the prompt {prompt.text!r} names")
             if "prepared" not in self._kept.get(prompt.key, {}):
-                self.lists = "lists" in self.ways or not self.ways
-                self._start([prompt], [0], guidance)
+                self.lists, self._remembering = "lists" in self.ways or not self.ways, True
+                try:
+                    self._start([prompt], None, guidance)
+                finally:
+                    self._remembering = False
             self._kept[prompt.key] = self._kept.pop(prompt.key)  # as the newest
         keep_newest(self._kept, max(REMEMBERED, len(prompts)))
 
@@ -301,12 +321,12 @@ class AskedPipeline:
         """
 
         def ask(rows: Tensor) -> Tensor:
-            with self._asking(self._offer([levels[rows]], repeats), x[rows]) as heard:
+            with self._asking(self._offer([levels[rows]], x.device, repeats), x[rows]) as heard:
                 self._call(_of(prompts, rows), guidance)
             return heard[0].output
 
         self.remember(prompts, guidance)
-        return self._in_calls(prompts, ask)
+        return self._in_calls(prompts, ask, x.device)
 
     def after(
         self,
@@ -321,33 +341,36 @@ class AskedPipeline:
         loop ends with. All rows are at one level."""
 
         def ask(rows: Tensor) -> Tensor:
-            offer = self._offer([each[rows] for each in (levels, following) if each is not None])
+            offer = self._offer([each[rows] for each in (levels, following) if each is not None], x.device)
             with self._asking(offer, x[rows], [y[rows]]) as heard, torch.no_grad():
                 ended = self._call(_of(prompts, rows), guidance)
             return ended if following is None else heard[1].sample
 
         self.remember(prompts, guidance)
-        return self._in_calls(prompts, ask)
+        return self._in_calls(prompts, ask, x.device)
 
     def decode(self, latents: Tensor, prompts: Sequence[Prompt], guidance: float) -> Tensor:
         """Samples of latents, with gradient where there is one."""
 
         def ask(rows: Tensor) -> Tensor:
-            with self._asking(Offer(torch.empty(0), torch.zeros(1)), latents[rows]):
+            with self._asking(
+                Offer(torch.empty(0, device=latents.device), torch.zeros(1, device=latents.device)), latents[rows]
+            ):
                 return torch.as_tensor(self._call(_of(prompts, rows), guidance, "pt"))
 
         self.remember(prompts, guidance)
-        return self._in_calls(prompts, ask)
+        return self._in_calls(prompts, ask, latents.device)
 
-    def _offer(self, levels: Sequence[NoiseLevels], repeats: int = 1) -> Offer:
+    def _offer(self, levels: Sequence[NoiseLevels], device: torch.device, repeats: int = 1) -> Offer:
         times, sigmas = [], []
         for each in levels:
             alike = bool((each.timesteps == each.timesteps[0]).all())
             sigma = self.listener.schedule.native_sigma(each.alpha, each.sigma)
             times.append(each.timesteps[0] if alike else each.timesteps.repeat(repeats))
             sigmas.append(sigma[0] if alike else sigma.repeat(repeats))
-        stacked = torch.stack(sigmas)
-        return Offer(torch.stack(times).to(self.native.timesteps.dtype), torch.cat([stacked, torch.zeros_like(stacked[:1])]))
+        stacked = torch.stack(sigmas).to(device)
+        offered = torch.stack(times).to(device, self.native.timesteps.dtype)
+        return Offer(offered, torch.cat([stacked, torch.zeros_like(stacked[:1])]))
 
 
 def _of(values: Sequence[Any], rows: Tensor) -> list[Any]:

@@ -46,11 +46,24 @@ class Listener:
         heard: what the steps were handed.
         grid: the native one, as it was last made.
         on_step: called after each step of a run through.
+        prepared: whether the latents of a run through have been made, so that the loop is next.
     """
 
     order = 1
     init_noise_sigma = 1.0  # latents are kept at unit scale
-    _OWN = ("native", "schedule", "offer", "answers", "heard", "grid", "on_step", "timesteps", "sigmas", "num_inference_steps")
+    _OWN = (
+        "native",
+        "schedule",
+        "offer",
+        "answers",
+        "heard",
+        "grid",
+        "on_step",
+        "prepared",
+        "timesteps",
+        "sigmas",
+        "num_inference_steps",
+    )
 
     def __init__(self, native: Any) -> None:
         self.native, self.schedule = native, Schedule(native)
@@ -59,6 +72,7 @@ class Listener:
         self.heard: list[Heard] = []
         self.grid: Grid | None = None
         self.on_step: Callable[[], None] | None = None
+        self.prepared = False
         self.timesteps: Any = None
         self.sigmas: Any = None
 
@@ -127,13 +141,15 @@ def networks_run_once(components: Mapping[str, Any], listener: Listener) -> Iter
     networks = {name: part for name, part in components.items() if isinstance(part, torch.nn.Module)}
     recorded: dict[str, list[Any]] = {name: [] for name in networks}
     called: list[str] = []
+    early: list[str] = []  # of the first step, for loops of one
     turn: dict[str, int] = {}
     own: dict[str, Any] = {name: network.__dict__.get("forward") for name, network in networks.items()}
 
     def replaying(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any, **named: Any) -> Any:
-            if listener.heard and name not in called:
-                called.append(name)
+            noted = called if listener.heard else early if listener.prepared else []
+            if name not in noted:
+                noted.append(name)
             index = turn[name] = turn.get(name, -1) + 1
             if listener.heard and index < len(recorded[name]):
                 return recorded[name][index]
@@ -147,8 +163,9 @@ def networks_run_once(components: Mapping[str, Any], listener: Listener) -> Iter
     try:
         for name, network in networks.items():
             network.forward = replaying(name, network.forward)
-        listener.on_step = turn.clear
+        listener.on_step, listener.prepared = turn.clear, False
         yield called
+        called.extend([] if called else early)
     finally:
         listener.on_step = None
         for name, network in networks.items():

@@ -106,7 +106,7 @@ class PipelinePolicy:
         if lora is None:
             self._adapted = self._adapt(lora_rank, lora_targets, seed)
         else:
-            load_lora(pipeline, find_lora(lora), source)
+            load_lora(pipeline, find_lora(lora), source, self.networks)
             self._adapted = [layer for network in self._parts().values() for layer in take_lora(network).values()]
         if gradient_checkpointing:
             for network in self._parts().values():
@@ -152,6 +152,8 @@ class PipelinePolicy:
                 found = asked.denoise(x, levels[torch.tensor([0, 0])], prompts, self._guidance)
                 if self._close(found, expected):
                     working.append(way)
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # a pipeline that cannot take them raises whatever it does
                 continue
         asked.ways = tuple(working)
@@ -179,6 +181,8 @@ class PipelinePolicy:
             for repeats in (1, 2, 3) if self.asked.ways and len(levels) > 1 else ():
                 try:
                     found = self.asked.denoise(x, two, prompts, guidance, repeats)
+                except torch.OutOfMemoryError:
+                    raise
                 except Exception:  # a pipeline that takes one time alone raises whatever it does
                     continue
                 if self._close(found, expected):
@@ -263,6 +267,8 @@ class PipelinePolicy:
             "networks": self.networks,
             "format": "full" if not self._adapted else "lora" if loads_files else "peft",
             "guidance": self.asked.guidance_argument,
+            "negative_prompt": self.asked.given_negative_prompt,
+            "calls": list(self.asked.ways),
             "arguments": self.asked.arguments,
             "distilled": distillation(self.pipeline, self.source),
             "makes": {2: "sound", 3: "image", 4: "video"}[len(self.sample_shape)],
@@ -285,7 +291,7 @@ class PipelinePolicy:
 
     def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
         draws = [seeds.address(each, "start") for each in addresses]
-        return self.asked.start(prompts, draws, self._guidance).float()
+        return self.asked.start(prompts, draws, self._guidance, self.device).float()
 
     def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> tuple[Tensor, Tensor]:
         output = self._at_their_times(

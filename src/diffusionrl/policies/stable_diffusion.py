@@ -91,7 +91,7 @@ class StableDiffusionPolicy:
         self.unet.to(dtype=dtype, memory_format=self.memory_format)
         self._adapted: dict[str, LoraLayer] = {}
         if lora is not None:
-            load_lora(pipeline, find_lora(lora), source)
+            load_lora(pipeline, find_lora(lora), source, ["unet"])
             self._adapted = take_lora(self.unet)
         elif lora_rank is not None:
             self._adapted = add_lora(self.unet, lora_rank, list(find_targets(self.unet, lora_targets)), seed)
@@ -141,6 +141,7 @@ class StableDiffusionPolicy:
             warnings.warn(f"the model reads {limit} of the {length} tokens of the prompt {prompt!r}", stacklevel=3)
 
     def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> tuple[Tensor, Tensor]:
+        _refuse_media(prompts)
         embeddings, timestep = self.embed([prompt.text for prompt in prompts]), levels.timesteps.to(x.device)
         if guidance == 1.0:
             output = self._network(x, timestep, embeddings)
@@ -249,6 +250,12 @@ class StableDiffusionPolicy:
         scale = next(iter(self._adapted.values())).scaling["default"]  # alpha over rank; kohya's alphas are set to the ranks
         renamed |= {name: scale * alpha for name, alpha in renamed.items() if name.endswith(".alpha")}
         save_file(renamed, folder / "comfyui.safetensors")
+
+
+def _refuse_media(prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if prompt.media:
+            raise UserError(f"this model takes no {', '.join(prompt.media)}, which the prompt {prompt.text!r} names")
 
 
 def check_pipeline_folder(folder: Path) -> tuple[int, ...]:

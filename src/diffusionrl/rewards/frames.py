@@ -22,7 +22,9 @@ class OnFrames:
         self.reward, self.name, self.count = reward, name, count
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["reward"], name)
+        if "reward" not in self.__dict__:  # half made, by a copy
+            raise AttributeError(name)
+        return getattr(self.reward, name)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Any:
         if images.ndim == 3:

@@ -35,7 +35,11 @@ def loading_lines(config: Mapping[str, Any], about: Mapping[str, Any], base: str
         prompt: likewise.
     """
     sampling, kind = config.get("sampling") or {}, about.get("pipeline")
-    given = [f"num_inference_steps={sampling.get('num_steps')}", f"{about.get('guidance')}={_number(sampling.get('guidance'))}"]
+    given = [f"num_inference_steps={sampling.get('num_steps')}"]
+    if about.get("guidance") is not None:
+        given.append(f"{about['guidance']}={_number(sampling.get('guidance'))}")
+    if about.get("negative_prompt") is not None:
+        given.append(f"negative_prompt={about['negative_prompt']!r}")
     if sampling.get("sampler") == "ddim" and kind == "StableDiffusionPipeline":
         given.append(f"eta={_number(sampling.get('eta'))}")
     given += [f"{name}={value!r}" for name, value in (about.get("arguments") or {}).items()]

@@ -152,7 +152,7 @@ class Monitor:
             images = rollout.images if rollout.images.ndim == 4 else rollout.images[:, rollout.images.shape[1] // 2]
             with torch.no_grad():
                 embeddings = torch.cat([self.embed(images[part]) for part in chunks(len(images), sampling.batch_size)])
-            measures |= diversity(embeddings, [prompt.text for prompt in rollout.prompts])
+            measures |= diversity(embeddings, [prompt.key for prompt in rollout.prompts])
         if self.has_reference:
             measures |= distance_from_reference(self.policy, rollout, sampling.guidance, sampling.batch_size)
         return {f"eval/{name}": value for name, value in measures.items()}

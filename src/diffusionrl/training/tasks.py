@@ -69,7 +69,7 @@ class Task:
     def metrics(self, rollout: Rollout, advantages: Tensor) -> dict[str, float]:
         """What a step's samples scored, and what that gave."""
         scores = rollout.scores.values[rollout.scores.valid]
-        groups = members_of([prompt.text for prompt in rollout.prompts]).values()
+        groups = members_of([prompt.key for prompt in rollout.prompts]).values()
         parts = rollout.scores.parts
         means = {f"reward/{name}": part.nanmean().item() for name, part in parts.items()} if len(parts) > 1 else {}
         return {
