@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from diffusionrl import seeds
+from diffusionrl import devices, seeds
 from diffusionrl.algorithms import DDPO
 from diffusionrl.config import DDPOConfig, SamplingConfig
 from diffusionrl.data.prompts import load_prompts
 from diffusionrl.policies import load_policy
-from diffusionrl.runs.folder import peak_memory_gb
 from diffusionrl.sampling.rollout import collect
 from diffusionrl.training.optimization import accumulate_gradient
 
@@ -81,7 +80,7 @@ def main(config: Config) -> None:
         "sampling_seconds": min(sampling for sampling, _ in times),
         "update_seconds": min(update for _, update in times),
         "step_seconds": min(sampling + update for sampling, update in times),
-        "peak_memory_gb": peak_memory_gb(policy.device),
+        "peak_memory_gb": devices.peak_bytes(policy.device) / 1e9,
     }
     print(json.dumps(dataclasses.asdict(config) | result))
 

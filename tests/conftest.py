@@ -3,10 +3,13 @@
 Where it runs on several processes, every weight costs time, and where it runs on one, every layer.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_pipelines as tiny
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -104,3 +107,27 @@ def make_policy(load_tiny: Callable[..., StableDiffusionPipeline]) -> Callable[.
         return policy
 
     return make
+
+
+LOUDNESS = """
+def loudness(sounds, prompts, metadata):
+    assert sounds.ndim == 3 and all(each["sampling_rate"] == 4 for each in metadata)
+    return sounds.square().mean((1, 2)).sqrt()
+"""
+
+
+@pytest.fixture
+def model(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A saved pipeline, a file of prompts beside it, and a reward for sound; the working directory."""
+    monkeypatch.chdir(tmp_path)
+    tiny.build(request.param).save_pretrained(tmp_path / "model")
+    media = tiny.examples(request.param)
+    lines = []
+    for text, images in zip(("a cat", "a dog"), media, strict=True):
+        named = {key: f"{text[2:]}_{key}.png" for key in images}
+        for key, image in images.items():
+            image.save(tmp_path / named[key])
+        lines.append(json.dumps({"prompt": text, **named}) + "\n")
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    (tmp_path / "sounds.py").write_text(LOUDNESS)
+    return tmp_path / "model"

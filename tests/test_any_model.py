@@ -13,54 +13,18 @@ from diffusionrl.cli import main
 from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
 
-QUICK = [
-    *("--sampling.num-steps", "2", "--sampling.guidance", "2", "--sampling.sampler", "cps", "--sampling.eta", "0.7"),
-    *("--sampling.batch-size", "2"),
-]
 TRAINED = [
     *("--steps", "1", "--prompts-per-step", "2", "--samples-per-prompt", "2", "--evaluation.num-samples", "2"),
     *("--algorithm.updates-per-step", "1", "--algorithm.train-fraction", "1", "--algorithm.normalisation", "group"),
     *("--algorithm.clip-range", "0.1", "--evaluation.embeddings.model", "none"),
 ]
-LOUDNESS = """
-def loudness(sounds, prompts, metadata):
-    assert sounds.ndim == 3 and all(each["sampling_rate"] == 4 for each in metadata)
-    return sounds.square().mean((1, 2)).sqrt()
-"""
-
-
-def options_of(name: str) -> list[str]:
-    sizes, others = [], []
-    for key, value in tiny.call_of(name).items():
-        if key in ("height", "width", "num_frames"):
-            sizes += [f"--sampling.{key.replace('_', '-')}", str(value)]
-        else:
-            others.append(f"{key}={json.dumps(value)}")
-    return [*sizes, *(["--sampling.call", *others] if others else [])]
-
-
-@pytest.fixture
-def model(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A saved pipeline, a file of prompts beside it, and a reward for sound; the working directory."""
-    monkeypatch.chdir(tmp_path)
-    tiny.build(request.param).save_pretrained(tmp_path / "model")
-    media = tiny.examples(request.param)
-    lines = []
-    for text, images in zip(("a cat", "a dog"), media, strict=True):
-        named = {key: f"{text[2:]}_{key}.png" for key in images}
-        for key, image in images.items():
-            image.save(tmp_path / named[key])
-        lines.append(json.dumps({"prompt": text, **named}) + "\n")
-    (tmp_path / "prompts.jsonl").write_text("".join(lines))
-    (tmp_path / "sounds.py").write_text(LOUDNESS)
-    return tmp_path / "model"
 
 
 @pytest.mark.parametrize("model", ["sdxl", "sd3", "flux", "flux_kontext", "wan", "stable_audio"], indirect=True)
 def test_train_sample_and_evaluate(model: Path, request: Any, capsys: pytest.CaptureFixture[str]) -> None:
     name = request.node.callspec.params["model"]
     reward = "sounds:loudness" if name == "stable_audio" else "compressibility"
-    chosen = ["--model", str(model), *QUICK, *options_of(name)]
+    chosen = ["--model", str(model), *tiny.QUICK, *tiny.options_of(name)]
     asked = ["--prompts", "prompts.jsonl", "--reward", reward]
     assert main(["train", *chosen, *asked, *TRAINED, "--run-dir", "run"]) == 0, capsys.readouterr().err
     metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -90,8 +54,8 @@ def test_the_doctor_finds_them_healthy(model: Path, request: Any, capsys: pytest
     chosen = [
         "--model",
         str(model),
-        *QUICK,
-        *options_of(name),
+        *tiny.QUICK,
+        *tiny.options_of(name),
         "--prompts",
         "prompts.jsonl",
         "--optimizer.learning-rate",
@@ -108,7 +72,7 @@ def test_the_doctor_finds_them_healthy(model: Path, request: Any, capsys: pytest
 
 @pytest.mark.parametrize("model", ["stable_audio"], indirect=True)
 def test_a_reward_for_images_on_sound(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = ["--model", str(model), *QUICK, *options_of("stable_audio"), "--prompts", "prompts.jsonl"]
+    chosen = ["--model", str(model), *tiny.QUICK, *tiny.options_of("stable_audio"), "--prompts", "prompts.jsonl"]
     assert main(["train", *chosen, *TRAINED, "--run-dir", "run"]) == 2
     assert "compressibility scores images, and the model makes sound" in capsys.readouterr().err
     assert not Path("run").exists()
@@ -128,8 +92,8 @@ def test_a_reward_for_images_on_sound(model: Path, capsys: pytest.CaptureFixture
     ],
 )
 def test_what_a_model_does_not_take(model: Path, given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = ["--model", str(model), *QUICK, *TRAINED, "--prompts", "prompts.jsonl", "--run-dir", "run"]
-    sizes = [] if given[0].startswith("--sampling") else options_of("flux")
+    chosen = ["--model", str(model), *tiny.QUICK, *TRAINED, "--prompts", "prompts.jsonl", "--run-dir", "run"]
+    sizes = [] if given[0].startswith("--sampling") else tiny.options_of("flux")
     try:
         code = main(["train", *chosen, *sizes, *given])
     except SystemExit as error:  # tyro's, of a value out of range
@@ -143,8 +107,8 @@ def test_an_image_that_is_missing_or_broken(model: Path, capsys: pytest.CaptureF
     chosen = [
         "--model",
         str(model),
-        *QUICK,
-        *options_of("flux_kontext"),
+        *tiny.QUICK,
+        *tiny.options_of("flux_kontext"),
         *TRAINED,
         "--prompts",
         "prompts.jsonl",

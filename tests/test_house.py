@@ -27,7 +27,9 @@ ROOMS = [
     {"config"},
     {"emoji"},
     {"processes"},
-    {"errors", "interruption", "seeds", "transitions"},
+    {"interruption", "seeds", "transitions"},
+    {"devices"},
+    {"errors"},
 ]
 
 

@@ -4,6 +4,7 @@ Configurations follow the ones that diffusers tests its pipelines with. ``build(
 arguments, ``EXAMPLES`` the media of those that take some.
 """
 
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -730,3 +731,21 @@ def call_of(name: str) -> dict[str, Any]:
 
 
 NAMES = list(_BUILDERS)
+
+
+# For the command line
+
+QUICK = [
+    *("--sampling.num-steps", "2", "--sampling.guidance", "2", "--sampling.sampler", "cps", "--sampling.eta", "0.7"),
+    *("--sampling.batch-size", "2"),
+]
+
+
+def options_of(name: str) -> list[str]:
+    sizes, others = [], []
+    for key, value in call_of(name).items():
+        if key in ("height", "width", "num_frames"):
+            sizes += [f"--sampling.{key.replace('_', '-')}", str(value)]
+        else:
+            others.append(f"{key}={json.dumps(value)}")
+    return [*sizes, *(["--sampling.call", *others] if others else [])]

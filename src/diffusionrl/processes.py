@@ -23,7 +23,7 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diffusionrl import interruption
+from diffusionrl import devices, interruption
 from diffusionrl.errors import RunStopped, UserError
 
 PATIENCE = 600.0  # seconds for which a process waits for the others, beside what a reward may take
@@ -54,12 +54,11 @@ def start(device: str, reward_timeout: float) -> None:
     """Join the processes that a launcher has started; nothing without one.
 
     Args:
-        device: "auto", "cpu" or "cuda"; each process of a machine takes a GPU of its own.
+        device: see ``devices.choose``; each process of a machine takes a GPU of its own.
         reward_timeout: seconds for which the others may be waiting for a reward.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        cpu = device == "cpu" or not torch.cuda.is_available()
-        PartialState(cpu=cpu, timeout=timedelta(seconds=reward_timeout + PATIENCE))
+        PartialState(cpu=devices.choose(device) == "cpu", timeout=timedelta(seconds=reward_timeout + PATIENCE))
 
 
 def count() -> int:

@@ -1,4 +1,4 @@
-"""Paths, time grids, sampler tables, Gaussian densities. Pure functions on tensors; nothing of the project is imported.
+"""Paths, time grids, sampler tables, Gaussian densities. Pure functions on tensors; of the project, devices are all they know.
 
 A noisy sample is ``x = alpha * x0 + sigma * noise``. Every sampler goes from one time to the next by keeping the signal and
 splitting the noise into a part that is kept and a part that is fresh::
@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffusionrl.devices import in_double
+
 Reduction = Literal["mean", "sum"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
@@ -36,9 +38,10 @@ class NoiseLevels:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def __getitem__(self, rows: Tensor) -> "NoiseLevels":
+    def __getitem__(self, rows: Tensor | slice) -> "NoiseLevels":
         """Those of some rows, on the rows' device."""
-        return NoiseLevels(*(column.to(rows.device)[rows] for column in (self.timesteps, self.alpha, self.sigma)))
+        columns = (self.timesteps, self.alpha, self.sigma)
+        return NoiseLevels(*(column[rows] if isinstance(rows, slice) else column.to(rows.device)[rows] for column in columns))
 
     def shaped(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma), where ``like`` is, and shaped to broadcast over it."""
@@ -263,7 +266,7 @@ def to_x0_and_noise(kind: Prediction, output: Tensor, x: Tensor, alpha: Tensor, 
 
 def _reduce(values: Tensor, reduction: Reduction) -> Tensor:
     """In double precision where the device has it: of many dimensions, float32 sums lose what a ratio is made of."""
-    flat = values.flatten(1) if values.device.type == "mps" else values.flatten(1).double()
+    flat = in_double(values.flatten(1))
     return (flat.mean(1) if reduction == "mean" else flat.sum(1)).float()
 
 

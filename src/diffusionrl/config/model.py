@@ -101,8 +101,8 @@ class PolicyConfig:
     """Decode a sample tile by tile, which may show where they meet."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network. Latents, log-probabilities and trained weights are float32 always."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto" takes a GPU if there is one."""
+    device: str = "auto"
+    """cuda, mps or cpu; "auto" takes the first of them that is here."""
 
     def __post_init__(self) -> None:
         require(self.lora_rank >= 1, f"policy.lora_rank must be at least 1, not {self.lora_rank}")

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from diffusionrl import devices
+
 _POLL = 0.002  # seconds
 _PATIENCE = 4.0  # seconds for the larger of the two sizes
 _SHARE = 0.5  # of the free memory that the larger size may be expected to take
@@ -38,8 +40,9 @@ class Cost:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Held by this process: on the GPU if the policy is on one, else in memory."""
-    return torch.cuda.memory_reserved(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+    """Held by this process, in the memory that the device counts, or else in the process's."""
+    backend = devices.own_memory(device)
+    return int(backend.memory_reserved(device) if backend else psutil.Process().memory_info().rss)
 
 
 def _give_back() -> None:
@@ -50,8 +53,9 @@ def _give_back() -> None:
 
 def limit_bytes(device: torch.device) -> int:
     """What this process may come to hold: what it holds, and what is free. A container's limit counts (cgroup v2)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + used_bytes(device)
+    backend = devices.own_memory(device)
+    if backend:
+        return int(backend.mem_get_info(device)[0]) + used_bytes(device)
     free = psutil.virtual_memory().available
     limit = _CGROUP / "memory.max"
     if limit.is_file() and (said := limit.read_text().strip()) != "max":
@@ -67,12 +71,13 @@ class Peak(threading.Thread):
     def __init__(self, device: torch.device) -> None:
         super().__init__(daemon=True)
         self.device, self.bytes, self.seconds = device, 0, 0.0
+        self._backend = devices.own_memory(device)
         self._over = threading.Event()
 
     def __enter__(self) -> "Peak":
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if self._backend:
+            self._backend.empty_cache()
+            self._backend.reset_peak_memory_stats(self.device)
         else:
             _give_back()
             self.start()
@@ -80,11 +85,11 @@ class Peak(threading.Thread):
         return self
 
     def __exit__(self, *reason: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.bytes = torch.cuda.max_memory_reserved(self.device)
+        if self._backend:
+            self._backend.synchronize(self.device)
+            self.bytes = self._backend.max_memory_reserved(self.device)
         self.seconds = time.perf_counter() - self._began
-        if self.device.type != "cuda":
+        if not self._backend:
             self._over.set()
             self.join()
 

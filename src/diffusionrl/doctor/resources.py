@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
+from diffusionrl.devices import own_memory
 from diffusionrl.doctor.costs import Cost, limit_bytes, measure
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.doctor.reward import ask
@@ -126,7 +127,7 @@ def check_memory(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: 
 
     peaks = {"sampling": sampling(batch), "an evaluation": evaluation(batch), "updates": update(micro)}
     need, when = max((peak, when) for when, peak in peaks.items())
-    where = "the GPU" if device.type == "cuda" else "memory"
+    where = "the GPU" if own_memory(device) else "memory"
     told = f"{need / 1e9:.2f} GB at the peak, {when}; {limit / 1e9:.1f} GB of {where}"
     if need <= _FULL * limit:
         return Finding("pass", "memory", told)
@@ -171,13 +172,13 @@ def _kept_evaluation(trainer: Trainer, rollout: Rollout) -> int:
 
 def _bytes_of(trainer: Trainer, rollout: Rollout, tensors: int) -> int:
     """Of a sample whose tensors are on the policy's device; its image is always in memory."""
-    return tensors + (rollout.images[0].nbytes if trainer.policy.device.type == "cpu" else 0)
+    return tensors + (rollout.images[0].nbytes if own_memory(trainer.policy.device) is None else 0)
 
 
 def _weights(trainer: Trainer) -> int:
     """AdamW's moments and, in memory, the copies for checkpoints."""
     weights = sum(parameter.nbytes for parameter in trainer.state.optimization.parameters.values())
-    return weights * (2 + (6 if trainer.policy.device.type == "cpu" else 0))
+    return weights * (2 + (6 if own_memory(trainer.policy.device) is None else 0))
 
 
 # Time

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
+from diffusionrl.devices import in_double
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
 from diffusionrl.runs.alarms import ratio_tolerance
@@ -33,7 +34,7 @@ def check_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages: T
 
     def note(*_: object) -> None:
         square = {
-            name: p.grad.double().square().mean().item() for name, p in optimization.parameters.items() if p.grad is not None
+            name: in_double(p.grad).square().mean().item() for name, p in optimization.parameters.items() if p.grad is not None
         }
         gradients.append({name: math.sqrt(square.get(name, 0.0)) for name in optimization.parameters})
 

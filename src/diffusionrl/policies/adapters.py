@@ -72,13 +72,13 @@ def add_lora(network: Any, rank: int, targets: Sequence[str], seed: int, purpose
             network.add_adapter(config)
         else:
             inject_adapter_in_model(config, network)
-    layers = lora_layers(network)
-    for index, layer in enumerate(layers.values()):
-        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        drawn = torch.empty(down.shape).normal_(std=1 / rank, generator=seeds.torch_generator(seed, purpose, index))
-        down.data, up.data = drawn.to(down.device), torch.zeros(up.shape, device=up.device)
-        for weight in (down, up):
-            weight.requires_grad_(True)
+    layers = take_lora(network)
+    with torch.no_grad():
+        for index, layer in enumerate(layers.values()):
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            generator = seeds.torch_generator(seed, purpose, index)
+            down.copy_(torch.empty(down.shape).normal_(std=1 / rank, generator=generator))
+            up.zero_()
     return layers
 
 
@@ -124,7 +124,7 @@ def load_lora(pipeline: Any, file: Path, name: str, networks: Sequence[str] | No
 
 
 def take_lora(network: torch.nn.Module) -> dict[str, LoraLayer]:
-    """The layers of an adapter that was loaded, to be trained on: in float32, with its own rank and alpha."""
+    """The layers of an adapter, by name, to be trained in float32."""
     layers = lora_layers(network)
     for layer in layers.values():
         for part in (layer.lora_A, layer.lora_B):
@@ -169,15 +169,17 @@ class Copies:
         Raises:
             KeyError: there is no such copy.
         """
-        copy, weights = self._sets[name], self._trainable()
-        before = {key: weight.data for key, weight in weights.items()}
+        self._exchange(self._sets[name])
         try:
-            for key, weight in weights.items():
-                weight.data = copy[key]
             yield
         finally:
-            for key, weight in weights.items():
-                weight.data = before[key]
+            self._exchange(self._sets[name])
+
+    def _exchange(self, copy: Mapping[str, Tensor]) -> None:
+        for key, weight in self._trainable().items():
+            before = weight.data.clone()
+            weight.data.copy_(copy[key])
+            copy[key].copy_(before)
 
     def tensors(self) -> dict[str, Tensor]:
         """Of all copies, "COPY/PARAMETER"."""

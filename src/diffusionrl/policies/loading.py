@@ -9,6 +9,7 @@ import diffusers
 import torch
 from huggingface_hub import hf_hub_download
 
+from diffusionrl import devices
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
@@ -179,19 +180,10 @@ def load_policy(
         lora_rank=lora_rank if training == "lora" else None,
         lora_targets=lora_targets,
         dtype=precision,
-        device=choose_device(device),
+        device=devices.choose(device),
         seed=seed,
         source=model,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
         reference=reference,
     )
-
-
-def choose_device(device: str = "auto") -> str:
-    """The one place that knows which devices there are. Raises UserError for one that is not here."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for, but torch sees no GPU here: use auto or cpu")
-    return device

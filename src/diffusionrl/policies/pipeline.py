@@ -142,14 +142,14 @@ class PipelinePolicy:
         prompts = [self.example] * 2
         x = self.start([self.example], [1]).repeat(2, *[1] * len(self.latent_shape))
         x[1] = self.start([self.example], [2])[0]
-        levels = self._grids[self.asked.steps].levels[torch.tensor([0])]
+        levels = self._grids[self.asked.steps].levels
         asked, ways = self.asked, ("lists", "counts")
-        expected = torch.cat([asked.denoise(x[i : i + 1], levels, prompts[:1], self._guidance) for i in range(2)])
+        expected = torch.cat([asked.denoise(x[i : i + 1], levels[:1], prompts[:1], self._guidance) for i in range(2)])
         working = []
         for way in ways if not self.example.media else ways[1:]:
             asked.ways = (way,)
             try:
-                found = asked.denoise(x, levels[torch.tensor([0, 0])], prompts, self._guidance)
+                found = asked.denoise(x, levels[torch.zeros(2, dtype=torch.long)], prompts, self._guidance)
                 if self._close(found, expected):
                     working.append(way)
             except torch.OutOfMemoryError:
@@ -165,7 +165,7 @@ class PipelinePolicy:
         prompts = [self.example]
         x, y = self.start(prompts, [1]), self.start(prompts, [2])
         levels = grid.levels
-        after = self.asked.after(y, x, levels[torch.tensor([0])], levels[torch.tensor([1])], prompts, self._guidance)
+        after = self.asked.after(y, x, levels[:1], levels[1:2], prompts, self._guidance)
         return not torch.equal(after, y)
 
     @torch.no_grad()
@@ -174,11 +174,13 @@ class PipelinePolicy:
         if guidance not in self._repeats:
             self._repeats[guidance] = 0
             levels, prompts = self._grids[self.asked.steps].levels, [self.example] * 2
-            two = levels[torch.tensor([0, len(levels) - 1])]
+            if not self.asked.ways or len(levels) < 2:
+                return 0
+            two = levels[:: len(levels) - 1]
             x = torch.cat([self.start(prompts[:1], [1]), self.start(prompts[:1], [2])])
-            each = [two[torch.tensor([i])] for i in range(2)]
+            each = [two[i : i + 1] for i in range(2)]
             expected = torch.cat([self.asked.denoise(x[i : i + 1], each[i], prompts[:1], guidance) for i in range(2)])
-            for repeats in (1, 2, 3) if self.asked.ways and len(levels) > 1 else ():
+            for repeats in (1, 2, 3):
                 try:
                     found = self.asked.denoise(x, two, prompts, guidance, repeats)
                 except torch.OutOfMemoryError:
@@ -227,7 +229,7 @@ class PipelinePolicy:
         """The prediction for the example at the first and the last time, which may be two networks'."""
         levels, prompts = self._grids[self.asked.steps].levels, [self.example]
         x = self.start(prompts, [1])
-        ends = [levels[torch.tensor([row])] for row in (0, len(levels) - 1)]
+        ends = [levels[:1], levels[-1:]]
         return torch.stack([self.asked.denoise(x, each, prompts, self._guidance) for each in ends])
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -294,6 +296,7 @@ class PipelinePolicy:
         return self.asked.start(prompts, draws, self._guidance, self.device).float()
 
     def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> tuple[Tensor, Tensor]:
+        levels = levels[torch.arange(len(x), device=x.device)]
         output = self._at_their_times(
             lambda rows, repeats: self.asked.denoise(
                 x[rows], levels[rows], [prompts[i] for i in rows.tolist()], guidance, repeats

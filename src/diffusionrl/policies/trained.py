@@ -8,12 +8,13 @@ import yaml
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import PeftModel
 
+from diffusionrl import devices
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import find_lora, load_lora
 from diffusionrl.policies.base import Policy
-from diffusionrl.policies.loading import check_model, choose_device, load_pipeline, make_policy
+from diffusionrl.policies.loading import check_model, load_pipeline, make_policy
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def load_trained(
         put_export(pipeline, found.export, found.name)
     if found.lora is not None:
         _merge(pipeline, found.lora, found.name)
-    return make_policy(pipeline, sampling, example, lora_rank=None, device=choose_device(), source=found.name)
+    return make_policy(pipeline, sampling, example, lora_rank=None, device=devices.choose(), source=found.name)
 
 
 def put_export(pipeline: Any, export: Path, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from diffusionrl import devices
 from diffusionrl.errors import UserError
 from diffusionrl.runs.hub import cached_first
 
@@ -21,7 +22,7 @@ BROKEN = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def load_network(what: str, auto_class: str, source: Source, optional: tuple[str, ...] = ()) -> Any:
-    """In float32, without gradients, on the GPU if there is one.
+    """In float32, without gradients, on the best device.
 
     Args:
         what: the network in words, for errors.
@@ -49,7 +50,7 @@ def load_network(what: str, auto_class: str, source: Source, optional: tuple[str
                 f"{what} could not be loaded: its weights {fault} {'; '.join(names[:3])}{more}, which would be random; "
                 "give a checkpoint that is whole"
             )
-    return network.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    return network.eval().requires_grad_(False).to(devices.choose())
 
 
 def load_tokenizer(what: str, source: Source) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl import interruption
+from diffusionrl import devices, interruption
 from diffusionrl.rewards.base import Scores
 from diffusionrl.rewards.mixture import Mixture
 
@@ -35,7 +35,7 @@ class RewardCall(threading.Thread):
         super().__init__(daemon=True)
         self.reward, self.images, self.prompts, self.metadata, self.previous = reward, images, prompts, metadata, previous
         self.group_size = group_size
-        self.gpu = _current_gpu()
+        self.gpu = devices.current_index()
         self.over = threading.Event()
         self.began: float | None = None
         self.seconds = 0.0
@@ -46,7 +46,7 @@ class RewardCall(threading.Thread):
             self.previous.over.wait()
         self.began = time.perf_counter()
         try:
-            _use_gpu(self.gpu)
+            devices.use_index(self.gpu)
             self.scores = self.reward.score(self.images, self.prompts, self.metadata, self.group_size)
         except BaseException as error:  # a reward may even try to end its thread
             self.scores = self.reward.nothing(len(self.images), f"{type(error).__name__}: {error}")
@@ -113,11 +113,11 @@ def within(timeout: float, work: Callable[[], None]) -> bool:
         Interrupted: the run was asked to stop.
     """
     raised: list[BaseException] = []
-    gpu = _current_gpu()
+    gpu = devices.current_index()
 
     def run() -> None:
         try:
-            _use_gpu(gpu)
+            devices.use_index(gpu)
             work()
         except BaseException as error:
             raised.append(error)
@@ -131,13 +131,3 @@ def within(timeout: float, work: Callable[[], None]) -> bool:
     if raised:
         raise raised[0]
     return not thread.is_alive()
-
-
-def _current_gpu() -> int | None:
-    """Which "cuda" is; a thread begins with the first one, whatever its process has chosen. None where none is in use."""
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-
-
-def _use_gpu(gpu: int | None) -> None:
-    if gpu is not None:
-        torch.cuda.set_device(gpu)

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from diffusionrl import processes
+from diffusionrl import devices, processes
 from diffusionrl.config import TrainConfig, to_yaml
 from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.interruption import Interrupted
@@ -34,14 +33,6 @@ PARTIAL = ".partial"  # what a killed process may leave behind
 _SHOW_AFTER = 30.0  # seconds: the report is no older than that and a step
 SAFE_CHANGES = ("steps", "track", "evaluation.every", "checkpoint.", "guard.")
 """Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory in use so far: of the GPU if the policy is on one, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 @dataclass(frozen=True)
@@ -261,7 +252,7 @@ class RunFolder:
             "python": platform.python_version(),
             "versions": {package: version(package) for package in _RECORDED},
             "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            "device": devices.name_of(device) or platform.processor() or device.type,
             "threads": torch.get_num_threads(),
             "processes": processes.count(),
             "model": about,

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from diffusionrl import processes
 from diffusionrl.algorithms.base import Objective
 from diffusionrl.config import OptimizerConfig
+from diffusionrl.devices import in_double
 from diffusionrl.interruption import check
 from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.processes import like, whole
@@ -185,7 +186,7 @@ class Sum:
         if self.precise:
             for parameter in self.parameters:
                 if parameter.grad is not None:
-                    gradient, parameter.grad = parameter.grad.double(), None
+                    gradient, parameter.grad = in_double(parameter.grad), None
                     self.doubles[parameter] = self.doubles[parameter] + gradient if parameter in self.doubles else gradient
 
     def give(self) -> None:

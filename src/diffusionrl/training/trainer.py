@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusionrl import interruption, processes
+from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.config import TrainConfig
 from diffusionrl.data.pairs import Pairs
@@ -23,7 +23,7 @@ from diffusionrl.rewards import Mixture, Reward, as_mixture
 from diffusionrl.runs import checkpoint
 from diffusionrl.runs.card import write_card
 from diffusionrl.runs.checkpoint import Checkpoint
-from diffusionrl.runs.folder import RunFolder, TrainResult, peak_memory_gb, tell_result
+from diffusionrl.runs.folder import RunFolder, TrainResult, tell_result
 from diffusionrl.sampling.rollout import Rollout, collect
 from diffusionrl.training.monitor import Embed, Monitor
 from diffusionrl.training.optimization import NonFiniteError
@@ -200,7 +200,7 @@ class Trainer:
             metrics |= {f"{task.prefix}{key}": value for key, value in self._train_on(task, step, samples).items()}
         if self.pretraining is not None:
             metrics |= self.pretraining.train(self.policy, self.state.optimization, step)
-        return metrics | processes.metrics(traffic) | {"peak_memory_gb": peak_memory_gb(self.policy.device)}
+        return metrics | processes.metrics(traffic) | {"peak_memory_gb": devices.peak_bytes(self.policy.device) / 1e9}
 
     def _train_on(self, task: Task, step: int, samples: Path | None) -> dict[str, float]:
         """Sample, score, weigh, update: one pass through the picture."""

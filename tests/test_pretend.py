@@ -1,0 +1,107 @@
+"""Nothing assumes the CPU: whole runs on a device that is another one, with the numbers of the CPU. See ``pretend.py``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pretend
+import pytest
+import tiny_pipelines as tiny
+import torch
+
+from diffusionrl.cli import main
+from diffusionrl.data.prompts import load_prompts
+from diffusionrl.rewards import load_reward, score
+
+SMALL = [
+    *("--steps", "2", "--prompts-per-step", "2", "--samples-per-prompt", "2", "--evaluation.num-samples", "2"),
+    *("--evaluation.every", "0", "--evaluation.embeddings.model", "none"),
+]
+CLIPPED = ["--algorithm.updates-per-step", "1", "--algorithm.normalisation", "group"]
+ALGORITHMS = {
+    "ddpo": CLIPPED,
+    "diffusionrl": ["--algorithm.timesteps-per-step", "1"],
+    "rwr": ["--algorithm.updates-per-step", "2", "--algorithm.batch-size", "4"],
+}
+BRIGHTNESS = """
+def brightness(images, prompts, metadata):  # a JPEG file would be a byte longer for a number that is rounded otherwise
+    return images.flatten(1).mean(1)
+"""
+
+
+@pytest.fixture
+def reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures.py").write_text(BRIGHTNESS)
+    return "pictures:brightness"
+
+
+def train(run_dir: str, *options: str) -> list[dict[str, Any]]:
+    """The metrics of a run."""
+    assert main(["train", *SMALL, *options, "--run-dir", run_dir]) == 0
+    return [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_alike(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() >= theirs.keys()  # a run that was to be shorter was evaluated once more
+        for key, value in theirs.items():
+            if value is None:
+                assert ours[key] is None, key
+            elif "time/" not in key and key != "peak_memory_gb":
+                assert ours[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_algorithm_and_its_resume(algorithm: str, tiny_folder: Path, reward: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--model", str(tiny_folder), *tiny.QUICK, "--prompts", "things", "--reward", reward]
+    options += ["--algorithm.name", algorithm, *ALGORITHMS[algorithm]]
+    expected = train("cpu", *options)
+    with pretend.best_device(monkeypatch):
+        train("there", *options, "--steps", "1")
+        found = train("there", *options)
+    assert json.loads(Path("there/env.json").read_text())["device"] == pretend.NAME
+    assert_alike(found, expected)
+
+
+@pytest.mark.parametrize("model", ["sd3", "flux_kontext", "wan", "stable_audio"], indirect=True)
+def test_a_pipeline(model: Path, reward: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = request.node.callspec.params["model"]
+    options = ["--model", str(model), *tiny.QUICK, *tiny.options_of(name), "--prompts", "prompts.jsonl", *CLIPPED]
+    options += ["--reward", "sounds:loudness" if name == "stable_audio" else reward, "--steps", "1"]
+    expected = train("cpu", *options)
+    with pretend.best_device(monkeypatch):
+        found = train("there", *options)
+    assert_alike(found, expected)
+    ours, theirs = (sorted(Path(run, "export").rglob("*.safetensors")) for run in ("there", "cpu"))
+    assert [file.name for file in ours] == [file.name for file in theirs] != []
+
+
+def test_the_doctor(
+    tiny_folder: Path, reward: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(tiny_folder), *tiny.QUICK, "--prompts", "things", "--reward", reward, *SMALL, *CLIPPED]
+    with pretend.best_device(monkeypatch):
+        assert main(["doctor", *options, "--optimizer.learning-rate", "0.01"]) == 0, capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "plain diffusers draws the same images" in said and "of the GPU" in said
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "clip-score", "composition", "emoji-judge", "parity", "preference"])
+def test_a_reward_with_a_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = [prompt for prompt in load_prompts("thing-pairs")[:2] for _ in range(2)]
+    asked = [prompt.text for prompt in prompts], [dict(prompt.metadata) for prompt in prompts]
+    expected = score(load_reward(name), images, *asked)
+    with pretend.best_device(monkeypatch):
+        found = score(load_reward(name), images, *asked)
+    assert torch.allclose(found.values, expected.values, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert found.valid.equal(expected.valid) and (expected.valid.any() or name == "emoji-judge")
+
+
+def test_the_pretraining_loss_and_half_precision(tiny_folder: Path, reward: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--model", str(tiny_folder), *tiny.QUICK, "--prompts", "things", "--reward", reward, *CLIPPED]
+    options += ["--pretraining.source", "emoji", "--pretraining.batch-size", "2", "--policy.dtype", "bfloat16"]
+    with pretend.best_device(monkeypatch):
+        assert train("run", *options)[-1]["ratio/max_gap"] < 1e-5
