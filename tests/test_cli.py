@@ -91,15 +91,6 @@ def test_options_win_over_yaml_which_wins_over_the_preset(tmp_path: Path) -> Non
     assert config.optimizer.betas == (0.8, 0.9)
 
 
-@pytest.mark.parametrize("preset", ["emoji", "ddpo-lora", "ddpo-paper", "diffusionrl-paper"])
-def test_a_written_config_reads_back(tmp_path: Path, preset: str) -> None:
-    from diffusionrl.config import to_yaml
-
-    config = parse_train(["--preset", preset])
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert parse_train(["--config", str(tmp_path / "config.yaml")]) == config
-
-
 def test_switches_paths_and_lists_read_back(tmp_path: Path) -> None:
     from diffusionrl.config import to_yaml
 

@@ -1,13 +1,20 @@
 """The sampler tables, against diffusers' schedulers as the oracle and against what the table in the docs promises."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusionrl.policies.schedules import Schedule
 from diffusionrl.transitions import (
     SAMPLERS,
     Grid,
@@ -136,6 +143,17 @@ def test_flow_sde_matches_its_stochastic_differential_equation(num_steps: int, e
             expected = x + (v + g**2 / (2 * s) * (x + (1 - s) * v)) * dt + g * (-dt).sqrt() * z
             ours = table.alpha_next[i] * (x - s * v) + table.kept[i] * (x + (1 - s) * v) + table.fresh[i] * z
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_a_flow_sde_that_begins_just_below_one_is_no_wilder(kind: Any) -> None:
+    """Wan's grid begins at 1 - 1e-6, SANA's at 1 - 3e-4: there, g would be 700, or 38."""
+    scheduler = kind(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    scheduler.set_timesteps(20)
+    grid = Schedule(scheduler).grid()
+    assert 0 < grid.alpha[0] < 5e-4
+    table = SAMPLERS["flow_grpo"](grid, 0.7)
+    assert table.fresh.max() < 0.8 and table.kept.abs().max() < 1
 
 
 def test_flow_sde_refuses_stable_diffusion() -> None:

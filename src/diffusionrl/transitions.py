@@ -200,7 +200,8 @@ def flow_grpo(grid: Grid, eta: float) -> SamplerTable:
     At s = 1, where g is infinite, 1 - s takes the value of the next time, as Flow-GRPO does.
     """
     s = _flow_times(grid)
-    denominator = torch.where(s == 1, 1 - grid.sigma_next, 1 - s)
+    start = s > 1 - 5e-4  # UniPC begins at 1 - 1e-6, DPM++ at 1 - 3e-4
+    denominator = torch.where(start, 1 - grid.sigma_next, 1 - s)
     return _flow_sde(grid, eta * (s / denominator).sqrt())
 
 

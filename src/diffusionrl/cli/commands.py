@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from typing import NoReturn
@@ -14,7 +15,7 @@ from diffusionrl.interruption import Interrupted, noted
 START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
 USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
-  train         tune a model towards a reward     [--preset {{{",".join(PRESETS)}}}] [--config FILE.yaml] [OPTIONS]
+  train         tune a model towards a reward     [--preset NAME] [--config FILE.yaml] [OPTIONS]
   doctor        try one tiny step of what "train" would do with the same options, and say what is wrong
   sample        make images from a model or a run
   evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
@@ -25,6 +26,7 @@ USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
 "diffusionrl COMMAND --help" lists the options. Every field of the configuration is one (--algorithm.clip-range 1e-4).
 Options win over the YAML file, which wins over the preset (default: emoji, or emoji-flow for that model).
+Presets: {textwrap.fill(", ".join(PRESETS), 110, subsequent_indent="  ", break_on_hyphens=False)}
 """
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train.run,

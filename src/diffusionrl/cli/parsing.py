@@ -27,11 +27,11 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
     preset, rest = take(list(arguments), "--preset")
     file, rest = take(rest, "--config")
     model, _ = take(rest, "--model")
-    if preset is None and model in PRESETS:
-        preset = model  # an embedded model's own
-    if preset is not None and preset not in PRESETS:
+    if preset is None:
+        preset = _preset_of(model)
+    if preset not in PRESETS:
         raise one_of("preset", preset, PRESETS)
-    config = PRESETS[preset or "emoji"]()
+    config = PRESETS[preset]()
     if file is not None:
         settings = _read_yaml(Path(file))
         config = dataclasses.replace(config, tasks=_tasks_in(settings, config.tasks, file))
@@ -45,6 +45,11 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
         name, rest = take(rest, "--algorithm.name")
     kind = tyro.conf.AvoidSubcommands[TrainConfig]
     return tyro.cli(kind, default=config, args=rest, prog=f"diffusionrl {command} --config {file or 'FILE'}")
+
+
+def _preset_of(model: str | None) -> str:
+    """An embedded model's own, which bears its name; "emoji" for any other, whatever a folder is called."""
+    return model if model in PRESETS and PRESETS[model]().model == model else "emoji"
 
 
 def take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
@@ -122,7 +127,7 @@ def settings_of(arguments: Sequence[str]) -> TrainConfig:
     run_config = Path(model or "") / "config.yaml"
     if run_config.is_file():
         return parse_train(["--config", str(run_config)])
-    return parse_train(["--model", model] if model in PRESETS else [])
+    return PRESETS[_preset_of(model)]()
 
 
 def quiet_libraries() -> None:

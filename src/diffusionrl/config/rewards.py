@@ -29,6 +29,9 @@ class CLIPScoreConfig:
     processor_revision: str | None = None
 
 
+PICKSCORE = CLIPScoreConfig(model="yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+
+
 @dataclass(frozen=True)
 class AestheticConfig:
     """The reward "aesthetic"; see docs/rewards.md."""
