@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import tiny_pipelines as tiny
+import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from diffusionrl.cli import main
 from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
+from diffusionrl.policies.pipeline import PipelinePolicy
 
 TRAINED = [
     *("--steps", "1", "--prompts-per-step", "2", "--samples-per-prompt", "2", "--evaluation.num-samples", "2"),
@@ -124,6 +127,53 @@ def test_an_image_that_is_missing_or_broken(model: Path, capsys: pytest.CaptureF
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "said"),
+    [
+        ("sdxl", {"height": 20}, "StableDiffusionXLPipeline refuses a call with .*height 20.* divisible by 8"),
+        ("sd3", {"height": 17}, None),
+        ("flux", {"height": 17}, "sampling.height is 17, and FluxPipeline makes 16 of it"),
+        ("wan", {"num_frames": 4}, "sampling.num_frames is 4, and WanPipeline makes 5 of it"),
+        ("ltx", {"num_frames": 4}, "sampling.num_frames is 4, and LTXPipeline makes 1 of it"),
+    ],
+)
+def test_sizes_that_it_cannot_make(name: str, sizes: dict[str, int], said: str | None) -> None:
+    def load() -> PipelinePolicy:
+        return PipelinePolicy(tiny.build(name), steps=2, arguments=tiny.call_of(name) | sizes)
+
+    if said is None:
+        assert load().sample_shape[1] == 17
+        return
+    with pytest.raises(UserError, match=said):
+        load()
+
+
+class OddLoop(StableDiffusionPipeline):
+    """Steps so often at every time."""
+
+    steps = 2
+
+    @torch.no_grad()
+    def __call__(self, prompt: str, num_inference_steps: int = 2, output_type: str = "pt", return_dict: bool = False) -> Any:
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = self.prepare_latents(1, 4, 16, 16, torch.float32, self.device, None)
+        text = self.encode_prompt(prompt, self.device, 1, False)[0]
+        for time in self.scheduler.timesteps:
+            noise = self.unet(latents, time, text).sample
+            for _ in range(self.steps):
+                latents = self.scheduler.step(noise, time, latents)[0]
+        return (latents,)
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [(0, "its loop never calls the scheduler's step"), (2, "its loop steps at the times")]
+)
+def test_a_loop_that_steps_oddly(steps: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OddLoop, "steps", steps)
+    with pytest.raises(UserError, match=f"^OddLoop cannot be asked for its grid: {said}"):
+        PipelinePolicy(OddLoop(**tiny.build("sd1").components, requires_safety_checker=False), steps=2)
+
+
 @pytest.mark.parametrize("model", ["sd1"], indirect=True)
 def test_models_that_cannot_be_asked(model: Path, tmp_path: Path) -> None:
     index, scheduler = model / "model_index.json", model / "scheduler" / "scheduler_config.json"
@@ -172,8 +222,6 @@ def test_distilled_checkpoints_are_told_by_configuration_or_name() -> None:
 
 
 def test_pictures_are_pictures(tmp_path: Path) -> None:
-    import torch
-
     from diffusionrl.data.media import write_sample
 
     write_sample(torch.rand(5, 3, 8, 8), tmp_path / "clip.png")

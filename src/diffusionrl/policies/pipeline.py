@@ -39,6 +39,7 @@ from diffusionrl.transitions import Grid, NoiseLevels
 
 ADAPTER = "adapter_model.safetensors"  # peft's name
 _DECODE_BATCH = 16
+_SIZES = ("height", "width", "num_frames")
 _FINE = 200  # steps of the grid that losses draw from
 _CLOSE = 1e-3  # two ways of asking that are meant to be the same, relative to the spread of the answer
 
@@ -93,12 +94,13 @@ class PipelinePolicy:
         self._grids: dict[int, Grid] = {}
         self._fine: NoiseLevels | None = None
         self._repeats: dict[float, int] = {}
-        grid, first, called = self.asked.run_through(self.example, guidance)
+        grid, first, called = self._first_call()
         self._grids[steps] = grid
         self.latent_shape: tuple[int, ...] = tuple(first.shape[1:])
         self._try_several()
         self.edits = self._try_edits(grid)
         self.sample_shape: tuple[int, ...] = tuple(self._decode(self.start([self.example], [0]), [self.example]).shape[1:])
+        self._check_sizes()
         self.sampling_rate: int | None = None
         if len(self.sample_shape) == 2:
             self.sampling_rate = int(pipeline.vae.config.sampling_rate)
@@ -135,6 +137,27 @@ class PipelinePolicy:
         part.forward = precise
 
     # What the pipeline can do, found by trying
+
+    def _first_call(self) -> tuple[Grid, Tensor, list[str]]:
+        try:
+            return self.asked.run_through(self.example, self._guidance)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, TypeError, RuntimeError) as error:  # of its own check of what it is given, or for want of one
+            given = ", ".join(f"{name} {value!r}" for name, value in self.asked.arguments.items()) or "no arguments"
+            raise UserError(
+                f"{type(self.pipeline).__name__} refuses a call with {given} (sampling.height, width, num_frames, call): "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _check_sizes(self) -> None:
+        """A pipeline may round the sizes that it is given."""
+        made = dict(zip(("width", "height", "channels", "num_frames"), reversed(self.sample_shape), strict=False))
+        for name, asked in self.asked.arguments.items():
+            if name in _SIZES and len(self.sample_shape) > 2 and made.get(name, 1) != asked:
+                raise UserError(
+                    f"sampling.{name} is {asked}, and {type(self.pipeline).__name__} makes {made.get(name, 1)} of it"
+                )
 
     @torch.no_grad()
     def _try_several(self) -> None:
