@@ -43,9 +43,11 @@ def test_train_sample_and_evaluate(model: Path, request: Any, capsys: pytest.Cap
     settings = yaml.safe_load(Path("run/config.yaml").read_text())["sampling"]
     assert settings["num_steps"] == 2
     assert ("guidance is distilled" in capsys.readouterr().err) == name.startswith("flux")
-    if name != "flux_kontext":  # whose prompts have images, which sample takes none of
-        assert main(["sample", "--model", "run", "--prompts", "a cat", "--seeds", "0", "--out", "drawn"]) == 0
-        assert Path(f"drawn/00000.{ending}").is_file()
+    inputs = sorted(file.name for file in Path("run/samples/step_000001/inputs").glob("*"))
+    assert inputs == (["00000_image.png", "00001_image.png"] if name == "flux_kontext" else [])
+    assert page.count('alt="what the prompt names"') == (2 + 2 + 2) * (name == "flux_kontext")
+    assert main(["sample", "--model", "run", "--prompts", "prompts.jsonl", "--seeds", "0", "--out", "drawn"]) == 0
+    assert Path(f"drawn/00001.{ending}").is_file()
     more = ["--baseline", str(model), "--num-samples", "2", "--out", "scores.json"]
     assert main(["evaluate", "--model", "run", *asked, *more]) == 0, capsys.readouterr().err
     assert json.loads(Path("scores.json").read_text())["settings"]["model"] == "run"

@@ -18,7 +18,7 @@ class SampleConfig:
     model: str = "emoji"
     """"emoji", a folder in diffusers' format, a hub id, or a run folder (its model with what it learned)."""
     prompts: tuple[str, ...] = ("a cat", "a dog", "a butterfly", "a doctor")
-    """One image a prompt and seed."""
+    """One image a prompt and seed; or one file of prompts, whose .jsonl lines may name images."""
     seeds: tuple[int, ...] = (0, 1)
     """The same seed makes the same image whatever else is asked for."""
     out: Path = Path("samples")

@@ -1,7 +1,7 @@
 """Samples to files, and images that a prompt names: pictures, clips that play, and sound with a picture of its wave."""
 
 import wave
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +17,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")  # of Pillow's some forty decoders, the ones t
 FRAME_RATE = 16
 """Frames a second of a clip that is written."""
 _WAVE = (256, 96)  # pixels of the picture of a wave
+_INPUT = 512  # longest side
 
 
 def still(sample: Tensor) -> Image.Image:
@@ -42,6 +43,15 @@ def write_sample(sample: Tensor, file: Path, sampling_rate: int | None = None) -
             written.setsampwidth(2)
             written.setframerate(sampling_rate)
             written.writeframes(levels.T.contiguous().numpy().tobytes())
+
+
+def write_inputs(media: Mapping[str, Path | Image.Image], folder: Path, index: int) -> None:
+    """What a prompt names, scaled down, as ``inputs/INDEX_NAME.png`` beside the sample of that index."""
+    for name, medium in media.items():
+        picture = open_image(medium)
+        picture.thumbnail((_INPUT, _INPUT))
+        (folder / "inputs").mkdir(exist_ok=True)
+        picture.save(folder / "inputs" / f"{index:05d}_{name}.png")
 
 
 def _wave_picture(sound: Tensor) -> Image.Image:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.images import image_grid
-from diffusionrl.data.media import stills, write_sample
+from diffusionrl.data.media import stills, write_inputs, write_sample
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores, as_mixture
@@ -128,13 +128,15 @@ def evaluate(
 
 
 def write_samples(evaluation: Evaluation, folder: Path) -> None:
-    """``grid.png``, every sample, and ``samples.jsonl``. File names come from the index, never from a prompt."""
+    """``grid.png``, every sample, images that its prompt names, and ``samples.jsonl``. Files are named by the index, never by a
+    prompt's text."""
     folder.mkdir(parents=True, exist_ok=True)
     rollout = evaluation.rollout
     image_grid(stills(rollout.images), columns=8).save(folder / "grid.png")
     with (folder / "samples.jsonl").open("w") as lines:
         for index, sample in enumerate(rollout.images):
             write_sample(sample, folder / f"{index:05d}.png", rollout.sampling_rate)
+            write_inputs(rollout.prompts[index].media, folder, index)
             lines.write(json.dumps(sample_entry(rollout, index, evaluation.beside)) + "\n")
 
 

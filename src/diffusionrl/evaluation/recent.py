@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from diffusionrl.data.media import write_sample
+from diffusionrl.data.media import write_inputs, write_sample
 from diffusionrl.evaluation.fixed_seed import sample_entry
 from diffusionrl.sampling.rollout import Rollout
 
@@ -31,6 +31,7 @@ def write_recent(rollout: Rollout, samples: Path, step: int, task: str = "") -> 
     with (folder / "samples.jsonl").open("w") as lines:
         for index in sorted([*ranked[:count], *ranked[len(ranked) - count :], *failed]):
             write_sample(rollout.images[index - own.start], folder / f"{index:05d}.png", rollout.sampling_rate)
+            write_inputs(rollout.prompts[index].media, folder, index)
             error = {"error": scores.error} if index in failed else {}
             lines.write(json.dumps(sample_entry(rollout, index, parts) | error) + "\n")
     for old in (samples / "recent").glob("step_*"):

@@ -30,6 +30,7 @@ class Sample:
         reward: None where it is invalid.
         scores: held-out rewards and the parts of the reward, by name.
         error: why a training step's has no valid score.
+        inputs: images that the prompt names.
     """
 
     index: int
@@ -38,6 +39,7 @@ class Sample:
     scores: dict[str, float | None]
     image: Path
     error: str = ""
+    inputs: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,8 @@ def _sample(entry: dict[str, Any], folder: Path) -> Sample | None:
     reward = number_or_none(entry.get("reward")) if entry.get("valid") else None
     known = {"index", "prompt", "valid", "error", *ASIDE}
     scores = {str(name): number_or_none(value) for name, value in entry.items() if name not in known}
-    return Sample(
-        index, str(entry.get("prompt", "")), reward, scores, folder / f"{index:05d}.png", str(entry.get("error") or "")
-    )
+    image, inputs = folder / f"{index:05d}.png", sorted((folder / "inputs").glob(f"{index:05d}_*.png"))
+    return Sample(index, str(entry.get("prompt", "")), reward, scores, image, str(entry.get("error") or ""), tuple(inputs))
 
 
 def _ending(folder: Path, done: int, steps: int) -> Ending:

@@ -25,6 +25,7 @@ from diffusionrl.report.page import (
     write_page,
 )
 from diffusionrl.report.record import Evaluated, Run, Sample, read_run, time_unit
+from diffusionrl.report.thumbnails import data_uri
 from diffusionrl.runs.usage import about_of, loading_lines
 
 MAX_TILES = 48
@@ -73,7 +74,7 @@ def _content(run: Run) -> dict[str, Any]:
         "run": run,
         "figures": _figures(run),
         "headline": _headline(run),
-        "prompts": [cut(stops[-1].samples[i].prompt) for i in tiles],
+        "prompts": [(cut(s.prompt), _inputs(s)) for s in (stops[-1].samples[i] for i in tiles)],
         "num_samples": len(run.evaluations[-1].samples) if run.evaluations else 0,
         "num_evaluations": len(run.evaluations),
         "scrubber": scrubbed,
@@ -233,6 +234,10 @@ def _picked(run: Run, pictures: Pictures, places: int) -> dict[str, list[dict[st
     }
 
 
+def _inputs(sample: Sample) -> list[str]:
+    return [uri for uri in map(data_uri, sample.inputs) if uri is not None]
+
+
 def _picked_at(run: Run) -> str:
     """Where the best and the worst are from."""
     if not run.recent:
@@ -247,6 +252,7 @@ def _shown(sample: Sample, pictures: Pictures, places: int, when: str) -> dict[s
         "uri": pictures.uris[shown.image] if shown.image >= 0 else None,
         "sound": pictures.sounds.get(shown.image),
         "prompt": cut(sample.prompt),
+        "inputs": _inputs(sample),
         "score": shown.score,
         "others": [(name, number(value)) for name, value in sample.scores.items()],
         "when": when,

@@ -8,7 +8,7 @@ import torch
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.images import image_grid
 from diffusionrl.data.media import stills, write_sample
-from diffusionrl.data.prompts import Prompt
+from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.policies import load_trained
 from diffusionrl.policies.base import chunks
 from diffusionrl.sampling.rollout import draw_noise, make_table, sample_trajectories
@@ -16,14 +16,23 @@ from diffusionrl.sampling.rollout import draw_noise, make_table, sample_trajecto
 
 @torch.no_grad()
 def sample_images(model: str, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig, out: Path) -> Path:
-    """One image a prompt and seed, as PNG files beside a grid (a row a prompt). Returns the grid's path."""
-    policy = load_trained(model, sampling=sampling, example=Prompt(prompts[0]))
+    """One image a prompt and seed, as PNG files beside a grid (a row a prompt). Returns the grid's path.
+
+    Args:
+        prompts: texts, or one file of prompts.
+
+    Raises:
+        UserError: see ``load_prompts`` and ``load_trained``.
+    """
+    from_file = len(prompts) == 1 and Path(prompts[0]).is_file()
+    chosen = load_prompts(prompts[0]) if from_file else [Prompt(text) for text in prompts]
+    policy = load_trained(model, sampling=sampling, example=chosen[0])
     table = make_table(policy, sampling)
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    jobs = [(prompt, seed) for prompt in chosen for seed in seeds]
     images = []
     for part in chunks(len(jobs), sampling.batch_size):
-        asked = [Prompt(prompt) for prompt, _ in jobs[part]]
-        draws = [draw_noise(policy, table, [Prompt(prompt)], seed, "sample", 0, [0]) for prompt, seed in jobs[part]]
+        asked = [prompt for prompt, _ in jobs[part]]
+        draws = [draw_noise(policy, table, [prompt], seed, "sample", 0, [0]) for prompt, seed in jobs[part]]
         start, noise = (torch.cat(each) for each in zip(*draws, strict=True))
         drawn = sample_trajectories(policy, table, asked, start, noise, sampling.guidance)
         images.append(policy.decode(drawn.latents[:, -1], asked).cpu())
