@@ -225,3 +225,14 @@ def test_one_step_and_other_guidance() -> None:
 def test_a_negative_prompt_that_nothing_takes() -> None:
     with pytest.raises(UserError, match="has no guidance that leads away"):
         policy_of("flux", negative_prompt="ugly")
+
+
+@pytest.mark.parametrize(("name", "plain"), [("sdxl", 1.0), ("wan", 1.0), ("sana", 1.0), ("z_image", 0.0), ("flux", 3.0)])
+def test_without_guidance(name: str, plain: float) -> None:
+    """Where guidance is embedded there is no without: then it stays as it was in sampling."""
+    policy = PipelinePolicy(tiny.build(name), None, 2, 3.0, tiny.call_of(name))
+    x, levels = policy.start([policy.example], [0]), policy.grid(2).levels[:1]
+    with torch.no_grad():
+        alone, guided = (policy.denoise(x, levels, [policy.example], each)[0] for each in (None, 3.0))
+        assert torch.equal(alone, policy.denoise(x, levels, [policy.example], plain)[0])
+    assert torch.equal(alone, guided) == (plain == 3.0)

@@ -9,7 +9,9 @@ from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies.base import Policy
 
 
-def denoising_losses(policy: Policy, clean: Tensor, prompts: Sequence[Prompt], draws: Sequence[int], guidance: float) -> Tensor:
+def denoising_losses(
+    policy: Policy, clean: Tensor, prompts: Sequence[Prompt], draws: Sequence[int], guidance: float | None
+) -> Tensor:
     """|noise - noise_theta(alpha_t x0 + sigma_t noise, t, c)|^2, the mean over the latent dimensions, (B,), with gradient.
 
     Args:

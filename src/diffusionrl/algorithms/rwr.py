@@ -37,7 +37,7 @@ class RWR:
     logprob_reduction: Reduction = "mean"
 
     def __init__(self, config: RWRConfig, guidance: float) -> None:
-        self.config, self.guidance = config, guidance if config.train_guided else 1.0
+        self.config, self.guidance = config, guidance if config.train_guided else None
         self.micro_batch_size = config.micro_batch_size
 
     def advantages(self, rollout: Rollout) -> Tensor:

@@ -49,13 +49,16 @@ class Policy(Protocol):
         a sample depends on its prompt and its address (``seeds.address``) alone."""
         ...
 
-    def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Estimates of (x0, noise), float32, with guidance inside.
 
         Args:
             x: noisy latents, (B, ...), float32.
             levels: where each of them is, (B,).
             prompts: B of them.
+            guidance: as the policy takes it; None: the prediction with the prompt alone.
         """
         ...
 

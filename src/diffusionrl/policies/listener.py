@@ -5,12 +5,13 @@ and packing, and whatever else a family does: nothing here knows a family.
 """
 
 from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from diffusionrl.policies.schedules import Schedule
 from diffusionrl.transitions import Grid
@@ -172,3 +173,19 @@ def networks_run_once(components: Mapping[str, Any], listener: Listener) -> Iter
             del network.forward
             if own[name] is not None:
                 network.forward = own[name]
+
+
+@contextmanager
+def outputs_counted(networks: Iterable[torch.nn.Module]) -> Iterator[list[int]]:
+    """The sizes of all that the networks give within it."""
+    counts: list[int] = []
+
+    def count(network: torch.nn.Module, given: Any, output: Any) -> None:
+        counts.append(sum(each.numel() for each in tree_leaves(output) if isinstance(each, Tensor)))
+
+    handles = [network.register_forward_hook(count) for network in networks]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()

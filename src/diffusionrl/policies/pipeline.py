@@ -35,13 +35,13 @@ from diffusionrl.policies.adapters import (
 from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks
 from diffusionrl.policies.distilled import distillation
+from diffusionrl.policies.trials import Trials
 from diffusionrl.transitions import Grid, NoiseLevels
 
 ADAPTER = "adapter_model.safetensors"  # peft's name
 _DECODE_BATCH = 16
 _SIZES = ("height", "width", "num_frames")
 _FINE = 200  # steps of the grid that losses draw from
-_CLOSE = 1e-3  # two ways of asking that are meant to be the same, relative to the spread of the answer
 
 
 class PipelinePolicy:
@@ -93,18 +93,19 @@ class PipelinePolicy:
         self.asked = AskedPipeline(pipeline, steps, arguments or {}, negative_prompt)
         self._grids: dict[int, Grid] = {}
         self._fine: NoiseLevels | None = None
-        self._repeats: dict[float, int] = {}
         grid, first, called = self._first_call()
         self._grids[steps] = grid
         self.latent_shape: tuple[int, ...] = tuple(first.shape[1:])
-        self._try_several()
-        self.edits = self._try_edits(grid)
+        self._trials = Trials(self.asked, self.example, guidance, grid.levels, self.device)
+        self.asked.ways = self._trials.ways()
+        self.edits = self._trials.edits()
         self.sample_shape: tuple[int, ...] = tuple(self._decode(self.start([self.example], [0]), [self.example]).shape[1:])
         self._check_sizes()
         self.sampling_rate: int | None = None
         if len(self.sample_shape) == 2:
             self.sampling_rate = int(pipeline.vae.config.sampling_rate)
         self.networks = self._choose(called, networks)
+        self._called = [pipeline.components[name] for name in called]
         if lora is None:
             self._adapted = self._adapt(lora_rank, lora_targets, seed)
         else:
@@ -159,66 +160,6 @@ class PipelinePolicy:
                     f"sampling.{name} is {asked}, and {type(self.pipeline).__name__} makes {made.get(name, 1)} of it"
                 )
 
-    @torch.no_grad()
-    def _try_several(self) -> None:
-        """Whether several prompts, or several samples of one, can go in one call; and then give what single ones give."""
-        prompts = [self.example] * 2
-        x = self.start([self.example], [1]).repeat(2, *[1] * len(self.latent_shape))
-        x[1] = self.start([self.example], [2])[0]
-        levels = self._grids[self.asked.steps].levels
-        asked, ways = self.asked, ("lists", "counts")
-        expected = torch.cat([asked.denoise(x[i : i + 1], levels[:1], prompts[:1], self._guidance) for i in range(2)])
-        working = []
-        for way in ways if not self.example.media else ways[1:]:
-            asked.ways = (way,)
-            try:
-                found = asked.denoise(x, levels[torch.zeros(2, dtype=torch.long)], prompts, self._guidance)
-                if self._close(found, expected):
-                    working.append(way)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # a pipeline that cannot take them raises whatever it does
-                continue
-        asked.ways = tuple(working)
-
-    @torch.no_grad()
-    def _try_edits(self, grid: Grid) -> bool:
-        if len(grid) < 2:
-            return False
-        prompts = [self.example]
-        x, y = self.start(prompts, [1]), self.start(prompts, [2])
-        levels = grid.levels
-        after = self.asked.after(y, x, levels[:1], levels[1:2], prompts, self._guidance)
-        return not torch.equal(after, y)
-
-    @torch.no_grad()
-    def _try_times(self, guidance: float) -> int:
-        """How often the times of several samples are repeated for a call with one for each; 0: a call takes one alone."""
-        if guidance not in self._repeats:
-            self._repeats[guidance] = 0
-            levels, prompts = self._grids[self.asked.steps].levels, [self.example] * 2
-            if not self.asked.ways or len(levels) < 2:
-                return 0
-            two = levels[:: len(levels) - 1]
-            x = torch.cat([self.start(prompts[:1], [1]), self.start(prompts[:1], [2])])
-            each = [two[i : i + 1] for i in range(2)]
-            expected = torch.cat([self.asked.denoise(x[i : i + 1], each[i], prompts[:1], guidance) for i in range(2)])
-            for repeats in (1, 2, 3):
-                try:
-                    found = self.asked.denoise(x, two, prompts, guidance, repeats)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception:  # a pipeline that takes one time alone raises whatever it does
-                    continue
-                if self._close(found, expected):
-                    self._repeats[guidance] = repeats
-                    break
-        return self._repeats[guidance]
-
-    @staticmethod
-    def _close(found: Tensor, expected: Tensor) -> bool:
-        return found.shape == expected.shape and bool((found - expected).abs().max() <= _CLOSE * expected.std())
-
     # What is trained
 
     def _choose(self, called: Sequence[str], asked: Sequence[str]) -> list[str]:
@@ -240,20 +181,13 @@ class PipelinePolicy:
         targets = {name: find_targets(network, asked) for name, network in self._parts().items()}
         full = {name: sorted({layer for layers in ends.values() for layer in layers}) for name, ends in targets.items()}
         parts = {f"{name}.{layer}": self._parts()[name].get_submodule(layer) for name in full for layer in full[name]}
-        idle = without_part(parts, self._at_both_ends)
+        idle = without_part(parts, self._trials.at_both_ends)
         added: list[LoraLayer] = []
         for index, (name, network) in enumerate(self._parts().items()):
             purpose = "lora" if index == 0 else f"lora/{name}"
             used = [layer for layer in full[name] if f"{name}.{layer}" not in idle]
             added += add_lora(network, rank, list(targets[name]) if used == full[name] else used, seed, purpose).values()
         return added
-
-    def _at_both_ends(self) -> Tensor:
-        """The prediction for the example at the first and the last time, which may be two networks'."""
-        levels, prompts = self._grids[self.asked.steps].levels, [self.example]
-        x = self.start(prompts, [1])
-        ends = [levels[:1], levels[-1:]]
-        return torch.stack([self.asked.denoise(x, each, prompts, self._guidance) for each in ends])
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         found: dict[str, torch.nn.Parameter] = {}
@@ -318,7 +252,11 @@ class PipelinePolicy:
         draws = [seeds.address(each, "start") for each in addresses]
         return self.asked.start(prompts, draws, self._guidance, self.device).float()
 
-    def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float | None
+    ) -> tuple[Tensor, Tensor]:
+        if guidance is None:
+            guidance = self._trials.plain_guidance(self._called)
         levels = levels[torch.arange(len(x), device=x.device)]
         output = self._at_their_times(
             lambda rows, repeats: self.asked.denoise(
@@ -334,7 +272,7 @@ class PipelinePolicy:
         everything = torch.arange(len(levels), device=levels.timesteps.device)
         if len(times) == 1:
             return ask(everything, 1)
-        repeats = self._try_times(guidance)
+        repeats = self._trials.repeats(guidance)
         if repeats:
             return ask(everything, repeats)
         order = torch.argsort(of, stable=True)

@@ -140,10 +140,12 @@ class StableDiffusionPolicy:
         if length > limit:
             warnings.warn(f"the model reads {limit} of the {length} tokens of the prompt {prompt!r}", stacklevel=3)
 
-    def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float) -> tuple[Tensor, Tensor]:
+    def denoise(
+        self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float | None
+    ) -> tuple[Tensor, Tensor]:
         _refuse_media(prompts)
         embeddings, timestep = self.embed([prompt.text for prompt in prompts]), levels.timesteps.to(x.device)
-        if guidance == 1.0:
+        if guidance is None or guidance <= 1:  # as the pipeline has it
             output = self._network(x, timestep, embeddings)
         else:
             unconditional = self.embed([""]).expand_as(embeddings)

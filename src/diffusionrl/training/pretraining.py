@@ -105,7 +105,7 @@ class Pretraining:
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sample = rows[:, 0].to(rollout.latents.device)
         clean, prompts = rollout.latents[sample, -1], rollout.prompts_of(sample)
-        errors = denoising_losses(policy, clean, prompts, rows[:, 1].tolist(), guidance=1.0)
+        errors = denoising_losses(policy, clean, prompts, rows[:, 1].tolist(), guidance=None)
         return advantages.to(clean.device)[sample] * errors, {"pretraining/loss": errors.detach()}
 
     def capture(self) -> dict[str, Any]:
