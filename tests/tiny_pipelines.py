@@ -117,12 +117,12 @@ def kl(**settings: Any) -> Any:
     return d.AutoencoderKL(**{"block_out_channels": [32, 64], "latent_channels": 4, "sample_size": 32, **blocks, **settings})
 
 
-def flat_kl(channels: int) -> Any:
-    """Latents as large as the image, as diffusers' tests of flow models have them."""
+def flat_kl(channels: int, blocks: int = 1) -> Any:
+    """Latents as large as the image, as diffusers' tests of flow models have them; halved by every further block."""
     return kl(
-        block_out_channels=(4,),
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(4,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         latent_channels=channels,
         norm_num_groups=1,
         use_quant_conv=False,
@@ -527,7 +527,9 @@ def lumina2() -> Any:
         cap_feat_dim=8,
     )
     encoder = gemma(8, 2, 4, window=2)
-    return d.Lumina2Pipeline(transformer=network, vae=flat_kl(4), scheduler=flow(), text_encoder=encoder, tokenizer=tokenizer())
+    return d.Lumina2Pipeline(
+        transformer=network, vae=flat_kl(4, 4), scheduler=flow(), text_encoder=encoder, tokenizer=tokenizer()
+    )
 
 
 @pipeline(**_WORDS)
