@@ -1,5 +1,5 @@
-"""What it costs to ask a pipeline by calling it: one ``denoise`` beside the bare network, and a run of the embedded model by
-either road.
+"""What it costs to ask a pipeline by calling it: one ``denoise`` beside the bare network, and a training step of the embedded
+model by either road.
 
     python benchmarks/pipeline_overhead.py     # writes pipeline_overhead.json beside itself; some minutes on two cores
 
@@ -20,11 +20,13 @@ import tyro
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
 from transformers import CLIPTextModelWithProjection
 
-from diffusionrl.config import SamplingConfig
-from diffusionrl.data.prompts import Prompt
+from diffusionrl.algorithms import make_algorithm
+from diffusionrl.config.presets import emoji
+from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.policies import StableDiffusionPolicy, load_pipeline
 from diffusionrl.policies.pipeline import PipelinePolicy
-from diffusionrl.sampling.rollout import collect
+from diffusionrl.rewards import load_reward
+from diffusionrl.training.trainer import Trainer
 
 HERE = Path(__file__).parent
 UNETS = {"small": (48, 96), "middle": (128, 256), "large": (256, 512)}
@@ -48,15 +50,16 @@ def main(config: Config) -> None:
             rows.append({"network": f"UNet, {size}"} | time_unet(channels, config))
         for size, (blocks, heads) in TRANSFORMERS.items():
             rows.append({"network": f"transformer, {size}"} | time_transformer(blocks, heads, config))
-    found = {"denoise": rows, "sampling": time_roads(config), "threads": torch.get_num_threads()}
+    found = {"denoise": rows, "step": time_roads(config), "threads": torch.get_num_threads()}
     config.out.write_text(json.dumps(found, indent=2) + "\n")
     print("| network | bare, ms | asked, ms | more |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row['network']} | {row['bare_ms']:.1f} | {row['asked_ms']:.1f} | {row['more']:.1%} |")
-    roads = found["sampling"]
+    step = found["step"]
     print(
-        f"\nsampling and scoring 32 images of the embedded model: the general road takes {roads['ratio']:.2f} "
-        f"({roads['smallest']:.2f} to {roads['largest']:.2f}) of the fast one's time"
+        f"\na training step of the embedded model: {step['fast_ms'] / 1000:.2f} s by its own road, "
+        f"{step['general_ms'] / 1000:.2f} s by the general one, {step['more']:.1%} more "
+        f"({step['least']:.1%} to {step['most']:.1%})"
     )
 
 
@@ -145,19 +148,20 @@ def batch_of(policy: PipelinePolicy, config: Config) -> tuple[torch.Tensor, Any,
     return x, policy.grid(4).levels[torch.ones(len(prompts), dtype=torch.long)], prompts
 
 
-def time_roads(config: Config) -> dict[str, float]:
-    """A rollout of the embedded model as its preset samples, by its own road and by the general one; time by time."""
-    sampling = SamplingConfig(num_steps=16, guidance=3.0, batch_size=32)
-    fast = StableDiffusionPolicy(load_pipeline("emoji"), lora_rank=16)
-    general = PipelinePolicy(load_pipeline("emoji"), PROMPTS[0], steps=16, guidance=3.0, lora_rank=16)
-    prompts = PROMPTS * 8
-
-    def roll(policy: Any) -> None:
-        collect(policy, lambda images, texts, metadata: images.mean((1, 2, 3)), prompts, sampling, 0, "bench", 0)
-
-    first, second = pairs(lambda: roll(fast), lambda: roll(general), config.repeats)
-    ratios = sorted(two / one for one, two in zip(first, second, strict=True))
-    return {"ratio": statistics.median(ratios), "smallest": ratios[0], "largest": ratios[-1]}
+def time_roads(config: Config) -> dict[str, Any]:
+    """Whole training steps of the preset, by its own road and by the general one, step by step."""
+    settings = emoji()
+    sampling = settings.sampling
+    prompts = load_prompts(settings.prompts)
+    roads = (
+        StableDiffusionPolicy(load_pipeline("emoji"), lora_rank=16),
+        PipelinePolicy(load_pipeline("emoji"), prompts[0], sampling.num_steps, sampling.guidance, lora_rank=16),
+    )
+    fast, general = (
+        Trainer(each, load_reward("compressibility"), prompts, make_algorithm(settings), settings) for each in roads
+    )
+    found = compared(lambda: fast.step(1), lambda: general.step(1), config.repeats)
+    return {"fast_ms": found.pop("bare_ms"), "general_ms": found.pop("asked_ms")} | found
 
 
 if __name__ == "__main__":
