@@ -21,7 +21,7 @@ MORE_SEEDS = {
     "incompressibility": ("ddpo-is", "ddpo-sf"),
     "aesthetic": ("ddpo-sf",),
 }
-"""Five seeds instead of three, where three left DDPO's interval across another method's."""
+"""Five seeds instead of three, where three left DDPO's interval across another method's: added after looking."""
 GRID_SEED = 100
 QUERIES = 1024
 REWARDS = ("compressibility", "incompressibility", "aesthetic")
@@ -132,7 +132,7 @@ def fig4() -> Iterator[Run]:
         for method in METHODS:
             for seed in (*SEEDS, 3, 4) if method in MORE_SEEDS[reward] else SEEDS:
                 config = base(method, reward, seed)
-                if method == "ddpo-is" and reward != "compressibility":  # appendix A: well past the point where they part
+                if method == "ddpo-is" and reward != "compressibility":  # appendix A: twice as long
                     config = replace(config, steps=2 * config.steps, evaluation=replace(config.evaluation, every=4))
                 yield Run(f"fig4/{reward}/{method}/seed_{seed}", config)
 

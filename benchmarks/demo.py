@@ -1,4 +1,4 @@
-"""What ``make demo`` reaches: reward before and after on fixed seeds, and the time, over several seeds.
+"""What ``make demo`` reaches: reward before and after on fixed seeds, with its interval over seeds, and the time.
 
     python benchmarks/demo.py            # about five minutes a seed on two cores
 
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from diffusionrl.evaluation.intervals import LEVEL, student_t_quantile
 
 HERE = Path(__file__).parent
 
@@ -57,14 +59,17 @@ def measure(seed: int, run_dir: Path) -> dict[str, float]:
 
 def main(config: Config) -> None:
     rows = [measure(seed, config.out / f"seed_{seed}") for seed in config.seeds]
-    print("\n| seed | before | after | gain | standard errors | queries | training (s) | whole (s) |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| seed | before | after | gain | queries | training (s) | whole (s) |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
-        errors = row["gain"] / row["standard_error"]
         print(
-            f"| {row['seed']} | {row['before']:.2f} | {row['after']:.2f} | {row['gain']:+.2f} | {errors:.1f} "
+            f"| {row['seed']} | {row['before']:.2f} | {row['after']:.2f} | {row['gain']:+.2f} "
             f"| {row['queries']} | {row['training_seconds']:.0f} | {row['seconds']:.0f} |"
         )
+    gains = [row["gain"] for row in rows]
+    if len(gains) > 1:
+        half = student_t_quantile(LEVEL, len(gains) - 1) * statistics.stdev(gains) / math.sqrt(len(gains))
+        print(f"\ngain over seeds: {statistics.mean(gains):.1f} ± {half:.1f} kB (95 %)")
     (HERE / "demo.json").write_text(json.dumps(rows, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Does the guard stop where the gold score peaks, and only there? Over-optimised and healthy runs of the embedded model.
+"""Does the guard stop where the gold score peaks, and only there? Collapsing and healthy runs of the embedded model.
 
     python benchmarks/guard.py                         # makes the 20 runs, about 100 core-minutes, then the tables
     python benchmarks/guard.py --jobs 0                # the tables of the runs that are there
@@ -8,8 +8,8 @@
 The guard watches the CLIP score of image and prompt, as any user can. The gold score judges the guard, which cannot see it:
 what an image is truly worth where the held-out classifier still names its subject, and nothing where it does not.
 
-- over-optimised: DDPO-SF, until the judge names little of what is drawn; incompressibility (gold = kilobytes * judge) and the
-  aesthetic head (gold = the gold rule's rating * judge);
+- collapsing: DDPO-SF at too high a learning rate, until the judge names little of what is drawn; incompressibility (gold =
+  kilobytes * judge) and the aesthetic head (gold = the gold rule's rating * judge);
 - healthy: DDPO-IS at its best learning rate, on compressibility (gold = kilobytes saved * judge) and, for a third as long as it
   takes to do harm, on incompressibility (gold as above). Whether their gold score falls is in the table.
 
@@ -41,7 +41,11 @@ PAGE = HERE.parent / "docs" / "guard.md"
 BEGIN, END = "<!-- figures: benchmarks/guard.py writes these lines -->", "<!-- end of figures -->"
 SEEDS = range(5)
 TOLERANCE = 0.15
-OVER_OPTIMISED = ("hacked-incompressibility", "hacked-aesthetic")
+COLLAPSING = ("hacked-incompressibility", "hacked-aesthetic")
+"""Names that ``guard.json`` keeps. That the reward is hacked is not shown: on a reward that is noise such runs collapse too."""
+LOOKED_AT = {f"{name}/seed_0" for name in (*COLLAPSING, "compressibility", "incompressibility")}
+LOOKED_AT |= {f"{name}/seed_1" for name in COLLAPSING}
+"""``drop`` was set after a look at these; the others are the test."""
 
 
 @dataclass(frozen=True)
@@ -140,33 +144,35 @@ def lost(run: dict[str, Any]) -> bool:
     return below > 2 * error
 
 
-def counts(found: dict[str, dict[str, Any]]) -> list[str]:
-    """The bars, as lines."""
-    hacked = [each for name, each in found.items() if name.startswith(OVER_OPTIMISED)]
-    healthy = [each for name, each in found.items() if not name.startswith(OVER_OPTIMISED)]
-    stopped = [each for each in hacked if each["stop"] is not None]
+def counts(found: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """The bars: how many runs, of how many."""
+    collapsing = [each for name, each in found.items() if name.startswith(COLLAPSING)]
+    healthy = [each for name, each in found.items() if not name.startswith(COLLAPSING)]
+    stopped = [each for each in collapsing if each["stop"] is not None]
     of_peak = sum(abs(each["stop"] - each["peak"]) <= TOLERANCE * each["peak"] for each in stopped)
     of_run = sum(abs(each["stop"] - each["peak"]) <= TOLERANCE * each["queries"][-1] for each in stopped)
     on_plateau = sum(
         (1 - TOLERANCE) * each["plateau"][0] <= each["stop"] <= (1 + TOLERANCE) * each["plateau"][1] for each in stopped
     )
-    kept = sum(each["plateau"][0] <= each["kept"] <= each["plateau"][1] for each in hacked)
-    rows = [
-        (f"stopped, of {len(hacked)} over-optimised runs", len(stopped)),
-        ("within 15 % of the queries of the gold score's highest value", of_peak),
-        ("within 15 % of the run's queries of it", of_run),
-        ("within 15 % of where the gold score is less than one standard error below its highest value", on_plateau),
-        ("kept weights whose gold score is less than one standard error below the highest", kept),
-        (f"stopped, of {len(healthy)} healthy runs", sum(each["stop"] is not None for each in healthy)),
-        *(
-            (
-                f"gold score more than two standard errors below its highest at the end, of the {len(runs)} {kind}",
-                sum(map(lost, runs)),
-            )
-            for kind, runs in (("over-optimised", hacked), ("healthy", healthy))
-        ),
-    ]
-    return ["| | runs |", "|---|---|", *(f"| {what} | {count} |" for what, count in rows), ""]
+    kept = sum(each["plateau"][0] <= each["kept"] <= each["plateau"][1] for each in collapsing)
+    end = "gold score more than two standard errors below its highest at the end"
+    return {
+        "collapsing runs that were stopped": (len(stopped), len(collapsing)),
+        "stopped within 15 % of the queries of the gold score's highest value": (of_peak, len(collapsing)),
+        "stopped within 15 % of the run's queries of it": (of_run, len(collapsing)),
+        "stopped within 15 % of its plateau": (on_plateau, len(collapsing)),
+        "kept weights from within its plateau": (kept, len(collapsing)),
+        "healthy runs that were stopped": (sum(each["stop"] is not None for each in healthy), len(healthy)),
+        f"collapsing runs with the {end}": (sum(map(lost, collapsing)), len(collapsing)),
+        f"healthy runs with the {end}": (sum(map(lost, healthy)), len(healthy)),
+    }
+
+
+def bars(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The bars as lines: the runs that are the test, beside all."""
+    test = counts({name: each for name, each in found.items() if name not in LOOKED_AT})
+    rows = [f"| {what} | {{}} of {{}} | {{}} of {{}} |".format(*test[what], *all_of) for what, all_of in counts(found).items()]
+    return [f"| | the test: {len(found.keys() - LOOKED_AT)} runs | all {len(found)} |", "|---|---|---|", *rows, ""]
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -181,7 +187,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
             for key in ("stop", "kept", "end")
         )
         rows.append(
-            f"| {name} | {' | '.join(curves)} | {gold} | {each['peak']} ({low} to {high}) "
+            f"| {name}{' (seen)' * (name in LOOKED_AT)} | {' | '.join(curves)} | {gold} | {each['peak']} ({low} to {high}) "
             f"| {'–' if each['stop'] is None else each['stop']} | {each['kept']} | {lost} |"
         )
     return [*rows, ""]
@@ -199,7 +205,7 @@ def report(config: Config) -> None:
         return
     minutes = sum(each["seconds"] for each in found.values()) / 60
     percent = sum(each["measures_percent"] for each in found.values()) / len(found)
-    lines = [*counts(found), *table(found)]
+    lines = [*bars(found), *table(found)]
     lines += [f"{len(found)} runs, {minutes:.0f} core-minutes; the measures take {percent:.1f} % of the time of an evaluation."]
     print("\n".join(lines))
     if config.guard == GuardConfig():

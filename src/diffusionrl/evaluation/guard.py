@@ -1,4 +1,4 @@
-"""The guard: a rule on a run's evaluations that says when the reward is being hacked. docs/guard.md explains it.
+"""The guard: a rule on a run's evaluations that says when a held-out score has fallen. docs/guard.md explains it.
 
 It reads nothing but lines of metrics.jsonl, so it can be replayed on any run, and a resumed run needs no state for it.
 """
@@ -84,7 +84,8 @@ def _describe(evaluations: Sequence[Line], name: str, best: int | None, config: 
     risen = then is not None and here is not None and here > then
     reward = "unknown" if then is None or here is None else f"{then:.4g} then and {here:.4g} now"
     rows = f" in {config.patience} evaluations in a row" if config.patience > 1 else ""
-    advice = "the reward may be hacked: look at the samples" if risen else "the run is losing what it was not asked to lose"
+    hacked = "the reward may be hacked, or the learning rate too high: look at the samples"
+    advice = hacked if risen else "the run is losing what it was not asked to lose"
     kept = "" if best is None else f". Best before: step {best}"
     return risen, (
         f"{name} is below its peak of step {peak['step']} by more than {config.noise:g} standard errors{rows}, and by "

@@ -1,6 +1,7 @@
-"""What the embedded world knows for sure about an image: who is in it, and how beautiful it is by the gold rule.
+"""What the embedded world says of an image: who is in it, and how beautiful it is by the gold rule.
 
-Meant to be held out (``--evaluation.held-out emoji-judge emoji-gold``): they say whether a reward still means what it meant.
+Meant to be held out, both (``--evaluation.held-out emoji-judge emoji-gold``): on images that are no longer of this world the
+rule alone can rise.
 """
 
 import math
