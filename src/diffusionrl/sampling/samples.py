@@ -15,9 +15,16 @@ from diffusionrl.sampling.rollout import draw_noise, make_table, sample_trajecto
 
 
 @torch.no_grad()
-def sample_images(model: str, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig, out: Path) -> Path:
+def sample_images(
+    model: str,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    out: Path,
+    model_config: str | None = None,
+) -> Path:
     """One image a prompt and seed, as PNG files beside a grid (a row a prompt). Returns the grid's path."""
-    policy = load_trained(model, sampling=sampling, example=Prompt(prompts[0]))
+    policy = load_trained(model, sampling=sampling, example=Prompt(prompts[0]), config=model_config)
     table = make_table(policy, sampling)
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     images = []
