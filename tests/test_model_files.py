@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusionrl.cli import main
+from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError
 from diffusionrl.policies import StableDiffusionPolicy, check_model, load_pipeline, load_policy
 from diffusionrl.policies.files import fetch
@@ -74,6 +75,15 @@ def draw(pipeline: Any, family: str) -> Tensor:
     return torch.as_tensor(pipeline("a cat", **settings, **tiny.call_of(single_files.FAMILIES[family])).images)
 
 
+def as_said(about: dict[str, Any], model: Path, config: Path | None = None) -> Any:
+    """The pipeline of the lines that a report gives, up to what was learned."""
+    *lines, _, _ = loading_lines({}, about, repr(str(model)), "'export'", "'a cat'", repr(str(config)))
+    assert all("diffusionrl" not in line for line in lines if "import" in line)
+    made: dict[str, Any] = {}
+    exec("\n".join(lines), made)
+    return made["pipe"]
+
+
 def edit(file: Path, change: Callable[[dict[str, Tensor]], object], to: Path | None = None) -> Path:
     weights = load_file(file)
     change(weights)
@@ -91,15 +101,8 @@ def test_a_single_file_draws_what_its_folder_draws(saved: Any, family: str, no_n
     expected = draw(load_pipeline(str(folder)), family)
     pipeline = load_pipeline(str(file), config=str(folder))
     torch.testing.assert_close(draw(pipeline, family), expected, rtol=0, atol=1e-5)
-    kind, found = type(pipeline).__name__, look_into(file, str(folder))
-    about = {"pipeline": kind, "makes": "image", "single_file": found.about}
-    *lines, _, _ = loading_lines(
-        {}, about, repr(str(file)), "'export'", "'a cat'", repr(str(folder))
-    )  # to pipe.load_lora_weights
-    assert any(f"pipe = {kind}.from_single_file(" in line for line in lines)
-    made: dict[str, Any] = {}
-    exec("\n".join(lines), made)
-    torch.testing.assert_close(draw(made["pipe"], family), expected, rtol=0, atol=1e-5)
+    about = {"pipeline": type(pipeline).__name__, "makes": "image", "single_file": look_into(file, str(folder)).about}
+    torch.testing.assert_close(draw(as_said(about, file, folder), family), expected, rtol=0, atol=1e-5)
 
 
 def test_stable_diffusion_takes_the_fast_road(saved: Any) -> None:
@@ -257,7 +260,10 @@ def test_the_command_line_refuses_before_it_writes(
 # Folders
 
 
-@pytest.mark.parametrize("name", [*tiny.NAMES, "emoji", "emoji-flow"])
+_SAME_NETWORKS = {"sd2_v", "inpaint4", "sd1_img2img", "sdxl_dpm", "sd3_img2img", "flux_img2img", "flux_kontext"}
+
+
+@pytest.mark.parametrize("name", [*(name for name in tiny.NAMES if name not in _SAME_NETWORKS), "emoji", "emoji-flow"])
 def test_whole_pipelines_are_taken_as_they_are(name: str, tmp_path: Path) -> None:
     """Nothing is refused that is right: buffers, tied embeddings, parts that there are none of."""
     if name in tiny.NAMES:
@@ -300,7 +306,23 @@ def test_variants_and_shards(tmp_path: Path, variant: str | None, shards: dict[s
     assert len(names) > 1 if shards else len(names) == 1
     plain, other = (load_pipeline(str(tmp_path / name)) for name in ("plain", "other"))
     assert other.transformer.dtype == torch.float32
-    torch.testing.assert_close(draw(other, "flux"), draw(plain, "flux"), rtol=0, atol=1e-5)
+    expected = draw(plain, "flux")
+    torch.testing.assert_close(draw(other, "flux"), expected, rtol=0, atol=1e-5)
+    sampling = SamplingConfig(num_steps=2, height=16, width=16, call=("max_sequence_length=16",))
+    about = load_policy(str(tmp_path / "other"), sampling=sampling).about
+    assert set(about["variants"].values()) == ({variant} if variant else set())
+    torch.testing.assert_close(draw(as_said(about, tmp_path / "other"), "flux"), expected, rtol=0, atol=1e-5)
+
+
+def test_what_a_file_has_not_comes_in_fp16_too(saved: Any, tmp_path: Path) -> None:
+    file, folder = saved("flux")
+    pipeline = load_pipeline(str(folder)).to(torch.float16)
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    sampling = SamplingConfig(num_steps=2, height=16, width=16, call=("max_sequence_length=16",))
+    about = load_policy(str(file), model_config=str(tmp_path), sampling=sampling).about
+    assert about["variants"] == {"text_encoder": "fp16", "text_encoder_2": "fp16", "vae": "fp16"}
+    expected = draw(load_pipeline(str(file), config=str(tmp_path)), "flux")
+    torch.testing.assert_close(draw(as_said(about, file, tmp_path), "flux"), expected, rtol=0, atol=1e-5)
 
 
 def test_plain_weights_come_before_a_variant(saved: Any, tmp_path: Path) -> None:
@@ -320,6 +342,8 @@ def test_a_repository_with_fp16_weights_alone_gives_these(tmp_path: Path) -> Non
         @staticmethod
         def download(model: str, variant: str | None = None, **settings: Any) -> str:
             asked.append((model, variant, settings))
+            if model == "owner/unreachable":
+                raise ConnectionError("no way there")
             if variant is None or model == "owner/neither":
                 raise OSError(f"no {variant} weights")
             return str(tmp_path)
@@ -329,6 +353,9 @@ def test_a_repository_with_fp16_weights_alone_gives_these(tmp_path: Path) -> Non
     assert all(each["use_safetensors"] and each["safety_checker"] is None for *_, each in asked)
     with pytest.raises(OSError, match="no None weights"):
         fetch(Pipeline, "owner/neither", {}, False)
+    with pytest.raises(ConnectionError):  # which does not say that there are no plain ones
+        fetch(Pipeline, "owner/unreachable", {}, False)
+    assert asked[-1][:2] == ("owner/unreachable", None)
 
 
 def test_neither_safety_checker_nor_feature_extractor_is_needed(saved: Any, tmp_path: Path) -> None:

@@ -114,26 +114,28 @@ def fetch(kind: Any, model: str, parts: Mapping[str, Any], local_files_only: boo
     try:
         return Path(kind.download(model, **wanted))
     except OSError as plain:
+        if type(plain) is not OSError:  # no network, no space: it is not that there are none
+            raise
         try:
             return Path(kind.download(model, variant="fp16", **wanted))
         except (OSError, ValueError):
             raise plain from None
 
 
-def has_weights(folder: Path) -> bool:
-    return any(_NAMED.fullmatch(file.name) for file in folder.glob("*.safetensors"))
+def variants_in(folder: Path) -> set[str | None]:
+    """Of the weights in a network's folder; None is the plain one."""
+    return {match["variant"] for file in folder.glob("*.safetensors") if (match := _NAMED.fullmatch(file.name))}
 
 
-def load_network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """A network from its part of a pipeline's folder; the fp16 weights, or those of another variant, where there are no plain
-    ones.
+def load_network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """A network of a pipeline, and the variant of its weights: fp16, or another, where there are no plain ones.
 
     Raises:
         UserError: its file lacks weights, which would be random, or holds some that it has no place for.
         OSError: there is no such file.
     """
-    part = folder / name
-    found = {match["variant"] for file in part.glob("*.safetensors") if (match := _NAMED.fullmatch(file.name))}
+    part = folder / name if (folder / name).is_dir() else folder  # where diffusers looks next
+    found = variants_in(part)
     variant = None if None in found else min(found, key=lambda each: (each != "fp16", each), default=None)
     settings: dict[str, Any] = {"variant": variant, "use_safetensors": True, "dtype": dtype, "output_loading_info": True}
     if issubclass(kind, PreTrainedModel):
@@ -151,7 +153,7 @@ def load_network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
             f"{part} holds weights that its config.json has no place for: {listed(info['unexpected_keys'])}. If it is whole "
             "without them, save_pretrained in diffusers writes it without them"
         )
-    return network
+    return network, variant
 
 
 def listed(names: Collection[str]) -> str:

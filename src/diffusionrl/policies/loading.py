@@ -75,10 +75,12 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32, config: str | 
     Raises:
         UserError: see ``check_model``; it could not be loaded; or it lacks weights, or holds others.
     """
-    return _load_seen(model, dtype, _look(model, config))
+    return _open(model, dtype, config)[0]
 
 
-def _load_seen(model: str, dtype: torch.dtype, file: SingleFile | None) -> Any:
+def _open(model: str, dtype: torch.dtype, config: str | None) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and what ``Policy.about`` says of its files."""
+    file = _look(model, config)
     source = file.config if file else model
     _check_settings(source)
     try:
@@ -91,18 +93,22 @@ def _load_seen(model: str, dtype: torch.dtype, file: SingleFile | None) -> Any:
 
 def _load(
     source: str, revision: str | None, local_files_only: bool = False, *, file: SingleFile | None, dtype: torch.dtype
-) -> Any:
-    """Raises OSError where something is not there."""
+) -> tuple[Any, dict[str, Any]]:
+    """See ``_open``. Raises OSError where something is not there."""
     kind, index = find_class(source), read_index(source)
     parts: dict[str, Any] = left_out(kind, source, index)
+    variants = {}
     inside = file.inside if file else {}
     folder = fetch(kind, source, parts | dict.fromkeys(inside), local_files_only)
     for name, network in find_networks(index, parts).items():
         if name not in inside:
-            parts[name] = load_network(network, folder, name, torch.float32 if name == "vae" else dtype)
+            parts[name], variants[name] = load_network(network, folder, name, torch.float32 if name == "vae" else dtype)
     if "requires_safety_checker" in inspect.signature(kind).parameters:
         parts["requires_safety_checker"] = False
-    return load_file(kind, file, folder, parts, dtype) if file else kind.from_pretrained(str(folder), **parts)
+    about = {"variants": {name: variant for name, variant in variants.items() if variant}}
+    if file is None:
+        return kind.from_pretrained(str(folder), **parts), about
+    return load_file(kind, file, folder, parts, dtype), about | {"single_file": file.about}
 
 
 def make_policy(
@@ -160,8 +166,7 @@ def load_policy(
         UserError: the model is not there, or cannot be a policy.
     """
     precision: torch.dtype = getattr(torch, dtype)
-    file = _look(model, model_config)
-    pipeline = _load_seen(model, precision, file)
+    pipeline, files = _open(model, precision, model_config)
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
             save_memory(getattr(pipeline, "vae", None), switch)
@@ -176,7 +181,7 @@ def load_policy(
         device=choose_device(device),
         seed=seed,
         source=model,
-        single_file=file.about if file else None,
+        files=files,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
         reference=reference,

@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from diffusionrl.errors import UserError
-from diffusionrl.policies.files import find_class, find_networks, folder_of, has_weights, left_out, listed, read_index
+from diffusionrl.policies.files import find_class, find_networks, folder_of, left_out, listed, read_index, variants_in
 from diffusionrl.runs.hub import cached_first, is_single_file
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _SETTINGS = ["*.json", "*.txt", "*.model"]  # of a repository, all but the weights
-_MAIN = ("unet", "transformer")  # without which a file is no model
+_MAIN = {"unet", "transformer"}  # without which a file is no model
 _UNUSED = ("logit_scale", *SD_2_TEXT_ENCODER_KEYS_TO_IGNORE)  # of text encoders: what no pipeline asks them for
 
 
@@ -162,10 +162,10 @@ def _convert(
             mended.append(name)
             network.tie_weights()
         _check(name, network, headers)
+    for name in beside.keys() & _MAIN:
+        raise UserError(f"the file holds no {name} of a {kind.__name__}; its weights are {listed(headers)}")
     for name in beside:
-        if name in _MAIN:
-            raise UserError(f"the file holds no {name} of a {kind.__name__}; its weights are {listed(headers)}")
-        if folder_of(config) and not has_weights(folder / name):
+        if folder_of(config) and not variants_in(folder / name):
             raise UserError(f"the file holds no {name}, and {folder} has no weights for it: give a folder or hub id that has")
     return SingleFile(path, config, inside, beside, tuple(absent), tuple(mended))
 

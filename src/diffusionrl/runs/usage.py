@@ -49,8 +49,7 @@ def loading_lines(
     if config.get("model") in ("emoji", "emoji-flow"):
         lines = ["from diffusionrl.policies import load_pipeline", f'pipe = load_pipeline("{config["model"]}")']
     else:
-        file = about.get("single_file")
-        lines = _file_lines(kind, file, base, base_config) if file else [f"pipe = {kind}.from_pretrained({base})"]
+        lines = _base_lines(kind, about, base, base_config)
         ours = about.get("scheduler") == "DDIMScheduler" and kind == "StableDiffusionPipeline"
         lines.insert(0, f"from diffusers import {'DDIMScheduler, ' if ours else ''}{kind}")
         if ours:
@@ -67,13 +66,21 @@ def loading_lines(
     return [*lines, f"{made} = pipe({prompt}, {', '.join(given)}).{_OUTPUTS[made]}[0]"]
 
 
-def _file_lines(kind: Any, file: Mapping[str, Any], base: str, base_config: str) -> list[str]:
-    """A single file with what it has not from its configuration; ``file`` is ``SingleFile.about``."""
-    lines, given = [], [base, f"config={base_config}", *(f"{name}=None" for name in file["absent"])]
+def _base_lines(kind: Any, about: Mapping[str, Any], base: str, base_config: str) -> list[str]:
+    """The model before training: a folder, a hub id, or a single file with what it has not from its configuration."""
+    file, variants = about.get("single_file"), about.get("variants") or {}
+    said = {name: f', variant="{variant}"' for name, variant in variants.items()}
+    if not file and not said:
+        return [f"pipe = {kind}.from_pretrained({base})"]
+    in_one_precision = ".to(torch.float32)"  # where transformers leaves weights in that of their file
+    if not file:
+        return ["import torch", f"pipe = {kind}.from_pretrained({base}{next(iter(said.values()))}){in_one_precision}"]
+    lines, given = ["import torch"], [base, f"config={base_config}", *(f"{name}=None" for name in file["absent"])]
     for name, (library, part) in file["beside"].items():
-        lines += [f"from {library} import {part}", f'{name} = {part}.from_pretrained({base_config}, subfolder="{name}")']
+        source = f'{base_config}, subfolder="{name}"{said.get(name, "")}'
+        lines += [f"from {library} import {part}", f"{name} = {part}.from_pretrained({source})"]
         given.append(f"{name}={name}")
-    lines.append(f"pipe = {kind}.from_single_file({', '.join(given)})")
+    lines.append(f"pipe = {kind}.from_single_file({', '.join(given)}){in_one_precision}")
     return lines + [f"pipe.{name}.eval().tie_weights()" for name in file["mended"]]
 
 
