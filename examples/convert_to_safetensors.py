@@ -6,7 +6,8 @@
 
 The package itself never reads a pickle, because loading one may run code. This script lets torch read the tensors in it and
 nothing else (``weights_only=True``); still, convert only files whose source you trust. It works for a text model of BERTScore
-too: put the result beside its config as ``model.safetensors``.
+too: put the result beside its config as ``model.safetensors``; and for a .ckpt of Stable Diffusion, whose weights lie under
+"state_dict".
 """
 
 import sys
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 def convert(source: Path, target: Path) -> None:
     if target.exists():
         raise SystemExit(f"{target} exists: choose another name")
-    tensors = torch.load(source, map_location="cpu", weights_only=True)
-    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    found = torch.load(source, map_location="cpu", weights_only=True)
+    found = found.get("state_dict", found)
+    tensors = {name: value.clone().contiguous() for name, value in found.items() if isinstance(value, torch.Tensor)}
     save_file(tensors, target, {"format": "pt", "converted_from": source.name})
     print(f"{source} is a pickle; its {len(tensors)} tensors are now in {target}:")
     for name, tensor in tensors.items():

@@ -160,7 +160,7 @@ def test_models_of_the_hub_are_checked_by_their_settings_alone(tiny_folder: Path
         asked.append(filename)
         return str(tiny_folder / filename)
 
-    monkeypatch.setattr("diffusionrl.policies.loading.hf_hub_download", download)
+    monkeypatch.setattr("diffusionrl.policies.files.hf_hub_download", download)
     assert check_model("owner/tiny") == (3, 32, 32)
     assert sorted(asked) == ["model_index.json", "unet/config.json", "vae/config.json"]
     with pytest.raises(UserError, match="hub did not give it: offline"):

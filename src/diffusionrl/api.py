@@ -122,7 +122,7 @@ def _prepare(
         raise UserError("there is no prompt to train on: prompts is empty")
     _check_shares(config)
     pairs = load_pairs(config.pretraining)
-    shape = check_model(config.model) if policy is None else policy.sample_shape
+    shape = check_model(config.model, config.model_config) if policy is None else policy.sample_shape
     if policy is None and config.sampling.arguments:  # which may ask for another one
         shape = None
     trained = policy
@@ -153,7 +153,14 @@ def _prepare(
 
 def _load(config: TrainConfig, example: Prompt) -> Policy:
     settings = dataclasses.asdict(config.policy)
-    policy = load_policy(config.model, **settings, seed=config.seed, sampling=config.sampling, example=example)
+    policy = load_policy(
+        config.model,
+        **settings,
+        seed=config.seed,
+        sampling=config.sampling,
+        example=example,
+        model_config=config.model_config,
+    )
     if policy.about.get("distilled") and processes.is_main():
         print(f"warning: {policy.about['distilled']}", file=sys.stderr)
     return policy
@@ -244,6 +251,7 @@ def _described(
     described: dict[str, Any] = {}
     if policy is not None:
         described["model"] = policy.source
+        described["model_config"] = (policy.about.get("single_file") or {}).get("config")
     if reward is not None:
         described["reward"] = tuple(f"{name}={weight:g}" for name, weight in as_mixture(reward).weights.items())
     if prompts is not None:

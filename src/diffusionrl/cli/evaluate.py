@@ -12,6 +12,7 @@ import tyro
 from diffusionrl.cli.parsing import check_reward, quiet_libraries, settings_of
 from diffusionrl.config import RewardsConfig, SamplingConfig
 from diffusionrl.errors import UserError, require
+from diffusionrl.runs.hub import is_single_file
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,10 @@ class EvaluateConfig:
     """Score a model on fixed seeds, with intervals; see docs/evaluate.md. What is not given is the run's, or the preset's."""
 
     model: str = "emoji"
-    """"emoji", a folder in diffusers' format, a hub id, or a run folder (its model with what it learned)."""
+    """"emoji", a folder in diffusers' format, a hub id, a single .safetensors file, or a run folder (its model with what it
+    learned)."""
+    model_config: str | None = None
+    """Of a single file, also of the baseline: as in train."""
     lora: Path | None = None
     """On that model: a safetensors file, or a folder with pytorch_lora_weights.safetensors in it."""
     baseline: str | None = None
@@ -42,6 +46,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
         require(self.num_samples is None or self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}")
+        require(
+            self.model_config is None or any(map(is_single_file, (self.model, self.baseline or ""))),
+            "model_config describes a single .safetensors file, and neither model nor baseline is one",
+        )
         for name in self.reward:
             if "=" in name:
                 raise UserError(f"evaluate reports each reward on its own: leave out the weight of {name!r}")
@@ -65,7 +73,8 @@ def run(arguments: Sequence[str]) -> None:
     from diffusionrl.rewards import load_mixture, try_mixture
     from diffusionrl.sampling.rollout import metadata_of
 
-    asked = [(config.model, config.lora), *([(config.baseline, None)] if config.baseline else [])]
+    given = [(config.model, config.lora), *([(config.baseline, None)] if config.baseline else [])]
+    asked = [(model, lora, config.model_config if is_single_file(model) else None) for model, lora in given]
     found = [find_trained(*each) for each in asked]
     rewards = load_mixture(config.reward, config.rewards)
     size = config.samples_per_prompt

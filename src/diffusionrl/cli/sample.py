@@ -16,7 +16,10 @@ class SampleConfig:
     """Make images."""
 
     model: str = "emoji"
-    """"emoji", a folder in diffusers' format, a hub id, or a run folder (its model with what it learned)."""
+    """"emoji", a folder in diffusers' format, a hub id, a single .safetensors file, or a run folder (its model with what it
+    learned)."""
+    model_config: str | None = None
+    """Of a single file: as in train."""
     prompts: tuple[str, ...] = ("a cat", "a dog", "a butterfly", "a doctor")
     """One image a prompt and seed; or one file of prompts, whose .jsonl lines may name images."""
     seeds: tuple[int, ...] = (0, 1)
@@ -35,4 +38,5 @@ def run(arguments: Sequence[str]) -> None:
     quiet_libraries()
     from diffusionrl.sampling.samples import sample_images
 
-    print(f"images: {sample_images(config.model, config.prompts, config.seeds, config.sampling, config.out)}")
+    asked = (config.prompts, config.seeds, config.sampling, config.out)
+    print(f"images: {sample_images(config.model, *asked, config.model_config)}")

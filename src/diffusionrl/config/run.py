@@ -59,7 +59,10 @@ class TrainConfig:
     """A whole run."""
 
     model: str = "emoji"
-    """"emoji" or "emoji-flow" (the embedded models), a folder in diffusers' format, or a hub id."""
+    """"emoji" or "emoji-flow" (the embedded models), a folder in diffusers' format, a hub id, or a single .safetensors file."""
+    model_config: str | None = None
+    """Of a single file: the folder or hub id of a pipeline of its family, whose settings, tokenizers and what else the file has
+    not are taken; by default what diffusers takes the file for, from the hub."""
     reward: tuple[str, ...] = ("compressibility",)
     """Built-in rewards, or package.module:function of your own, called with (images, prompts, metadata). NAME=WEIGHT where
     several are added up."""

@@ -49,7 +49,7 @@ def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
 
     def plain(export: Path | None = None) -> Tensor:
         """What diffusers makes of the model, with an export put into it."""
-        pipeline = load_pipeline(policy.source)
+        pipeline = load_pipeline(policy.source, config=trainer.config.model_config)
         if export is not None:
             put_export(pipeline, export, policy.source)
         return draw(make_policy(pipeline, sampling, prompts[0], lora_rank=None, device=str(policy.device)))

@@ -1,7 +1,8 @@
 """Models as policies."""
 
 from diffusionrl.policies.base import Policy
-from diffusionrl.policies.loading import EMBEDDED_MODEL, check_model, load_pipeline, load_policy, make_policy
+from diffusionrl.policies.files import EMBEDDED_MODEL
+from diffusionrl.policies.loading import check_model, load_pipeline, load_policy, make_policy
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy
 from diffusionrl.policies.trained import find_trained, load_trained, put_export
 

@@ -1,13 +1,11 @@
-"""Models by name: the embedded one, a folder, or a hub id."""
+"""Models by name: the embedded ones, a folder, a hub id, or a single file."""
 
 import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from huggingface_hub import hf_hub_download
 
 from diffusionrl import devices
 from diffusionrl.config import SamplingConfig
@@ -16,75 +14,48 @@ from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import save_memory
 from diffusionrl.policies.asking import check_class
 from diffusionrl.policies.base import Policy
+from diffusionrl.policies.files import fetch, file_of, find_class, find_networks, left_out, load_network, read_index
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.policies.schedules import kind_of
+from diffusionrl.policies.single_file import SingleFile, find_file, load_file, look_into
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder
-from diffusionrl.runs.hub import cached_first, local_folder
+from diffusionrl.runs.hub import cached_first
 
-_WEIGHTS = Path(__file__).parent.parent / "emoji" / "weights"
-EMBEDDED_MODEL = _WEIGHTS / "pipeline"
-_EMBEDDED = {"emoji": EMBEDDED_MODEL, "emoji-flow": _WEIGHTS / "flow"}
 _FAST = "StableDiffusionPipeline"  # which has a policy of its own
 
 
-def _folder(model: str) -> Path | None:
-    """The local folder of a model, or None for a hub id."""
-    return _EMBEDDED.get(model) or local_folder(model)
-
-
-def _file(model: str, name: str) -> Path:
-    folder = _folder(model)
-    if folder is not None:
-        return folder / name
-    try:
-        return Path(cached_first(hf_hub_download, model, filename=name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {model!r} is no folder here, and the hub did not give it: {error}") from error
-
-
-def read_index(model: str) -> dict[str, Any]:
-    """A model's ``model_index.json``. Raises UserError where there is none, or no pipeline in it."""
-    index = _file(model, "model_index.json")
-    if not index.is_file():
-        raise UserError(f"{index.parent} is no diffusers pipeline: it has no model_index.json")
-    try:
-        found = json.loads(index.read_text())
-        str(found["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index} does not say what pipeline it is of: {type(error).__name__}: {error}") from error
-    return dict(found)
-
-
-def find_class(model: str) -> type:
-    """The pipeline class of a model, one of diffusers' own.
-
-    Raises:
-        UserError: there is no such model, it is no pipeline, or its class is not in diffusers.
-    """
-    name = str(read_index(model)["_class_name"])
-    found = getattr(diffusers, name, None)
-    if not (inspect.isclass(found) and issubclass(found, diffusers.DiffusionPipeline)):
-        raise UserError(
-            f"model {model!r} is a {name}, and diffusers {diffusers.__version__} has no such pipeline: upgrade diffusers, or "
-            "load it yourself and hand it over in Python"
-        )
-    return found
-
-
-def check_model(model: str) -> tuple[int, ...] | None:
+def check_model(model: str, config: str | None = None) -> tuple[int, ...] | None:
     """Check a model without loading its weights. Returns the shape of what it makes where its settings tell; None where it is
     known when it is loaded.
 
+    Args:
+        config: of a single file: see ``TrainConfig.model_config``.
+
     Raises:
-        UserError: it is not there, or cannot be asked what a policy is asked.
+        UserError: it is not there, or cannot be asked what a policy is asked; or a single file lacks weights, or holds others.
     """
+    file = _look(model, config)
+    return _check_settings(file.config if file else model)
+
+
+def _look(model: str, config: str | None) -> SingleFile | None:
+    path = find_file(model)
+    if path is not None:
+        return look_into(path, config)
+    if config is not None:
+        raise UserError(f"model_config describes a single .safetensors file, and model {model!r} is none: leave it out")
+    return None
+
+
+def _check_settings(model: str) -> tuple[int, ...] | None:
+    """See ``check_model``; of a folder or a hub id."""
     kind = find_class(model)
     if kind.__name__ == _FAST:
         for name in ("unet/config.json", "vae/config.json"):
-            file = _file(model, name)
+            file = file_of(model, name)
         return check_pipeline_folder(file.parent.parent)
     check_class(kind)
-    file = _file(model, "scheduler/scheduler_config.json")
+    file = file_of(model, "scheduler/scheduler_config.json")
     try:
         settings = json.loads(file.read_text())
         kind_of(str(settings["_class_name"]), settings)
@@ -95,24 +66,50 @@ def check_model(model: str) -> tuple[int, ...] | None:
     return None
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The diffusers pipeline of "emoji" or "emoji-flow", of a folder or of a hub id, safetensors only; autoencoders in float32.
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, config: str | None = None) -> Any:
+    """The diffusers pipeline of "emoji" or "emoji-flow", of a folder, a hub id or a single file, safetensors only; autoencoders
+    in float32.
+
+    Args:
+        config: of a single file: see ``TrainConfig.model_config``.
 
     Raises:
-        UserError: see ``check_model``; or it could not be loaded.
+        UserError: see ``check_model``; it could not be loaded; or it lacks weights, or holds others.
     """
-    check_model(model)
-    kind = find_class(model)
-    settings: dict[str, Any] = {"dtype": dtype if dtype == torch.float32 else {"default": dtype, "vae": torch.float32}}
-    taken = inspect.signature(kind).parameters
-    absent = [name for name, value in read_index(model).items() if value == [None, None] and name in taken]
-    settings |= dict.fromkeys([*absent, *({"safety_checker"} & taken.keys())])
-    if "requires_safety_checker" in taken:
-        settings["requires_safety_checker"] = False
+    return _open(model, dtype, config)[0]
+
+
+def _open(model: str, dtype: torch.dtype, config: str | None) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and what ``Policy.about`` says of its files."""
+    file = _look(model, config)
+    source = file.config if file else model
+    _check_settings(source)
     try:
-        return cached_first(kind.from_pretrained, str(_folder(model) or model), use_safetensors=True, **settings)  # type: ignore[attr-defined]
+        return cached_first(_load, source, file=file, dtype=dtype)
+    except UserError as error:
+        raise UserError(f"model {model!r} could not be loaded: {error}") from error
     except Exception as error:  # diffusers and transformers raise whatever they come across in a folder
         raise UserError(f"model {model!r} could not be loaded: {type(error).__name__}: {error}") from error
+
+
+def _load(
+    source: str, revision: str | None, local_files_only: bool = False, *, file: SingleFile | None, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """See ``_open``. Raises OSError where something is not there."""
+    kind, index = find_class(source), read_index(source)
+    parts: dict[str, Any] = left_out(kind, source, index)
+    variants = {}
+    inside = file.inside if file else {}
+    folder = fetch(kind, source, parts | dict.fromkeys(inside), local_files_only)
+    for name, network in find_networks(index, parts).items():
+        if name not in inside:
+            parts[name], variants[name] = load_network(network, folder, name, torch.float32 if name == "vae" else dtype)
+    if "requires_safety_checker" in inspect.signature(kind).parameters:
+        parts["requires_safety_checker"] = False
+    about = {"variants": {name: variant for name, variant in variants.items() if variant}}
+    if file is None:
+        return kind.from_pretrained(str(folder), **parts), about
+    return load_file(kind, file, folder, parts, dtype), about | {"single_file": file.about}
 
 
 def make_policy(
@@ -161,14 +158,16 @@ def load_policy(
     vae_tiling: bool = False,
     lora: Path | None = None,
     reference: str = "start",
+    model_config: str | None = None,
 ) -> Policy:
-    """A policy by name, folder or hub id; the arguments are those of ``PolicyConfig`` and of ``make_policy``.
+    """A policy by name, folder, hub id or single file. ``model_config`` is that of ``TrainConfig``; the other arguments are
+    those of ``PolicyConfig`` and of ``make_policy``.
 
     Raises:
         UserError: the model is not there, or cannot be a policy.
     """
     precision: torch.dtype = getattr(torch, dtype)
-    pipeline = load_pipeline(model, precision)
+    pipeline, files = _open(model, precision, model_config)
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
             save_memory(getattr(pipeline, "vae", None), switch)
@@ -183,6 +182,7 @@ def load_policy(
         device=devices.choose(device),
         seed=seed,
         source=model,
+        files=files,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
         reference=reference,

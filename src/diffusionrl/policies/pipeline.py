@@ -81,8 +81,10 @@ class PipelinePolicy:
         gradient_checkpointing: bool = False,
         lora: Path | None = None,
         reference: str = "start",
+        files: Mapping[str, Any] | None = None,
     ) -> None:
         self.source, self.pipeline, self.device, self.dtype = source, pipeline, torch.device(device), dtype
+        self._files = files or {}
         self.example, self._guidance = example or Prompt("a photograph"), guidance
         if lora_rank is None and dtype != torch.float32:
             raise UserError("full fine-tuning needs policy.dtype float32: small updates are lost in bfloat16 weights")
@@ -230,6 +232,7 @@ class PipelinePolicy:
             "calls": list(self.asked.ways),
             "arguments": self.asked.arguments,
             "distilled": distillation(self.pipeline, self.source),
+            **self._files,
             "makes": {2: "sound", 3: "image", 4: "video"}[len(self.sample_shape)],
         }
 

@@ -8,7 +8,7 @@ in the rounding of W; there the adapter runs beside its layer, as peft does it, 
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,9 @@ class StableDiffusionPolicy:
         gradient_checkpointing: bool = False,
         lora: Path | None = None,
         reference: str = "start",
+        files: Mapping[str, Any] | None = None,
     ) -> None:
-        self.source = source
+        self.source, self._files = source, files or {}
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self._alphas_cumprod = scheduler.alphas_cumprod
@@ -118,7 +119,7 @@ class StableDiffusionPolicy:
 
     @property
     def about(self) -> dict[str, Any]:
-        return ABOUT_STABLE_DIFFUSION | {"format": "lora" if self._adapted else "full"}
+        return ABOUT_STABLE_DIFFUSION | {"format": "lora" if self._adapted else "full", **self._files}
 
     def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
         drawn = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(each)) for each in addresses]

@@ -23,8 +23,9 @@ class Trained:
 
     Attributes:
         name: what it was asked for as.
-        base: "emoji", a folder or a hub id.
+        base: "emoji", a folder, a hub id or a single file.
         sample_shape: of what it makes; None where it is known when it is loaded.
+        config: of a single file: see ``TrainConfig.model_config``.
         lora: a safetensors file.
         export: what a run exported.
     """
@@ -32,11 +33,12 @@ class Trained:
     name: str
     base: str
     sample_shape: tuple[int, ...] | None
+    config: str | None = None
     lora: Path | None = None
     export: Path | None = None
 
 
-def find_trained(model: str, lora: Path | None = None) -> Trained:
+def find_trained(model: str, lora: Path | None = None, config: str | None = None) -> Trained:
     """A model as it is; with a LoRA (a safetensors file, or a folder that holds one as diffusers names it); or a run folder:
     the run's model with what the run exported.
 
@@ -47,27 +49,34 @@ def find_trained(model: str, lora: Path | None = None) -> Trained:
     if (run_dir / "config.yaml").is_file():
         if lora is not None:
             raise UserError(f"{model} is a run, which has learned something itself: give the LoRA's base model, or no LoRA")
-        base, export = yaml.safe_load((run_dir / "config.yaml").read_text())["model"], run_dir / "export"
-        shape = check_model(base)
+        if config is not None:
+            raise UserError(f"{model} is a run, which knows the configuration of its model: leave out model_config")
+        settings, export = yaml.safe_load((run_dir / "config.yaml").read_text()), run_dir / "export"
+        base, config = settings["model"], settings.get("model_config")
+        shape = check_model(base, config)
         if list(export.rglob("*.safetensors")):
-            return Trained(model, base, shape, export=export)
+            return Trained(model, base, shape, config, export=export)
         raise UserError(f"{run_dir} is a run folder without an export: it has not trained yet")
-    shape = check_model(model)
+    shape = check_model(model, config)
     if lora is None:
-        return Trained(model, model, shape)
-    return Trained(f"{model} with {lora.name}", model, shape, lora=find_lora(lora))
+        return Trained(model, model, shape, config)
+    return Trained(f"{model} with {lora.name}", model, shape, config, lora=find_lora(lora))
 
 
 def load_trained(
-    model: str, lora: Path | None = None, sampling: SamplingConfig | None = None, example: Prompt | None = None
+    model: str,
+    lora: Path | None = None,
+    config: str | None = None,
+    sampling: SamplingConfig | None = None,
+    example: Prompt | None = None,
 ) -> Policy:
     """What ``find_trained`` finds, as a policy; a LoRA is merged into the weights.
 
     Raises:
         UserError: it is not there, it could not be loaded, or the LoRA is of another model.
     """
-    found = find_trained(model, lora)
-    pipeline = load_pipeline(found.base)
+    found = find_trained(model, lora, config)
+    pipeline = load_pipeline(found.base, config=found.config)
     if found.export is not None:
         put_export(pipeline, found.export, found.name)
     if found.lora is not None:

@@ -298,6 +298,7 @@ def _load(run: Run) -> str:
     own = str(model).startswith("<")
     prompts = [s.prompt for s in run.evaluations[-1].samples.values() if len(s.prompt) < 80] if run.evaluations else []
     base, export = "MODEL" if own else repr(str(model)), repr(str(run.folder / "export"))
-    lines = loading_lines(run.config, about, base, export, repr((prompts or ["a cat"])[0]))
+    file = about.get("single_file") or {}
+    lines = loading_lines(run.config, about, base, export, repr((prompts or ["a cat"])[0]), repr(file.get("config")))
     note = "# MODEL: the folder or hub id of the pipeline that was handed over in Python\n" if own else ""
     return note + "\n".join(lines)

@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from diffusionrl.runs.folder import read_metrics, replace_file
-from diffusionrl.runs.hub import local_folder
+from diffusionrl.runs.hub import is_single_file, local_folder
 from diffusionrl.runs.usage import about_of, loading_lines
 
 _TASKS = {"image": "text-to-image", "video": "text-to-video", "sound": "text-to-audio"}
@@ -130,9 +130,14 @@ def _base(model: str) -> tuple[str | None, str]:
         return None, f"the embedded model {model} of diffusionrl"
     if model.startswith("<"):
         return None, "a pipeline that was handed over in Python"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII) and not Path(model).is_dir():
+    if _is_hub_id(model):
         return model, f"[{_escape(model)}](https://huggingface.co/{model})"
     return None, f"a local copy of a model ({_escape(_last(model))})"
+
+
+def _is_hub_id(model: str) -> bool:
+    owner_and_name = re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII)
+    return owner_and_name is not None and not is_single_file(model) and not Path(model).is_dir()
 
 
 def _licence(model: str) -> tuple[str, dict[str, str]]:
@@ -199,8 +204,10 @@ def _figure(line: dict[str, Any], name: str) -> str:
 def _usage(config: dict[str, Any], about: dict[str, Any], base: str | None, prompts: Sequence[str]) -> str:
     """A few lines of diffusers; the embedded model is found by diffusionrl."""
     prompt = ascii(_clean(prompts[0])) if prompts else "'...'"
-    base_said, here = json.dumps(base or "folder of the base model"), '"this repository or folder"'
-    lines = loading_lines(config, about, base_said, here, prompt)
+    file, here = about.get("single_file"), '"this repository or folder"'
+    base_said = json.dumps(base or f"{'file' if file else 'folder'} of the base model")
+    described = file["config"] if file and _is_hub_id(file["config"]) else "folder of a pipeline of its family"
+    lines = loading_lines(config, about, base_said, here, prompt, json.dumps(described))
     return _code("\n".join(lines)) + (f"\n{_COMFYUI}" if about.get("comfyui") and about["format"] == "lora" else "")
 
 

@@ -14,6 +14,11 @@ PINNED = {
 }
 
 
+def is_single_file(model: str) -> bool:
+    """Whether a model's name says one file of weights."""
+    return model.endswith(".safetensors")
+
+
 def local_folder(model: str) -> Path | None:
     """The folder that a model's name says, or None where it reads as a hub id.
 
@@ -24,7 +29,7 @@ def local_folder(model: str) -> Path | None:
     if path.is_dir():
         return path
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"model {model!r} was not found: give 'emoji', a folder, or a hub id owner/name")
+        raise UserError(f"model {model!r} was not found: give 'emoji', a folder, a hub id owner/name, or a .safetensors file")
     return None
 
 

@@ -24,7 +24,9 @@ def about_of(environment: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
     return found if found.get("makes") in _OUTPUTS else ABOUT_STABLE_DIFFUSION | {"format": "full" if full else "lora"}
 
 
-def loading_lines(config: Mapping[str, Any], about: Mapping[str, Any], base: str, here: str, prompt: str) -> list[str]:
+def loading_lines(
+    config: Mapping[str, Any], about: Mapping[str, Any], base: str, here: str, prompt: str, base_config: str = ""
+) -> list[str]:
     """Python that loads a model with what a run exported, and calls it.
 
     Args:
@@ -33,6 +35,7 @@ def loading_lines(config: Mapping[str, Any], about: Mapping[str, Any], base: str
         base: the base model, as a Python expression.
         here: the export, as one.
         prompt: likewise.
+        base_config: where the base model is a single file, that of its configuration.
     """
     sampling, kind = config.get("sampling") or {}, about.get("pipeline")
     given = [f"num_inference_steps={sampling.get('num_steps')}"]
@@ -45,14 +48,12 @@ def loading_lines(config: Mapping[str, Any], about: Mapping[str, Any], base: str
     given += [f"{name}={value!r}" for name, value in (about.get("arguments") or {}).items()]
     if config.get("model") in ("emoji", "emoji-flow"):
         lines = ["from diffusionrl.policies import load_pipeline", f'pipe = load_pipeline("{config["model"]}")']
-    elif about.get("scheduler") == "DDIMScheduler" and kind == "StableDiffusionPipeline":
-        lines = [
-            "from diffusers import DDIMScheduler, StableDiffusionPipeline",
-            f"pipe = StableDiffusionPipeline.from_pretrained({base})",
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)",
-        ]
     else:
-        lines = [f"from diffusers import {kind}", f"pipe = {kind}.from_pretrained({base})"]
+        lines = _base_lines(kind, about, base, base_config)
+        ours = about.get("scheduler") == "DDIMScheduler" and kind == "StableDiffusionPipeline"
+        lines.insert(0, f"from diffusers import {'DDIMScheduler, ' if ours else ''}{kind}")
+        if ours:
+            lines.append("pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)")
     networks = about.get("networks") or []
     if about.get("format") == "full":
         lines += [f'pipe.{name} = type(pipe.{name}).from_pretrained({here}, subfolder="{name}")' for name in networks]
@@ -63,6 +64,24 @@ def loading_lines(config: Mapping[str, Any], about: Mapping[str, Any], base: str
         lines.append(f"pipe.load_lora_weights({here})")
     made = about["makes"]
     return [*lines, f"{made} = pipe({prompt}, {', '.join(given)}).{_OUTPUTS[made]}[0]"]
+
+
+def _base_lines(kind: Any, about: Mapping[str, Any], base: str, base_config: str) -> list[str]:
+    """The model before training: a folder, a hub id, or a single file with what it has not from its configuration."""
+    file, variants = about.get("single_file"), about.get("variants") or {}
+    said = {name: f', variant="{variant}"' for name, variant in variants.items()}
+    if not file and not said:
+        return [f"pipe = {kind}.from_pretrained({base})"]
+    in_one_precision = ".to(torch.float32)"  # where transformers leaves weights in that of their file
+    if not file:
+        return ["import torch", f"pipe = {kind}.from_pretrained({base}{next(iter(said.values()))}){in_one_precision}"]
+    lines, given = ["import torch"], [base, f"config={base_config}", *(f"{name}=None" for name in file["absent"])]
+    for name, (library, part) in file["beside"].items():
+        source = f'{base_config}, subfolder="{name}"{said.get(name, "")}'
+        lines += [f"from {library} import {part}", f"{name} = {part}.from_pretrained({source})"]
+        given.append(f"{name}={name}")
+    lines.append(f"pipe = {kind}.from_single_file({', '.join(given)}){in_one_precision}")
+    return lines + [f"pipe.{name}.eval().tie_weights()" for name in file["mended"]]
 
 
 def _number(value: Any) -> str:

@@ -15,7 +15,14 @@ from diffusionrl.sampling.rollout import draw_noise, make_table, sample_trajecto
 
 
 @torch.no_grad()
-def sample_images(model: str, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig, out: Path) -> Path:
+def sample_images(
+    model: str,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    out: Path,
+    model_config: str | None = None,
+) -> Path:
     """One image a prompt and seed, as PNG files beside a grid (a row a prompt). Returns the grid's path.
 
     Args:
@@ -26,7 +33,7 @@ def sample_images(model: str, prompts: Sequence[str], seeds: Sequence[int], samp
     """
     from_file = len(prompts) == 1 and Path(prompts[0]).is_file()
     chosen = load_prompts(prompts[0]) if from_file else [Prompt(text) for text in prompts]
-    policy = load_trained(model, sampling=sampling, example=chosen[0])
+    policy = load_trained(model, sampling=sampling, example=chosen[0], config=model_config)
     table = make_table(policy, sampling)
     jobs = [(prompt, seed) for prompt in chosen for seed in seeds]
     images = []
