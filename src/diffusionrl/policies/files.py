@@ -114,7 +114,7 @@ def fetch(kind: Any, model: str, parts: Mapping[str, Any], local_files_only: boo
     try:
         return Path(kind.download(model, **wanted))
     except OSError as plain:
-        if type(plain) is not OSError:  # no network, no space: it is not that there are none
+        if type(plain) is not OSError:  # no network, say: that is not to say that there are none
             raise
         try:
             return Path(kind.download(model, variant="fp16", **wanted))
