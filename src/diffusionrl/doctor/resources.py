@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusionrl import seeds
+from diffusionrl import processes, seeds
 from diffusionrl.doctor.costs import Cost, limit_bytes, measure
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.doctor.reward import ask
@@ -78,10 +78,12 @@ def measure_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages:
     """Of a forward and backward pass, for micro-batches as large as algorithm.micro_batch_size."""
     algorithm, optimization = trainer.algorithm, trainer.state.optimization
     wanted = algorithm.micro_batch_size
+    batch = next(each for each in rollout.batches(processes.index()) if each.start <= rows[0, 0] < each.stop)
+    alike = rows[(rows[:, 0] >= batch.start) & (rows[:, 0] < batch.stop)]  # no micro-batch has rows of two
 
     def pass_over(n: int) -> None:
         algorithm.micro_batch_size = n
-        accumulate_gradient(algorithm, trainer.policy, rollout, rows[torch.arange(n) % len(rows)], advantages)
+        accumulate_gradient(algorithm, trainer.policy, rollout, alike[torch.arange(n) % len(alike)], advantages)
         optimization.adamw.zero_grad()
 
     try:
