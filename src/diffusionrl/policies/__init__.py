@@ -1,7 +1,8 @@
 """Models as policies."""
 
 from diffusionrl.policies.base import Policy
-from diffusionrl.policies.loading import EMBEDDED_MODEL, check_model, load_pipeline, load_policy, make_policy
+from diffusionrl.policies.loading import EMBEDDED_MODEL, check_model, choose_device, load_pipeline, load_policy, make_policy
+from diffusionrl.policies.quantization import check_quantization
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy
 from diffusionrl.policies.trained import find_trained, load_trained, put_export
 
@@ -10,6 +11,8 @@ __all__ = [
     "Policy",
     "StableDiffusionPolicy",
     "check_model",
+    "check_quantization",
+    "choose_device",
     "find_trained",
     "load_pipeline",
     "load_policy",

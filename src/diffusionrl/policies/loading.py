@@ -16,6 +16,7 @@ from diffusionrl.policies.adapters import save_memory
 from diffusionrl.policies.asking import check_class
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.pipeline import PipelinePolicy
+from diffusionrl.policies.quantization import check_quantization, is_quantized, quantization_settings
 from diffusionrl.policies.schedules import kind_of
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder
 from diffusionrl.runs.hub import cached_first, local_folder
@@ -94,8 +95,11 @@ def check_model(model: str) -> tuple[int, ...] | None:
     return None
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, quantization: str = "none") -> Any:
     """The diffusers pipeline of "emoji" or "emoji-flow", of a folder or of a hub id, safetensors only; autoencoders in float32.
+
+    Args:
+        quantization: of the denoising networks: see ``PolicyConfig``.
 
     Raises:
         UserError: see ``check_model``; or it could not be loaded.
@@ -108,6 +112,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
     settings |= dict.fromkeys([*absent, *({"safety_checker"} & taken.keys())])
     if "requires_safety_checker" in taken:
         settings["requires_safety_checker"] = False
+    settings |= quantization_settings(read_index(model), quantization, dtype)
     try:
         return cached_first(kind.from_pretrained, str(_folder(model) or model), use_safetensors=True, **settings)  # type: ignore[attr-defined]
     except Exception as error:  # diffusers and transformers raise whatever they come across in a folder
@@ -121,7 +126,8 @@ def make_policy(
     networks: tuple[str, ...] = (),
     **settings: Any,
 ) -> StableDiffusionPolicy | PipelinePolicy:
-    """A pipeline as a policy: Stable Diffusion by its own road where nothing else is asked of it, any other by calling it.
+    """A pipeline as a policy: Stable Diffusion by its own road where nothing else is asked of it and it is not quantised, any
+    other by calling it.
 
     Args:
         sampling: whose sizes and arguments its calls have.
@@ -130,7 +136,7 @@ def make_policy(
     """
     sampling = sampling or SamplingConfig()
     plain = not (sampling.arguments or sampling.negative_prompt or networks or (example and example.media))
-    if type(pipeline).__name__ == _FAST and plain:
+    if type(pipeline).__name__ == _FAST and plain and not is_quantized(pipeline.unet):
         return StableDiffusionPolicy(pipeline, **settings)
     return PipelinePolicy(
         pipeline,
@@ -160,6 +166,8 @@ def load_policy(
     vae_tiling: bool = False,
     lora: Path | None = None,
     reference: str = "start",
+    offload_text_encoders: bool = False,
+    quantization: str = "none",
 ) -> Policy:
     """A policy by name, folder or hub id; the arguments are those of ``PolicyConfig`` and of ``make_policy``.
 
@@ -167,7 +175,9 @@ def load_policy(
         UserError: the model is not there, or cannot be a policy.
     """
     precision: torch.dtype = getattr(torch, dtype)
-    pipeline = load_pipeline(model, precision)
+    chosen = choose_device(device)
+    check_quantization(quantization, chosen)
+    pipeline = load_pipeline(model, precision, quantization)
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
             save_memory(getattr(pipeline, "vae", None), switch)
@@ -179,12 +189,13 @@ def load_policy(
         lora_rank=lora_rank if training == "lora" else None,
         lora_targets=lora_targets,
         dtype=precision,
-        device=choose_device(device),
+        device=chosen,
         seed=seed,
         source=model,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
         reference=reference,
+        offload_text_encoders=offload_text_encoders,
     )
 
 
