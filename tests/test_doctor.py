@@ -26,9 +26,10 @@ from diffusionrl.config import (
     SamplingConfig,
 )
 from diffusionrl.data.prompts import Prompt
-from diffusionrl.doctor import Finding, _tiny_rollout, check_groups, costs, examine, resources
+from diffusionrl.doctor import Finding, _something_to_learn, _tiny_rollout, check_groups, costs, examine, resources
 from diffusionrl.doctor.costs import Cost, limit_bytes, measure, used_bytes
 from diffusionrl.doctor.resources import Costs
+from diffusionrl.doctor.update import rows_of_an_update
 from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.rewards import Mixture, as_mixture
 from diffusionrl.runs import checkpoint
@@ -417,7 +418,7 @@ def test_memory_is_proposed_that_keeps_prompts_and_groups(
         monkeypatch.setattr(resources, "limit_bytes", lambda device, limit=limit: limit * megabyte)
         found = resources.check_memory(trainer, tried, advantages, measured)
         assert found.verdict == verdict and said in found.remedy, (limit, found)
-        if "--" in found.remedy:
+        if found.remedy.startswith("--"):
             assert "stays 16 prompts x 4" in found.remedy
             given = ["--sampling.batch-size", "8", "--algorithm.micro-batch-size", "64"]
             proposed = parse_train([*given, *found.remedy.partition(";")[0].split()])
@@ -461,6 +462,21 @@ def test_the_time_of_evaluations_counts(tiny: Callable[..., StableDiffusionPolic
     advantages = trainer.algorithm.advantages(tried)
     _, found = resources.check_time(trainer, tried, advantages, Costs(none, none, none, beside=0.15))
     assert "6 s an evaluation" in found.said and "30 s for 4 steps and 5 evaluations" in found.said, found.said
+
+
+def test_an_update_is_measured_whole(tiny: Callable[..., StableDiffusionPolicy]) -> None:
+    """Of a rollout that was drawn one by one, as of a slow model, whose micro-batches would be of one sample each."""
+    trainer, sizes = trainer_of(CONFIG, tiny()), []
+    tried, advantages = _something_to_learn(trainer, _tiny_rollout(trainer, replace(CONFIG.sampling, batch_size=1)))
+    losses = trainer.algorithm.losses
+
+    def noted(policy: Any, rollout: Any, rows: Tensor, advantages: Tensor) -> Any:
+        sizes.append(len(rows))
+        return losses(policy, rollout, rows, advantages)
+
+    trainer.algorithm.losses = noted  # type: ignore[method-assign]
+    cost = resources.measure_update(trainer, tried, rows_of_an_update(trainer, tried, advantages), advantages)
+    assert cost.tried > 1 and sizes == [1, 1, cost.tried]
 
 
 def test_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

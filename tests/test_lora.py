@@ -14,6 +14,7 @@ from diffusionrl import UserError
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies import StableDiffusionPolicy, make_policy
+from diffusionrl.policies.adapters import without_part
 
 PROMPTS = [Prompt("a cat")]
 
@@ -106,3 +107,17 @@ def test_files_that_are_no_lora_of_this_model(exported: tuple[str, Any, Path], t
         policy_of(name, lora=tmp_path / "c.safetensors")
     with pytest.raises(UserError, match="was not found"):
         policy_of(name, lora=tmp_path / "nowhere.safetensors")
+
+
+def test_keys_have_a_part() -> None:
+    """Attention does not see what all keys are shifted by alike; that must not be taken for a layer without a part."""
+    keys, idle = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    torch.nn.init.eye_(keys.weight)
+    torch.nn.init.zeros_(keys.bias)
+    tokens, query, values = torch.eye(2)[None], torch.ones(2), torch.tensor([1.0, 3.0])
+
+    def run() -> Tensor:
+        idle(tokens)
+        return torch.softmax(keys(tokens) @ query, -1) @ values
+
+    assert without_part({"keys": keys, "idle": idle}, run) == ["idle"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusionrl import interruption, processes
+from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, TaskConfig, TrainConfig
 from diffusionrl.config.presets import emoji
@@ -17,7 +17,7 @@ from diffusionrl.data.pairs import load_pairs
 from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
-from diffusionrl.policies import check_model, load_policy
+from diffusionrl.policies import check_model, check_quantization, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
@@ -122,6 +122,8 @@ def _prepare(
         raise UserError("there is no prompt to train on: prompts is empty")
     _check_shares(config)
     pairs = load_pairs(config.pretraining)
+    if policy is None:
+        check_quantization(config.policy.quantization, devices.choose(config.policy.device))
     shape = check_model(config.model, config.model_config) if policy is None else policy.sample_shape
     if policy is None and config.sampling.arguments:  # which may ask for another one
         shape = None

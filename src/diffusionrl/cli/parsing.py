@@ -1,6 +1,7 @@
 """Options to configurations: preset, then YAML file, then options."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +134,8 @@ def settings_of(arguments: Sequence[str]) -> TrainConfig:
 def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for chatty in ("torchao", "torch.utils._pytree"):  # which name kernels that are for other machines
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

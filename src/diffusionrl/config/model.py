@@ -99,6 +99,10 @@ class PolicyConfig:
     """Decode one sample after the other."""
     vae_tiling: bool = False
     """Decode a sample tile by tile, which may show where they meet."""
+    offload_text_encoders: bool = False
+    """They wait in main memory, and are on the GPU only while prompts are embedded that were not seen before."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Of what a LoRA leaves as it is: linear layers of the denoising networks, in 8 bits by torchao or in 4 by bitsandbytes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network. Latents, log-probabilities and trained weights are float32 always."""
     device: str = "auto"
@@ -109,6 +113,10 @@ class PolicyConfig:
         require(
             self.training == "lora" or self.dtype == "float32",
             "policy.training 'full' needs policy.dtype float32: small updates are lost in bfloat16 weights",
+        )
+        require(
+            self.training == "lora" or self.quantization == "none",
+            "policy.training 'full' needs policy.quantization none: weights in few bits cannot be trained",
         )
         require(
             self.training == "lora" or self.lora is None, "policy.lora is trained further with policy.training 'lora' alone"

@@ -21,6 +21,7 @@ from diffusionrl.doctor.resources import (
     check_memory,
     check_time,
     measure_beside,
+    measure_embedding,
     measure_sampling,
     measure_update,
 )
@@ -50,6 +51,7 @@ def examine(trainer: Trainer) -> Iterator[Finding]:
 def _examine(trainer: Trainer) -> Iterator[Finding]:
     yield check_groups(trainer)
     denoise, decode = measure_sampling(trainer)
+    embedding = measure_embedding(trainer)
     sampling = replace(trainer.config.sampling, batch_size=min(_SAMPLES, denoise.tried, decode.tried))
     rollout = _tiny_rollout(trainer, sampling)
     yield check_images(rollout)
@@ -62,7 +64,7 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
     rollout, advantages = _something_to_learn(trainer, rollout)
     rows = rows_of_an_update(trainer, rollout, advantages)
     update = measure_update(trainer, rollout, rows, advantages)
-    costs = Costs(denoise, decode, update, beside)
+    costs = Costs(denoise, decode, update, beside, embedding)
     speed, time = check_time(trainer, rollout, advantages, costs)
     yield speed
     memory = check_memory(trainer, rollout, advantages, costs)

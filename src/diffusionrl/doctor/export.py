@@ -11,6 +11,7 @@ from diffusionrl import seeds
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
 from diffusionrl.policies import Policy, load_pipeline, make_policy, put_export
+from diffusionrl.policies.adapters import find_lora
 from diffusionrl.sampling.rollout import Rollout, draw_noise, sample_trajectories
 from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import ode
@@ -39,7 +40,9 @@ def check_images(rollout: Rollout) -> Finding:
 @torch.no_grad()
 def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
     """Move the weights, export them, load them in plain diffusers, and draw the same images."""
-    policy, sampling = trainer.policy, trainer.config.sampling
+    policy, sampling, quantization = trainer.policy, trainer.config.sampling, trainer.config.policy.quantization
+    if quantization != "none" and policy.about["format"] != "lora":
+        return Finding("warn", "export", "not tried: it is no LoRA file", "try it with policy.quantization none")
     prompts, table = (rollout.prompts * 2)[:2], ode(policy.grid(_STEPS))
     start, noise = draw_noise(policy, table, prompts, trainer.config.seed, "doctor", 2, [0, 1])
 
@@ -49,10 +52,14 @@ def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
 
     def plain(export: Path | None = None) -> Tensor:
         """What diffusers makes of the model, with an export put into it."""
-        pipeline = load_pipeline(policy.source, config=trainer.config.model_config)
+        pipeline = load_pipeline(policy.source, config=trainer.config.model_config, quantization=quantization)
+        device = str(policy.device)
+        if quantization != "none":  # where a LoRA is not merged, which would round it
+            with torch.enable_grad():  # by which layers without a part are found
+                return draw(make_policy(pipeline, sampling, prompts[0], lora=export and find_lora(export), device=device))
         if export is not None:
             put_export(pipeline, export, policy.source)
-        return draw(make_policy(pipeline, sampling, prompts[0], lora_rank=None, device=str(policy.device)))
+        return draw(make_policy(pipeline, sampling, prompts[0], lora_rank=None, device=device))
 
     try:
         base = plain()

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusionrl import seeds
+from diffusionrl import processes, seeds
 from diffusionrl.devices import own_memory
-from diffusionrl.doctor.costs import Cost, limit_bytes, measure
+from diffusionrl.doctor.costs import Cost, Peak, limit_bytes, measure
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.doctor.reward import ask
+from diffusionrl.doctor.savings import savings
 from diffusionrl.evaluation.measures import PAIRS
 from diffusionrl.policies.base import chunks
 from diffusionrl.rewards import Scores
@@ -23,6 +24,7 @@ from diffusionrl.training.trainer import Trainer
 
 _FULL = 0.85  # of the memory: a run of the preset "emoji" held 14 % more than estimated, which the allocator did not give back
 _DECODED = 16  # images are decoded at most so many at once
+_MATTERS = 0.03  # of the peak: what saves less is not proposed
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Costs:
     update: Cost
     beside: float = 0.0
     """Seconds an image, of what an evaluation asks and measures beside the reward."""
+    embedding: float = 0.0
+    """Bytes at the peak of a step whose prompt was not embedded before."""
 
     def sampling_peak(self, batch: int) -> float:
         return max(self.denoise.peak(batch), self.decode.peak(min(batch, _DECODED)))
@@ -58,6 +62,16 @@ def measure_sampling(trainer: Trainer) -> tuple[Cost, Cost]:
     )
 
 
+def measure_embedding(trainer: Trainer) -> int:
+    """Bytes at the peak of a denoising step for a prompt that was not seen before."""
+    policy, config = trainer.policy, trainer.config
+    unseen = [replace(trainer.prompts[0], text=trainer.prompts[0].text[1:] or "unseen")]
+    with Peak(policy.device) as peak, torch.no_grad():
+        x = policy.start(unseen, [seeds.address(config.seed, "doctor", 5, 0)])
+        denoise_step(policy, make_table(policy, config.sampling), x, torch.tensor([0]), unseen, config.sampling.guidance)
+    return peak.bytes
+
+
 def measure_beside(trainer: Trainer, rollout: Rollout) -> tuple[Scores | None, float]:
     """Scores of the held-out rewards, and the seconds an image that they and the embeddings take at an evaluation."""
     monitor, images = trainer.monitor, rollout.images
@@ -79,10 +93,12 @@ def measure_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages:
     """Of a forward and backward pass, for micro-batches as large as algorithm.micro_batch_size."""
     algorithm, optimization = trainer.algorithm, trainer.state.optimization
     wanted = algorithm.micro_batch_size
+    batch = next(each for each in rollout.batches(processes.index()) if each.start <= rows[0, 0] < each.stop)
+    alike = rows[(rows[:, 0] >= batch.start) & (rows[:, 0] < batch.stop)]  # no micro-batch has rows of two
 
     def pass_over(n: int) -> None:
         algorithm.micro_batch_size = n
-        accumulate_gradient(algorithm, trainer.policy, rollout, rows[torch.arange(n) % len(rows)], advantages)
+        accumulate_gradient(algorithm, trainer.policy, rollout, alike[torch.arange(n) % len(alike)], advantages)
         optimization.adamw.zero_grad()
 
     try:
@@ -125,7 +141,8 @@ def check_memory(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: 
     def update(n: int) -> float:
         return costs.update.peak(n) + kept
 
-    peaks = {"sampling": sampling(batch), "an evaluation": evaluation(batch), "updates": update(micro)}
+    embedding = costs.embedding + kept
+    peaks = {"sampling": sampling(batch), "an evaluation": evaluation(batch), "updates": update(micro), "embedding": embedding}
     need, when = max((peak, when) for when, peak in peaks.items())
     where = "the GPU" if own_memory(device) else "memory"
     told = f"{need / 1e9:.2f} GB at the peak, {when}; {limit / 1e9:.1f} GB of {where}"
@@ -136,16 +153,31 @@ def check_memory(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: 
     if evaluation(1) > _FULL * limit >= sampling(1):
         remedy = "all images of an evaluation are held until it ends: lower evaluation.num_samples"
         return Finding("fail" if need > limit else "warn", "memory", told, remedy)
-    if not (smaller_batch and smaller_micro):
-        remedy = "not even one at a time fits: take policy.training lora, policy.dtype bfloat16, or more memory"
+    options = _savings(trainer, costs, need, when, embedding, batch)
+    if not (smaller_batch and smaller_micro) or embedding > _FULL * limit:
+        remedy = f"not even one at a time fits: take {', or '.join([*options, 'more memory'])}"
         return Finding("fail", "memory", told, remedy)
-    options = [f"--sampling.batch-size {smaller_batch}"] if smaller_batch < batch else []
-    options += [f"--algorithm.micro-batch-size {smaller_micro}"] if smaller_micro < micro else []
+    sizes = [f"--sampling.batch-size {smaller_batch}"] if smaller_batch < batch else []
+    sizes += [f"--algorithm.micro-batch-size {smaller_micro}"] if smaller_micro < micro else []
     remedy = (
-        f"{' '.join(options)}; a step stays {config.prompts_per_step} prompts x {config.samples_per_prompt}, "
+        f"{' '.join(sizes)}; a step stays {config.prompts_per_step} prompts x {config.samples_per_prompt}, "
         "and an update adds up more micro-batches to the same gradient"
     )
+    remedy += f"; what saves memory too: {', '.join(options)}" if options else ""
     return Finding("fail" if need > limit else "warn", "memory", told, remedy)
+
+
+def _savings(trainer: Trainer, costs: Costs, need: float, when: str, embedding: float, batch: int) -> list[str]:
+    """Options that are off and would lower the peak, each alone, and by how much."""
+    config, found = trainer.config.policy, savings(trainer.policy, trainer.config.policy)
+    encoders, slicing = "--policy.offload-text-encoders", "--policy.vae-slicing"
+    if encoders in found:
+        found[encoders] = min(found[encoders], need - embedding)
+    if when in ("sampling", "an evaluation") and not config.vae_slicing:
+        found[slicing] = costs.sampling_peak(batch) - max(costs.denoise.peak(batch), costs.decode.peak(1))
+    worth = sorted((-saved, option) for option, saved in found.items() if saved > _MATTERS * need)
+    told = [f"{option} (some {-saved / 1e9:.2g} GB)" for saved, option in worth]
+    return [*told, *(["--policy.gradient-checkpointing"] if when == "updates" and not config.gradient_checkpointing else [])]
 
 
 def _largest(size: int, fits: Callable[[int], bool]) -> int:

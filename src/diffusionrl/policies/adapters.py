@@ -53,7 +53,11 @@ def without_part(layers: Mapping[str, torch.nn.Module], run: Callable[[], Tensor
     shifts = {name: torch.zeros((), device=device, requires_grad=True) for name in layers}
 
     def shifted(shift: Tensor) -> Callable[..., Tensor]:
-        return lambda module, given, output: output + shift.to(output.dtype)
+        def add(module: torch.nn.Module, given: Any, output: Tensor) -> Tensor:
+            ramp = torch.linspace(-1, 1, output.shape[1], device=output.device)  # all keys alike, attention stays as it is
+            return output + (shift * ramp.view(-1, *[1] * (output.ndim - 2))).to(output.dtype)
+
+        return add
 
     handles = [layer.register_forward_hook(shifted(shifts[name])) for name, layer in layers.items()]
     try:

@@ -16,8 +16,9 @@ from diffusionrl import seeds
 from diffusionrl.data.media import open_image
 from diffusionrl.data.prompts import Prompt, keep_newest
 from diffusionrl.errors import UserError
+from diffusionrl.policies.encoders import WaitingEncoders
 from diffusionrl.policies.listener import Enough, Listener, Offer, networks_run_once
-from diffusionrl.policies.memory import Layout, Ragged, learn_layout, put_together, replace_leaf
+from diffusionrl.policies.memory import Layout, Ragged, find_place, learn_layout, put_together, replace_leaf
 from diffusionrl.transitions import Grid, NoiseLevels
 
 REMEMBERED = 2048  # prompts: there may be millions of them
@@ -50,6 +51,7 @@ class AskedPipeline:
         steps: denoising steps of a real call: given in every one, as some pipelines make schedules from it.
         arguments: of every call: sizes, and whatever else the user wants.
         negative_prompt: for guidance; None leaves it to the pipeline.
+        encoders: those that are on the device only while prompts are embedded.
 
     Attributes:
         ways: how several samples can go in one call: "lists" of prompts, or "counts" of one prompt's samples. Found by trying.
@@ -58,8 +60,11 @@ class AskedPipeline:
         UserError: it cannot be asked; the message says which question fails.
     """
 
-    def __init__(self, pipeline: Any, steps: int, arguments: Mapping[str, Any], negative_prompt: str | None = None) -> None:
+    def __init__(
+        self, pipeline: Any, steps: int, arguments: Mapping[str, Any], negative_prompt: str | None, encoders: WaitingEncoders
+    ) -> None:
         self.pipeline, self.steps, self.arguments, self.negative_prompt = pipeline, steps, dict(arguments), negative_prompt
+        self._encoders = encoders
         self.plain_call = check_class(type(pipeline))
         self.parameters = inspect.signature(type(pipeline).__call__).parameters
         unknown = sorted(set(self.arguments) - set(self.parameters))
@@ -140,7 +145,7 @@ class AskedPipeline:
     def _encode(self, native: Callable[..., Any], *given: Any, **named: Any) -> Any:
         self._encoding = True
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._encoders.needed():
                 return native(*given, **named)
         finally:
             self._encoding = False
@@ -277,7 +282,7 @@ class AskedPipeline:
                 f"and its scheduler made {grid.timesteps.tolist()}"
             )
         first = heard[0].sample
-        self.place = _place_of(first, self._started)
+        self.place = find_place(first, self._started)
         last = slice(len(grid) - len(times), None)
         columns = (grid.timesteps, grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
         return Grid(*(column[last] for column in columns)), first, called
@@ -299,18 +304,19 @@ class AskedPipeline:
 
     def remember(self, prompts: Sequence[Prompt], guidance: float) -> None:
         """Have the pipeline make of each prompt what it makes of it, if that is not kept."""
-        for prompt in {prompt.key: prompt for prompt in prompts}.values():
-            for name in prompt.media:
-                if name not in self.parameters:
-                    kind = type(self.pipeline).__name__
-                    raise UserError(f"{kind} takes no {name}, which the prompt {prompt.text!r} names")
-            if "prepared" not in self._kept.get(prompt.key, {}):
-                self.lists, self._remembering = "lists" in self.ways or not self.ways, True
-                try:
-                    self._start([prompt], None, guidance)
-                finally:
-                    self._remembering = False
-            self._kept[prompt.key] = self._kept.pop(prompt.key)  # as the newest
+        with self._encoders.together():
+            for prompt in {prompt.key: prompt for prompt in prompts}.values():
+                for name in prompt.media:
+                    if name not in self.parameters:
+                        kind = type(self.pipeline).__name__
+                        raise UserError(f"{kind} takes no {name}, which the prompt {prompt.text!r} names")
+                if "prepared" not in self._kept.get(prompt.key, {}):
+                    self.lists, self._remembering = "lists" in self.ways or not self.ways, True
+                    try:
+                        self._start([prompt], None, guidance)
+                    finally:
+                        self._remembering = False
+                self._kept[prompt.key] = self._kept.pop(prompt.key)  # as the newest
         keep_newest(self._kept, max(REMEMBERED, len(prompts)))
 
     def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float, repeats: int = 1) -> Tensor:
@@ -375,17 +381,3 @@ class AskedPipeline:
 
 def _of(values: Sequence[Any], rows: Tensor) -> list[Any]:
     return [values[row] for row in rows.tolist()]
-
-
-def _place_of(first: Tensor, made: Any) -> int | None:
-    """Where in a result the latents are that reached the first step; None: they are the result."""
-    if isinstance(made, Tensor):
-        return None
-    found = [
-        i for i, each in enumerate(made) if isinstance(each, Tensor) and each.shape == first.shape and torch.equal(each, first)
-    ]
-    if not found:
-        raise UserError(
-            "the pipeline cannot be asked where sampling starts: its first step sees other latents than it prepared"
-        )
-    return found[0]

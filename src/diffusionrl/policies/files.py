@@ -127,7 +127,9 @@ def variants_in(folder: Path) -> set[str | None]:
     return {match["variant"] for file in folder.glob("*.safetensors") if (match := _NAMED.fullmatch(file.name))}
 
 
-def load_network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, str | None]:
+def load_network(
+    kind: Any, folder: Path, name: str, dtype: torch.dtype, quantization_config: Any = None
+) -> tuple[Any, str | None]:
     """A network of a pipeline, and the variant of its weights: fp16, or another, where there are no plain ones.
 
     Raises:
@@ -138,6 +140,8 @@ def load_network(kind: Any, folder: Path, name: str, dtype: torch.dtype) -> tupl
     found = variants_in(part)
     variant = None if None in found else min(found, key=lambda each: (each != "fp16", each), default=None)
     settings: dict[str, Any] = {"variant": variant, "use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+    if quantization_config is not None:
+        settings["quantization_config"] = quantization_config
     if issubclass(kind, PreTrainedModel):
         settings["ignore_mismatched_sizes"] = True  # so that they can be named
     network, info = kind.from_pretrained(str(part), **settings)

@@ -16,6 +16,7 @@ from diffusionrl.policies.asking import check_class
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.files import fetch, file_of, find_class, find_networks, left_out, load_network, read_index
 from diffusionrl.policies.pipeline import PipelinePolicy
+from diffusionrl.policies.quantization import check_quantization, is_quantized, quantization_settings
 from diffusionrl.policies.schedules import kind_of
 from diffusionrl.policies.single_file import SingleFile, find_file, load_file, look_into
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder
@@ -66,26 +67,29 @@ def _check_settings(model: str) -> tuple[int, ...] | None:
     return None
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32, config: str | None = None) -> Any:
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32, config: str | None = None, quantization: str = "none") -> Any:
     """The diffusers pipeline of "emoji" or "emoji-flow", of a folder, a hub id or a single file, safetensors only; autoencoders
     in float32.
 
     Args:
         config: of a single file: see ``TrainConfig.model_config``.
+        quantization: of the denoising networks: see ``PolicyConfig``.
 
     Raises:
         UserError: see ``check_model``; it could not be loaded; or it lacks weights, or holds others.
     """
-    return _open(model, dtype, config)[0]
+    return _open(model, dtype, config, quantization)[0]
 
 
-def _open(model: str, dtype: torch.dtype, config: str | None) -> tuple[Any, dict[str, Any]]:
+def _open(model: str, dtype: torch.dtype, config: str | None, quantization: str) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and what ``Policy.about`` says of its files."""
     file = _look(model, config)
     source = file.config if file else model
     _check_settings(source)
+    if file and quantization != "none":
+        raise UserError("policy.quantization needs a folder: load the file in diffusers, and save_pretrained writes one")
     try:
-        return cached_first(_load, source, file=file, dtype=dtype)
+        return cached_first(_load, source, file=file, dtype=dtype, quantization=quantization)
     except UserError as error:
         raise UserError(f"model {model!r} could not be loaded: {error}") from error
     except Exception as error:  # diffusers and transformers raise whatever they come across in a folder
@@ -93,7 +97,13 @@ def _open(model: str, dtype: torch.dtype, config: str | None) -> tuple[Any, dict
 
 
 def _load(
-    source: str, revision: str | None, local_files_only: bool = False, *, file: SingleFile | None, dtype: torch.dtype
+    source: str,
+    revision: str | None,
+    local_files_only: bool = False,
+    *,
+    file: SingleFile | None,
+    dtype: torch.dtype,
+    quantization: str,
 ) -> tuple[Any, dict[str, Any]]:
     """See ``_open``. Raises OSError where something is not there."""
     kind, index = find_class(source), read_index(source)
@@ -101,9 +111,12 @@ def _load(
     variants = {}
     inside = file.inside if file else {}
     folder = fetch(kind, source, parts | dict.fromkeys(inside), local_files_only)
-    for name, network in find_networks(index, parts).items():
+    networks = find_networks(index, parts)
+    quantized = quantization_settings(networks, quantization, dtype)
+    for name, network in networks.items():
         if name not in inside:
-            parts[name], variants[name] = load_network(network, folder, name, torch.float32 if name == "vae" else dtype)
+            precision = torch.float32 if name == "vae" else dtype
+            parts[name], variants[name] = load_network(network, folder, name, precision, quantized.get(name))
     if "requires_safety_checker" in inspect.signature(kind).parameters:
         parts["requires_safety_checker"] = False
     about = {"variants": {name: variant for name, variant in variants.items() if variant}}
@@ -119,7 +132,8 @@ def make_policy(
     networks: tuple[str, ...] = (),
     **settings: Any,
 ) -> StableDiffusionPolicy | PipelinePolicy:
-    """A pipeline as a policy: Stable Diffusion by its own road where nothing else is asked of it, any other by calling it.
+    """A pipeline as a policy: Stable Diffusion by its own road where nothing else is asked of it and it is not quantised, any
+    other by calling it.
 
     Args:
         sampling: whose sizes and arguments its calls have.
@@ -128,7 +142,7 @@ def make_policy(
     """
     sampling = sampling or SamplingConfig()
     plain = not (sampling.arguments or sampling.negative_prompt or networks or (example and example.media))
-    if type(pipeline).__name__ == _FAST and plain:
+    if type(pipeline).__name__ == _FAST and plain and not is_quantized(pipeline.unet):
         return StableDiffusionPolicy(pipeline, **settings)
     return PipelinePolicy(
         pipeline,
@@ -159,6 +173,8 @@ def load_policy(
     lora: Path | None = None,
     reference: str = "start",
     model_config: str | None = None,
+    offload_text_encoders: bool = False,
+    quantization: str = "none",
 ) -> Policy:
     """A policy by name, folder, hub id or single file. ``model_config`` is that of ``TrainConfig``; the other arguments are
     those of ``PolicyConfig`` and of ``make_policy``.
@@ -167,7 +183,9 @@ def load_policy(
         UserError: the model is not there, or cannot be a policy.
     """
     precision: torch.dtype = getattr(torch, dtype)
-    pipeline, files = _open(model, precision, model_config)
+    chosen = devices.choose(device)
+    check_quantization(quantization, chosen)
+    pipeline, files = _open(model, precision, model_config, quantization)
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
             save_memory(getattr(pipeline, "vae", None), switch)
@@ -179,11 +197,12 @@ def load_policy(
         lora_rank=lora_rank if training == "lora" else None,
         lora_targets=lora_targets,
         dtype=precision,
-        device=devices.choose(device),
+        device=chosen,
         seed=seed,
         source=model,
         files=files,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
         reference=reference,
+        offload_text_encoders=offload_text_encoders,
     )

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusionrl.errors import UserError
+
 Layout = Any
 """Of a method's result: "rows", "blocks" (the first rows of all, then the second ones: a prompt and its negative), "list",
 "shared", or of a tuple, a tuple of them."""
@@ -57,6 +59,24 @@ def put_together(layout: Layout, singles: Sequence[Any]) -> Any:
     if isinstance(first, Tensor) and any(each.shape != first.shape for each in singles):
         raise Ragged
     return first
+
+
+def find_place(first: Tensor, made: Any) -> int | None:
+    """Where in a result the latents are that reached the first step; None: they are the result.
+
+    Raises:
+        UserError: they are nowhere in it.
+    """
+    if isinstance(made, Tensor):
+        return None
+    found = [
+        i for i, each in enumerate(made) if isinstance(each, Tensor) and each.shape == first.shape and torch.equal(each, first)
+    ]
+    if not found:
+        raise UserError(
+            "the pipeline cannot be asked where sampling starts: its first step sees other latents than it prepared"
+        )
+    return found[0]
 
 
 def replace_leaf(result: Any, place: int | None, value: Tensor) -> Any:

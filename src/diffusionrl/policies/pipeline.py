@@ -35,6 +35,8 @@ from diffusionrl.policies.adapters import (
 from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks
 from diffusionrl.policies.distilled import distillation
+from diffusionrl.policies.encoders import WaitingEncoders, encoders_of
+from diffusionrl.policies.quantization import cast_inputs, is_quantized
 from diffusionrl.policies.trials import Trials
 from diffusionrl.transitions import Grid, NoiseLevels
 
@@ -58,6 +60,7 @@ class PipelinePolicy:
         seed: seed of the adapter's initial weights.
         lora: an adapter to go on from, in the place of a new one.
         reference: "start" is the model as training began, "base" the model without any adapter.
+        offload_text_encoders: they are on the device only while prompts are embedded.
 
     Raises:
         UserError: the pipeline cannot be asked, does not take the arguments, or has nothing to train.
@@ -82,17 +85,20 @@ class PipelinePolicy:
         lora: Path | None = None,
         reference: str = "start",
         files: Mapping[str, Any] | None = None,
+        offload_text_encoders: bool = False,
     ) -> None:
         self.source, self.pipeline, self.device, self.dtype = source, pipeline, torch.device(device), dtype
         self._files = files or {}
         self.example, self._guidance = example or Prompt("a photograph"), guidance
         if lora_rank is None and dtype != torch.float32:
             raise UserError("full fine-tuning needs policy.dtype float32: small updates are lost in bfloat16 weights")
-        for part in pipeline.components.values():
+        waiting = encoders_of(pipeline.components) if offload_text_encoders else {}
+        for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval().to(self.device)
-                self._set_precision(part)
-        self.asked = AskedPipeline(pipeline, steps, arguments or {}, negative_prompt)
+                part.requires_grad_(False).eval()
+                self._set_precision(part if name in waiting else part.to(self.device))
+        encoders = WaitingEncoders(waiting, self.device)
+        self.asked = AskedPipeline(pipeline, steps, arguments or {}, negative_prompt, encoders)
         self._grids: dict[int, Grid] = {}
         self._fine: NoiseLevels | None = None
         grid, first, called = self._first_call()
@@ -123,10 +129,12 @@ class PipelinePolicy:
     def _set_precision(self, part: torch.nn.Module) -> None:
         """Networks in ``dtype``, but for autoencoders; what they give is float32."""
         wanted = torch.float32 if hasattr(part, "decode") else self.dtype
-        if any(weight.dtype != wanted for weight in part.parameters()):
+        if not is_quantized(part) and any(weight.dtype != wanted for weight in part.parameters()):
             part.to(wanted)
         if wanted == torch.float32:
             return
+        if is_quantized(part):
+            cast_inputs(part, wanted)
         forward = part.forward
 
         @wraps(forward)
@@ -298,7 +306,7 @@ class PipelinePolicy:
     def encode(self, images: Tensor) -> Tensor:
         raise UserError(
             f"{type(self.pipeline).__name__} is asked by calling it, and no call makes latents of an image: the pretraining "
-            "loss needs Stable Diffusion 1.x or 2.x"
+            "loss needs Stable Diffusion 1.x or 2.x, not quantised"
         )
 
     def shard(self) -> None:

@@ -36,6 +36,7 @@ from diffusionrl.policies.adapters import (
     take_lora,
 )
 from diffusionrl.policies.base import chunks
+from diffusionrl.policies.encoders import WaitingEncoders
 from diffusionrl.runs.usage import ABOUT_STABLE_DIFFUSION
 from diffusionrl.transitions import Grid, NoiseLevels, to_x0_and_noise, variance_preserving_grid
 
@@ -71,6 +72,7 @@ class StableDiffusionPolicy:
         lora: Path | None = None,
         reference: str = "start",
         files: Mapping[str, Any] | None = None,
+        offload_text_encoders: bool = False,
     ) -> None:
         self.source, self._files = source, files or {}
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
@@ -87,6 +89,8 @@ class StableDiffusionPolicy:
         self._embeddings: dict[str, Tensor] = {}
         for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             part.requires_grad_(False).eval().to(self.device)
+        waiting = {"text_encoder": pipeline.text_encoder} if offload_text_encoders else {}
+        self._encoders = WaitingEncoders(waiting, self.device)
         pipeline.vae.to(torch.float32)
         self.memory_format = torch.channels_last  # the faster layout for convolutions, on CPUs too
         self.unet.to(dtype=dtype, memory_format=self.memory_format)
@@ -128,13 +132,18 @@ class StableDiffusionPolicy:
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompt embeddings, (B, L, D), computed once for each prompt."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._embeddings:  # one by one, so that an embedding does not depend on its batch
-                self._warn_if_truncated(prompt)
-                self._embeddings[prompt] = self.pipeline.encode_prompt(prompt, self.device, 1, False)[0].to(self.dtype)
+        with self._encoders.together():
+            for prompt in dict.fromkeys(prompts):
+                if prompt not in self._embeddings:  # one by one, so that an embedding does not depend on its batch
+                    self._warn_if_truncated(prompt)
+                    self._embeddings[prompt] = self._embed(prompt)
         found = torch.cat([self._embeddings[prompt] for prompt in prompts])
         keep_newest(self._embeddings, _REMEMBERED)
         return found
+
+    def _embed(self, prompt: str) -> Tensor:
+        with self._encoders.needed():
+            return self.pipeline.encode_prompt(prompt, self.device, 1, False)[0].to(self.dtype)
 
     def _warn_if_truncated(self, prompt: str) -> None:
         limit, length = self.pipeline.tokenizer.model_max_length, len(self.pipeline.tokenizer(prompt).input_ids)
