@@ -17,6 +17,7 @@ from diffusionrl.config import DDPOConfig, OptimizerConfig, SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies import put_export
+from diffusionrl.policies.memory import bytes_in
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.runs import checkpoint
 from diffusionrl.sampling.rollout import denoise_step, draw_noise, sample_trajectories
@@ -230,3 +231,19 @@ def test_without_guidance(name: str, plain: float) -> None:
         alone, guided = (policy.denoise(x, levels, [policy.example], each)[0] for each in (None, 3.0))
         assert torch.equal(alone, policy.denoise(x, levels, [policy.example], plain)[0])
     assert torch.equal(alone, guided) == (plain == 3.0)
+
+
+def test_what_is_kept_of_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In number and in bytes; what was dropped is made again, and is the same."""
+    policy = policy_of("sd3")
+    texts = [Prompt(text) for text in ("a cat", "a dog", "an owl", "a fox")]
+    x, levels = policy.start([policy.example], [0]), policy.grid(STEPS).levels[:1]
+    with torch.no_grad():
+        first = [policy.denoise(x, levels, [prompt], GUIDANCE)[0] for prompt in texts]
+        kept = policy.asked._kept
+        size = bytes_in(kept["a fox"])
+        assert len(kept) == 4 and size > 0
+        monkeypatch.setattr("diffusionrl.policies.asking.REMEMBERED_BYTES", 2 * size)
+        again = [policy.denoise(x, levels, [prompt], GUIDANCE)[0] for prompt in texts]
+    assert list(kept) == ["an owl", "a fox"]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))

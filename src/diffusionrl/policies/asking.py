@@ -18,10 +18,11 @@ from diffusionrl.data.prompts import Prompt, keep_newest
 from diffusionrl.errors import UserError
 from diffusionrl.policies.encoders import WaitingEncoders
 from diffusionrl.policies.listener import Enough, Listener, Offer, networks_run_once
-from diffusionrl.policies.memory import Layout, Ragged, find_place, learn_layout, put_together, replace_leaf
+from diffusionrl.policies.memory import Layout, Ragged, bytes_in, find_place, learn_layout, put_together, replace_leaf
 from diffusionrl.transitions import Grid, NoiseLevels
 
-REMEMBERED = 2048  # prompts: there may be millions of them
+REMEMBERED = 2048  # prompts at most: there may be millions of them
+REMEMBERED_BYTES = 2 << 30  # of what was made of them, on the device
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _ENCODERS = ("encode_prompt", "_encode_prompt")
 
@@ -317,7 +318,8 @@ class AskedPipeline:
                     finally:
                         self._remembering = False
                 self._kept[prompt.key] = self._kept.pop(prompt.key)  # as the newest
-        keep_newest(self._kept, max(REMEMBERED, len(prompts)))
+        room = REMEMBERED_BYTES // max(1, bytes_in(self._kept[prompts[-1].key]))  # prompts are about as large as one another
+        keep_newest(self._kept, max(len(prompts), min(REMEMBERED, room)))
 
     def denoise(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float, repeats: int = 1) -> Tensor:
         """What the network says of x.

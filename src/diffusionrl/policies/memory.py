@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from diffusionrl.errors import UserError
 
@@ -59,6 +60,11 @@ def put_together(layout: Layout, singles: Sequence[Any]) -> Any:
     if isinstance(first, Tensor) and any(each.shape != first.shape for each in singles):
         raise Ragged
     return first
+
+
+def bytes_in(results: Any) -> int:
+    """Of all tensors in it."""
+    return sum(each.nbytes for each in tree_leaves(results) if isinstance(each, Tensor))
 
 
 def find_place(first: Tensor, made: Any) -> int | None:
