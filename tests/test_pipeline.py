@@ -141,7 +141,7 @@ def brightness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
 
 CONFIG = TrainConfig(
     prompts_per_step=2,
-    sampling=SamplingConfig(num_steps=STEPS, guidance=GUIDANCE, sampler="cps", eta=0.7, batch_size=2),
+    sampling=SamplingConfig(num_steps=2, guidance=GUIDANCE, sampler="cps", eta=0.7, batch_size=2),
     algorithm=DDPOConfig(updates_per_step=1, clip_range=1e3, normalisation="batch"),
     optimizer=OptimizerConfig(learning_rate=1e-2),
 )
@@ -151,7 +151,7 @@ CONFIG = TrainConfig(
 def test_a_step_is_the_same_after_a_checkpoint_and_the_export_draws_the_same(name: str, tmp_path: Path) -> None:
     """Whole runs that were killed are in test_any_model.py; the export is loaded in a fresh plain pipeline."""
     prompts = prompts_for(name)
-    straight, resumed = policy_of(name), policy_of(name)
+    straight, resumed = policy_of(name, steps=2), policy_of(name, steps=2)
     ours, theirs = (Trainer(each, brightness, prompts, make_algorithm(CONFIG), CONFIG) for each in (straight, resumed))
     ours.step(1)
     checkpoint.save(tmp_path, ours.state.capture(1))
@@ -164,8 +164,8 @@ def test_a_step_is_the_same_after_a_checkpoint_and_the_export_draws_the_same(nam
     straight.export(tmp_path / "export")
     plain = tiny.build(name)
     put_export(plain, tmp_path / "export", name)
-    exported = PipelinePolicy(plain, prompts[0], STEPS, GUIDANCE, tiny.call_of(name), lora_rank=None)
-    table = cps(straight.grid(STEPS), 0.7)
+    exported = PipelinePolicy(plain, prompts[0], 2, GUIDANCE, tiny.call_of(name), lora_rank=None)
+    table = cps(straight.grid(2), 0.7)
     drawn, again = (trajectories(policy, table, prompts).latents for policy in (straight, exported))
     with straight.reference():
         learned = (drawn - trajectories(straight, table, prompts).latents).abs().max()
