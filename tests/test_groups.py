@@ -85,14 +85,14 @@ def test_whatever_the_chunks_every_group_is_seen_once_and_whole(size: int, chunk
     for first in range(0, 24, chunk):
         part = slice(first, first + chunk)
         queue.add(IMAGES[part], prompts[part], [{}] * len(prompts[part]))
-        begun = sum(len(call.images) for call in queue.calls)
+        begun = sum(call.count for call in queue.calls)
         assert begun == min(first + chunk, 24) // size * size, "a call is made as soon as groups are whole"
     scores = queue.result(10)
     assert spread.sizes == [size] * (24 // size)
     assert torch.equal(torch.cat(spread.images), IMAGES)
     assert sum(brightness.sizes) == 24 and len(brightness.sizes) == len(queue.calls), "the others still get the whole call"
-    torch.testing.assert_close(scores.parts["spread"], in_groups(IMAGES, size))
-    torch.testing.assert_close(scores.values, in_groups(IMAGES, size) + IMAGES.mean((1, 2, 3)))
+    torch.testing.assert_close(scores.parts["spread"].float(), in_groups(IMAGES, size))
+    torch.testing.assert_close(scores.values.float(), in_groups(IMAGES, size) + IMAGES.mean((1, 2, 3)))
 
 
 def test_without_such_a_reward_a_call_is_a_chunk() -> None:
@@ -112,7 +112,7 @@ def test_a_rollout_scores_the_groups_of_its_prompts(make_policy: Any) -> None:
     plain = collect(make_policy(), Brightness(), prompts, CONFIG.sampling, 0, "test", 1)
     assert torch.equal(rollout.latents, plain.latents) and torch.equal(rollout.images, plain.images)
     assert spread.sizes == [3, 3, 3]
-    torch.testing.assert_close(rollout.scores.values, in_groups(rollout.images, 3))
+    torch.testing.assert_close(rollout.scores.values.float(), in_groups(rollout.images, 3))
     for size, said in [(1, "set group_size to 2 or more, not 1"), (4, "must be a multiple of group_size, 8 say, not 9")]:
         with pytest.raises(UserError, match=said):
             collect(make_policy(), spread, prompts, CONFIG.sampling, 0, "test", 1, group_size=size)

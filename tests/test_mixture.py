@@ -35,8 +35,8 @@ def blind_to_three(images: Any, prompts: Any, metadata: Any) -> list[float | Non
 def test_the_sum_is_weighted_and_the_parts_stay_as_they_came(a: float, b: float) -> None:
     scores = Mixture({"red": red, "blue": blue}, {"red": a, "blue": b}).score(IMAGES, NAMES, NOTHING)
     expected = a * red(IMAGES, 0, 0) + b * blue(IMAGES, 0, 0)
-    torch.testing.assert_close(scores.values, expected, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(scores.parts["blue"], blue(IMAGES, 0, 0))
+    torch.testing.assert_close(scores.values.float(), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(scores.parts["blue"].float(), blue(IMAGES, 0, 0))
 
 
 def test_a_sample_needs_every_reward_and_the_error_names_the_one_that_failed() -> None:

@@ -23,8 +23,7 @@ from diffusionrl.algorithms.advantages import PromptStatistics, batch_advantages
 from diffusionrl.config import CheckpointConfig, DDPOConfig, DiffusionRLConfig, EvaluationConfig, RWRConfig, SamplingConfig
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.prompts import Prompt
-from diffusionrl.rewards import Scores, as_mixture, score
-from diffusionrl.rewards.worker import RewardCall, within
+from diffusionrl.rewards import RewardCall, Scores, as_mixture, score, within
 from diffusionrl.runs import checkpoint
 from diffusionrl.sampling.rollout import Rollout, collect
 from diffusionrl.training.optimization import accumulate_gradient

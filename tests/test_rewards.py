@@ -51,7 +51,7 @@ def returning(value: Any) -> Any:
 @pytest.mark.parametrize("value", [[1, 2], (1.5, 2.5), torch.tensor([1, 2]), torch.tensor([1.0, 2.0], requires_grad=True)])
 def test_any_two_numbers_are_scores(value: Any) -> None:
     found = score(returning(value), torch.zeros(2, 3, 8, 8), ["a", "b"], [{}, {}])
-    assert found.values.dtype == torch.float32
+    assert found.values.dtype == torch.float64
     assert found.valid.all()
     assert found.error is None
 

@@ -83,7 +83,7 @@ def test_the_same_scores_as_in_the_process(serving: Callable[..., RewardServer])
         return brightness(images, prompts, metadata)
 
     scores = ask(serving(looking))
-    assert torch.equal(scores.values, brightness(IMAGES, None, None)) and scores.valid.all()
+    assert torch.equal(scores.values.float(), brightness(IMAGES, None, None)) and scores.valid.all()
     assert sorted(seen, key=str) == sorted(zip(PROMPTS, NOTHING, strict=True), key=str)
 
 
@@ -96,7 +96,7 @@ def test_requests_that_wait_are_scored_together(serving: Callable[..., RewardSer
         return brightness(images, prompts, metadata)
 
     scores = ask(serving(slow, wait=0.1, batch_size=4), replace(QUICK, batch_size=1, concurrency=5))
-    assert torch.equal(scores.values, brightness(IMAGES, None, None))
+    assert torch.equal(scores.values.float(), brightness(IMAGES, None, None))
     assert sum(sizes) == 5 and len(sizes) < 5 and max(sizes) <= 4
 
 
@@ -138,7 +138,7 @@ def test_a_long_request_is_cut(serving: Callable[..., RewardServer]) -> None:
         return brightness(images, prompts, metadata)
 
     scores = ask(serving(counting, batch_size=2), replace(QUICK, batch_size=5))
-    assert torch.equal(scores.values, brightness(IMAGES, None, None)) and sizes == [2, 2, 1]
+    assert torch.equal(scores.values.float(), brightness(IMAGES, None, None)) and sizes == [2, 2, 1]
 
 
 def test_a_reward_that_raises_says_so_at_the_other_end(serving: Callable[..., RewardServer]) -> None:
@@ -275,7 +275,7 @@ def test_an_own_function_is_served_without_transformers(tmp_path: Path) -> None:
             scores = score(load_reward(said.split()[-1], RewardsConfig(remote=QUICK)), IMAGES, PROMPTS, NOTHING)
         finally:
             server.terminate()
-    assert torch.equal(scores.values, brightness(IMAGES, None, None)) and scores.valid.all()
+    assert torch.equal(scores.values.float(), brightness(IMAGES, None, None)) and scores.valid.all()
 
 
 def test_a_run_with_a_served_reward_is_that_with_the_reward_itself(tiny_folder: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_the_probability_of_yes(server: Server) -> None:
     tokens = {"Yes": math.log(0.3), " yes": math.log(0.3), "NO": math.log(0.2), "Maybe": math.log(0.1)}
     server.behaviour = reply(yes_answer(tokens))
     scores, counts = ask(server)
-    torch.testing.assert_close(scores.values, torch.full((3,), 0.75))
+    torch.testing.assert_close(scores.values.float(), torch.full((3,), 0.75))
     assert scores.valid.all()
     assert counts == {"asked": 3, "cached": 0, "failed": 0}
 
@@ -259,7 +259,7 @@ def test_after_a_time_out_the_late_answer_is_not_taken_for_the_next_one(server: 
     reward = load_reward("vlm-yes", RewardsConfig(vlm=settings(server, concurrency=1, timeout=0.3, retries=0)))
     scores = score(reward, IMAGES, PROMPTS, NOTHING)
     assert scores.valid.tolist() == [False, True, True]
-    torch.testing.assert_close(scores.values[1:], torch.full((2,), 0.8))
+    torch.testing.assert_close(scores.values[1:].float(), torch.full((2,), 0.8))
 
 
 def test_answers_are_kept_by_image_and_question(server: Server, tmp_path: Path) -> None:

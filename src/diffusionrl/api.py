@@ -20,7 +20,7 @@ from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, check_quantization, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.report.run_page import keep_report
-from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
+from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture
 from diffusionrl.rewards.base import grey
 from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.runs.folder import NoFolder, RunFolder, TrainResult, tell_result
@@ -208,10 +208,7 @@ def _try(
     """Raises UserError for a reward that cannot score a few grey images in time; warns of one that does not repeat itself."""
     samples = [prompts[0], prompts[-1]]
     texts, metadata = [prompt.text for prompt in samples], metadata_of(samples, sampling_rate)
-    unsteady: list[str] = []
-    if not within(timeout, lambda: unsteady.extend(try_mixture(reward, shape, texts, metadata, group_sizes))):
-        seconds = f"{timeout:g} s (rewards.timeout)"
-        raise UserError(f"the reward gave no scores for a few grey images within {seconds}: {', '.join(reward.rewards)}")
+    unsteady = try_mixture(reward, shape, texts, metadata, group_sizes, timeout)
     if unsteady and processes.is_main():
         print(
             f"warning: {', '.join(unsteady)}: the same grey image twice gets different scores, and noise is learned too; "

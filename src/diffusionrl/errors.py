@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LONGEST = 1000  # characters of a message that comes from elsewhere
+
 
 class UserError(ValueError):
     """What was wrong, where, and what to do. The command line prints it without a traceback and exits with code 2."""
@@ -24,3 +26,21 @@ def require(condition: bool, message: str) -> None:
 
 class RunStopped(RuntimeError):
     """A run that had to end early, and why. The command line prints it without a traceback and exits with code 1."""
+
+
+def clean(said: object) -> str:
+    """A message from elsewhere, for terminals, files and pages: one line, without control sequences, of bounded length."""
+    try:
+        text = str(said)[: 2 * _LONGEST]
+    except Exception as error:  # an exception may not even be able to say what it is
+        text = f"{type(said).__name__}, which raises {type(error).__name__} when it is asked for its message"
+    text = " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def describe(error: BaseException) -> str:
+    """What foreign code raised, in a line. Whatever a ``UserError`` says stands for itself."""
+    if isinstance(error, UserError):
+        return clean(error)
+    ended = "" if isinstance(error, Exception) else " (it tried to end the process)"
+    return clean(f"{type(error).__name__}: {clean(error)}{ended}")

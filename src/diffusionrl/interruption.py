@@ -1,4 +1,5 @@
-"""SIGTERM, SIGINT and SIGUSR1 as a request to save and stop, polled wherever a run may stand still for long.
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a terminal that was closed) as a request to save and stop, polled wherever a run may
+stand still for long.
 
 The handler only notes the request, so no computation is torn apart; ``check`` raises it where it can be answered: between
 denoising steps, while waiting for rewards, between micro-batches. Before training begins there is nothing to save, and the
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)  # Windows has two of them
 
 
 class Interrupted(BaseException):
@@ -59,7 +62,7 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Within it, the three signals are requests. Nothing changes where they are already, nor outside the main thread, where
+    """Within it, these signals are requests. Nothing changes where they are already, nor outside the main thread, where
     Python allows no handlers."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is _note:

@@ -18,14 +18,19 @@ _REMEMBERED = 65_536  # prompts; at 32 rewards each, about 100 MB
 
 
 def standardise(values: Tensor, reference: Tensor) -> Tensor:
-    """(values - mean) / (std + 1e-6) with the statistics of ``reference``; zeros where there is nothing to compare with.
+    """(values - mean) / (std + 1e-6) with the statistics of ``reference``; zeros where there is nothing to compare with. Of
+    rewards below 1, the epsilon is relative to the largest, so that small ones are not lost in it.
 
-    In double precision: the rounding of a float32 mean can exceed the epsilon, which would tell equal scores apart.
+    In double precision, from the first of the reference on: the rounding of a mean can exceed the epsilon, which would tell
+    equal scores apart. Returns float32.
     """
     if len(reference) == 0:
-        return torch.zeros_like(values)
+        return torch.zeros(len(values))
     values, reference = values.double(), reference.double()
-    return ((values - reference.mean()) / (reference.std(correction=0) + EPSILON)).float()
+    epsilon = EPSILON * min(1.0, reference.abs().max().item())
+    values, reference = values - reference[0], reference - reference[0]
+    spread = reference.std(correction=0) + epsilon
+    return ((values - reference.mean()) / spread).float() if spread > 0 else torch.zeros(len(values))
 
 
 def batch_advantages(scores: Scores) -> Tensor:
@@ -35,7 +40,7 @@ def batch_advantages(scores: Scores) -> Tensor:
 
 def group_advantages(scores: Scores, prompts: Sequence[str]) -> Tensor:
     """Relative to the valid samples of the same prompt in this step. Returns (N,)."""
-    advantages = torch.zeros_like(scores.values)
+    advantages = torch.zeros(len(scores.values))
     for members in members_of(prompts).values():
         reference = scores.values[members][scores.valid[members]]
         advantages[members] = standardise(scores.values[members], reference)
@@ -56,12 +61,12 @@ class PromptStatistics:
 
     def advantages(self, scores: Scores, prompts: Sequence[str]) -> Tensor:
         """Remember the valid scores, then standardise every sample. Returns (N,)."""
-        advantages = torch.zeros_like(scores.values)
+        advantages = torch.zeros(len(scores.values))
         for prompt, members in members_of(prompts).items():
             buffer = self._buffers.pop(prompt, None) or deque(maxlen=self.buffer_size)
             self._buffers[prompt] = buffer  # as the last, also where it was known
             buffer.extend(scores.values[members][scores.valid[members]].tolist())
-            remembered = torch.tensor(list(buffer))
+            remembered = torch.tensor(list(buffer), dtype=torch.float64)
             enough = len(buffer) >= self.min_count
             advantages[members] = standardise(scores.values[members], remembered if enough else scores.values[scores.valid])
         keep_newest(self._buffers, _REMEMBERED)

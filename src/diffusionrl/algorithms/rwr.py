@@ -42,7 +42,7 @@ class RWR:
 
     def advantages(self, rollout: Rollout) -> Tensor:
         scores = rollout.scores
-        weights = torch.zeros_like(scores.values)
+        weights = torch.zeros(len(scores.values))
         keys = [prompt.key if self.config.normalisation == "prompt" else "" for prompt in rollout.prompts]
         for indices in members_of(keys).values():
             members = torch.tensor(indices)

@@ -84,9 +84,9 @@ def run(arguments: Sequence[str]) -> None:
     if shape is None:  # which its settings do not tell
         first = load_trained(*asked[0], config.sampling, prompts[0])
         shape = first.sample_shape
-    try_mixture(
-        rewards, shape, [p.text for p in prompts[:2]], metadata_of(prompts[:2], first.sampling_rate if first else None), (size,)
-    )
+    rate = first.sampling_rate if first else None
+    texts, metadata = [prompt.text for prompt in prompts[:2]], metadata_of(prompts[:2], rate)
+    try_mixture(rewards, shape, texts, metadata, (size,), config.rewards.timeout)
     sheets = []
     for each, trained in zip(asked, found, strict=True):
         print(f"{trained.name}: {count} samples", flush=True)

@@ -1,6 +1,7 @@
 """The settings of each algorithm, as frozen dataclasses. Nothing here imports torch."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from diffusionrl.errors import require
@@ -32,7 +33,10 @@ class PolicyGradientConfig:
     def __post_init__(self) -> None:
         require(self.clip_range > 0, f"algorithm.clip_range must be positive, not {self.clip_range}")
         require(self.advantage_clip > 0, f"algorithm.advantage_clip must be positive, not {self.advantage_clip}")
-        require(self.step_weight_power >= 0, f"algorithm.step_weight_power must not be negative, not {self.step_weight_power}")
+        require(
+            0 <= self.step_weight_power < inf,
+            f"algorithm.step_weight_power must not be negative or infinite, not {self.step_weight_power}",
+        )
         require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
         require(
             1 <= self.min_count <= self.buffer_size,

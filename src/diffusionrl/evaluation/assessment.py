@@ -8,6 +8,7 @@ import torch
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.errors import RunStopped
 from diffusionrl.evaluation.fixed_seed import by_group, evaluate, finite_or_none
 from diffusionrl.evaluation.intervals import LEVEL, Estimate, by_prompt, differences, mean_interval, overall, win_rate
 from diffusionrl.policies.base import Policy
@@ -52,11 +53,16 @@ def score_model(
     Args:
         timeout: seconds for one call of the rewards.
         num_samples: images; by default, ``samples_per_prompt`` of every prompt.
+
+    Raises:
+        RunStopped: nothing was scored.
     """
     in_a_row = samples_per_prompt if rewards.grouped else 1
     count = num_samples or len(prompts) * samples_per_prompt
     found = evaluate(policy, rewards, prompts, count, sampling, seed, timeout=timeout, samples_per_prompt=in_a_row)
     scores = found.rollout.scores
+    if not any(values.isfinite().any() for values in scores.parts.values()):
+        raise RunStopped(f"no image of {name} has a valid score; the last error: {scores.error}")
     parts = {reward: values.tolist() for reward, values in scores.parts.items()}
     return Sheet(name, [prompt.text for prompt in found.rollout.prompts], parts, scores.error, found.group_sizes)
 

@@ -74,6 +74,7 @@ class Evaluation:
             "eval/reward": self.mean,
             "eval/reward_se": self.standard_error,
             "eval/invalid": int((~scores.valid).sum()),
+            "eval/broken_images": self.rollout.broken_images,
         }
         for name, values in self.beside.items():
             metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = self._estimate(name, values)

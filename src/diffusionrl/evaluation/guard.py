@@ -40,7 +40,7 @@ def judge(lines: Sequence[Line], watched: Sequence[str], config: GuardConfig, ke
     A score is below its peak beyond noise where its paired difference from it (``eval/NAME_from_peak``; see
     ``training/monitor.py``) is below 0 by more than ``config.noise`` standard errors (``eval/NAME_from_peak_se``); and has
     fallen where that is also more than ``config.drop`` standard deviations between images (``eval/NAME_peak_std``). An
-    evaluation without a valid watched score is passed over.
+    evaluation without a valid watched score is passed over, and one with images that are not finite is never the best.
 
     Args:
         kept: steps whose weights there are, of which one can be the best; None: all.
@@ -53,7 +53,8 @@ def judge(lines: Sequence[Line], watched: Sequence[str], config: GuardConfig, ke
         below = [name for name in watched if _is_below(line, name, config.noise)]
         fallen = tuple(name for name in below if line[f"eval/{name}_from_peak"] < -config.drop * line[f"eval/{name}_peak_std"])
         streak = streak + 1 if below else 0
-        reward = line.get("eval/reward") if kept is None or line["step"] in kept else None
+        able = (kept is None or line["step"] in kept) and not line.get("eval/broken_images")
+        reward = line.get("eval/reward") if able else None
         if not fallen and reward is not None and (best is None or reward > best["eval/reward"]):
             best = line
     best_step = best["step"] if best else None

@@ -17,7 +17,16 @@ DERIVED = ("_se", "_change", "_from_peak", "_peak_std")
 """Ends of the names of metrics that say more of another one."""
 TRAINING = ("time/rollout", "time/update", "time/pretraining")
 """Ends of the names of metrics that add up to the time of a step, over its tasks; a rollout lasts until all is scored."""
-ASIDE = ("reward", "invalid", "prediction_distance", "prediction_norm", "saturation", "sharpness", "high_frequency")
+ASIDE = (
+    "reward",
+    "invalid",
+    "broken_images",
+    "prediction_distance",
+    "prediction_norm",
+    "saturation",
+    "sharpness",
+    "high_frequency",
+)
 """Measures of an evaluation that are no scores, or shown elsewhere."""
 
 

@@ -2,9 +2,10 @@
 
 from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, parity, preference, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, register, score, try_reward
+from diffusionrl.rewards.foreign import within
 from diffusionrl.rewards.loading import load_reward
 from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture
-from diffusionrl.rewards.worker import RewardCall, RewardQueue, within
+from diffusionrl.rewards.worker import RewardCall, RewardQueue
 
 __all__ = [
     "REGISTRY",

@@ -1,17 +1,25 @@
 """What a reward is: a function ``(images, prompts, metadata) -> scores``; how it is found, tried and checked."""
 
+import copy
 import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from numbers import Complex, Real
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
-from diffusionrl.errors import UserError
+from diffusionrl.errors import UserError, clean, describe, require
+from diffusionrl.rewards import surroundings
+from diffusionrl.rewards.foreign import Job, anything
+
+T = TypeVar("T")
 
 Reward = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
 """Called with images in [0, 1] (float32, (B, 3, H, W), on the CPU), B prompts and B metadata mappings; returns B numbers, or
@@ -37,10 +45,10 @@ class Scores:
     """One score a sample, and whether it is one: a failed reward is not a zero.
 
     Attributes:
-        values: float32, (B,); meaningless where invalid.
+        values: float64, (B,); meaningless where invalid.
         valid: bool, (B,).
         error: why samples are invalid, for the user.
-        parts: of a mixture, what each of its rewards gave, float32, (B,), NaN where invalid.
+        parts: of a mixture, what each of its rewards gave, float64, (B,), NaN where invalid.
     """
 
     values: Tensor
@@ -61,34 +69,100 @@ class NothingSeen(UserError):
 
 
 def find_function(kind: str, name: str, signature: str) -> Callable[..., Any]:
-    """``package.module:function``, looked up from the working directory too; ``kind`` and ``signature`` are for messages.
+    """``package.module:function``, looked up from the working directory too; ``kind`` and ``signature`` are for messages. The
+    module is imported in the thread of foreign code (``rewards.foreign``).
 
     Raises:
         UserError: it does not import, or is no function.
     """
+    found: list[Any] = []
+    job = Job(lambda: found.append(_import(name))).start()
+    job.wait(math.inf)
+    if job.raised is not None:  # whatever the user's module raises is the answer
+        remedy = "" if isinstance(job.raised, Exception) else "; does it parse the command line? Put that under __main__"
+        raise UserError(f"{kind} {name!r} does not import: {describe(job.raised)}{remedy}") from job.raised
+    if not callable(found[0]):
+        raise UserError(f"{kind} {name!r} is a {type(found[0]).__name__}, not a function {signature}")
+    return found[0]
+
+
+def _import(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # whatever the user's module raises is the answer
-        raise UserError(f"{kind} {name!r} does not import: {type(error).__name__}: {error}") from error
-    if not callable(found):
-        raise UserError(f"{kind} {name!r} is a {type(found).__name__}, not a function {signature}")
-    return found
+    with surroundings.kept(f"the module of {name}", []):
+        return getattr(importlib.import_module(module_name), attribute)
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
     """Call a reward. Whatever is wrong with it or with a score makes samples invalid: what it raises, another number of scores
-    than of samples, something that is no number, NaN, infinity, a score out of its range."""
+    than of samples, something that is no number, NaN, infinity, a score out of its range. An image that is not finite is
+    invalid, and no reward sees it; nor the rest of its group, where it looks at groups."""
+    whole = are_whole(images)
+    if not whole.all():
+        rows = [] if looks_at_groups(reward) else whole.nonzero().flatten().tolist()
+        nothing = _nothing(len(images), broken_image(whole, prompts))
+        if not rows:
+            return nothing
+        found = score(reward, images[rows], [prompts[row] for row in rows], [metadata[row] for row in rows])
+        nothing.values[rows], nothing.valid[rows] = found.values, found.valid
+        return nothing
+    limits = attribute_of(reward, "range", (-math.inf, math.inf))
+    changed: list[str] = []
     try:
-        with torch.no_grad():
-            returned = reward(images, prompts, metadata)
-        return as_scores(returned, prompts, getattr(reward, "range", (-math.inf, math.inf)))
-    except Exception as error:  # a reward may fail in any way; the run decides how much failure it takes
-        nothing = torch.zeros(len(images))
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return Scores(nothing, nothing.bool(), said)
+        found = _call(reward, images, prompts, metadata, changed, lambda returned: as_scores(returned, prompts, limits))
+    except anything() as error:  # a reward may fail in any way; the run decides how much failure it takes
+        found = _nothing(len(images), describe(error))
+    meddled = surroundings.meddling(name_of(reward), changed)
+    return _nothing(len(images), meddled) if meddled else found
+
+
+def _call(
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    changed: list[str],
+    read: Callable[[Any], T],
+) -> T:
+    """What is read in a reward's answer. It gets copies: what it writes to is its own. Adds to ``changed`` what it changed of
+    the process (see ``surroundings.kept``); reading may run foreign code too."""
+    with surroundings.kept(name_of(reward), changed), torch.no_grad():
+        return read(reward(images.clone(), list(prompts), [copy.deepcopy(each) for each in metadata]))
+
+
+def _nothing(count: int, error: str | None) -> Scores:
+    values = torch.zeros(count, dtype=torch.float64)
+    return Scores(values, values != 0, error)
+
+
+def are_whole(images: Tensor) -> Tensor:
+    """Which images (clips, sounds) are finite all over, bool, (B,)."""
+    return images.flatten(1).isfinite().all(1)
+
+
+def broken_image(whole: Tensor, prompts: Sequence[str]) -> str | None:
+    """What is wrong where some are not."""
+    broken = (~whole).nonzero().flatten().tolist()
+    if not broken:
+        return None
+    first = prompts[broken[0]]
+    return clean(f"{len(broken)} of {len(whole)} images that the model made are not finite, the first for {first!r}")
+
+
+def name_of(reward: Reward) -> str:
+    """``package.module:function`` of a function or object."""
+    kind = type(reward)
+    module, name = attribute_of(reward, "__module__", kind.__module__), attribute_of(reward, "__qualname__", kind.__name__)
+    return clean(f"{module}:{name}")
+
+
+def attribute_of(reward: Reward, name: str, default: Any) -> Any:
+    """What a reward says of itself; the default where it says nothing, or fails to."""
+    try:
+        return getattr(reward, name, default)
+    except Exception:  # it may compute it
+        return default
 
 
 def score_groups(
@@ -101,39 +175,73 @@ def score_groups(
 
 def looks_at_groups(reward: Reward) -> bool:
     """Whether a reward has to see all the samples of a prompt together."""
-    return bool(getattr(reward, "whole_groups", False))
+    return attribute_of(reward, "whole_groups", False) is True
+
+
+def counts_of(reward: Reward) -> dict[str, float]:
+    """What a reward has counted; nothing where its ``counts`` are no names and numbers."""
+    try:
+        counts = dict(attribute_of(reward, "counts", {}))  # at once: its thread may be adding to them
+        return {clean(name): count for name, count in counts.items() if isinstance(count, int | float) and math.isfinite(count)}
+    except Exception:  # of whatever kind it is
+        return {}
 
 
 def as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]) -> Scores:
     """What a reward returned, checked. Raises UserError where it is not a number for each of the prompts."""
     said = returned if isinstance(returned, Scores) else None
     values = _as_floats(said.values if said else returned, len(prompts))
-    answered = values.isfinite() & (said.valid if said else True)
+    answered = values.float().isfinite()  # what float32 cannot hold is taken for infinite
+    if said is not None:
+        answered &= _as_floats(said.valid, len(prompts)) == 1
     valid = answered & (values >= limits[0]) & (values <= limits[1])
     error = said.error if said else None
     if not valid.all() and error is None:
         first = int((~valid).nonzero()[0])
         outside = f", outside its range of {limits[0]:g} to {limits[1]:g}" if answered[first] else ""
         error = f"it returned {values[first].item():g} for {prompts[first]!r}{outside}"
-    return Scores(values.nan_to_num(0.0, 0.0, 0.0), valid, error)
+    return Scores(torch.where(valid, values, 0.0), valid, None if error is None else clean(error))
 
 
 def _as_floats(returned: Any, count: int) -> Tensor:
+    """float64, (count,). Raises UserError where it is anything else than a list, an array or a tensor of so many real numbers;
+    None is NaN."""
     contract = f"a reward returns one number a sample, here {count}; it returned {_describe(returned)}"
     try:
-        if not isinstance(returned, Tensor):
-            returned = torch.tensor([float("nan") if value is None else float(value) for value in returned])
-        values = returned.detach().cpu().float()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{contract} ({error})") from error
+        if isinstance(returned, Iterator):
+            returned = list(islice(returned, count + 1))
+        if not isinstance(returned, list | tuple | Tensor) and hasattr(returned, "__array__"):
+            returned = np.asarray(returned)
+        if isinstance(returned, np.ndarray) and returned.dtype.kind in "biuf":
+            returned = torch.from_numpy(returned.astype(np.float64))
+        if isinstance(returned, Tensor):
+            require(not returned.is_complex(), "complex numbers")
+            values = returned.detach().to_dense().cpu().double()
+        else:
+            require(isinstance(returned, list | tuple | np.ndarray), "no list, array or tensor")
+            values = torch.tensor([_as_float(value) for value in returned], dtype=torch.float64)
+    except Exception as error:  # whatever reading it raises is the answer
+        raise UserError(f"{contract} ({describe(error)})") from error
     if values.shape != (count,):
         raise UserError(contract)
     return values
 
 
+def _as_float(value: Any) -> float:
+    """Raises UserError, or whatever the value raises, where it is no real number."""
+    if value is None:
+        return math.nan
+    complex_number = isinstance(value, Complex) and not isinstance(value, Real)
+    require(not complex_number and hasattr(type(value), "__float__"), f"{type(value).__name__} is no real number")
+    try:
+        return float(value)
+    except OverflowError:  # of whole numbers
+        return math.inf
+
+
 def _describe(returned: Any) -> str:
-    shape = f" of shape {tuple(returned.shape)}" if hasattr(returned, "shape") else ""
-    length = f" of length {len(returned)}" if not shape and hasattr(returned, "__len__") else ""
+    shape = f" of shape {tuple(returned.shape)}" if isinstance(returned, Tensor | np.ndarray) else ""
+    length = f" of length {len(returned)}" if isinstance(returned, list | tuple | dict | set | str) else ""
     return f"a {type(returned).__name__}{shape}{length}"
 
 
@@ -161,13 +269,22 @@ def try_reward(
     """
     images, several = grey(sample_shape).expand(count, *sample_shape).clone(), "two" if count == 2 else count
     tried = f"the reward failed on {several} {describe_grey(sample_shape)}"
+    texts, told = (list(prompts) * count)[:count], (list(metadata) * count)[:count]
+    changed: list[str] = []
+
+    def read(returned: Any) -> Scores:
+        scores = as_scores(returned, [""] * count, (-math.inf, math.inf))
+        if isinstance(returned, Scores) and not scores.valid.any():
+            raise UserError(scores.error)
+        return scores
+
     try:
-        returned = reward(images, (list(prompts) * count)[:count], (list(metadata) * count)[:count])
+        scores = _call(reward, images, texts, told, changed, read)
     except NothingSeen as nothing:
-        return Scores(torch.zeros(count), torch.zeros(count, dtype=torch.bool), str(nothing))
-    except Exception as error:  # whatever it raises is the answer
-        raise UserError(f"{tried}: {type(error).__name__}: {error}") from error
-    scores = as_scores(returned, [""] * count, (-math.inf, math.inf))
-    if isinstance(returned, Scores) and not scores.valid.any():
-        raise UserError(f"{tried}: {scores.error}")
+        return _nothing(count, describe(nothing))
+    except anything() as error:  # whatever it raises is the answer
+        raise UserError(f"{tried}: {describe(error)}") from error
+    meddled = surroundings.meddling(name_of(reward), changed)
+    surroundings.forget()
+    require(meddled is None, f"the reward cannot be used: {meddled}")
     return scores

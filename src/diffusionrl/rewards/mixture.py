@@ -13,7 +13,19 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, one_of
-from diffusionrl.rewards.base import Reward, Scores, looks_at_groups, score, score_groups, try_reward
+from diffusionrl.rewards.base import (
+    Reward,
+    Scores,
+    are_whole,
+    broken_image,
+    counts_of,
+    looks_at_groups,
+    name_of,
+    score,
+    score_groups,
+    try_reward,
+)
+from diffusionrl.rewards.foreign import within
 from diffusionrl.rewards.loading import load_reward
 
 _ROUNDING = 1e-3  # relative, of a score: networks in low precision may round by the place in a batch
@@ -56,11 +68,12 @@ class Mixture:
         }
         parts = {name: torch.where(scores.valid, scores.values, torch.nan) for name, scores in found.items()}
         errors = [f"{name}: {scores.error}" for name, scores in found.items() if scores.error]
-        return self._combine(parts, errors[-1] if errors else None)
+        broken = broken_image(are_whole(images), prompts)  # through no fault of a reward
+        return self._combine(parts, broken or (errors[-1] if errors else None))
 
     def nothing(self, count: int, error: str) -> Scores:
         """No valid score for ``count`` samples."""
-        return self._combine({name: torch.full((count,), torch.nan) for name in self.rewards}, error)
+        return self._combine({name: torch.full((count,), torch.nan, dtype=torch.float64) for name in self.rewards}, error)
 
     def _combine(self, parts: dict[str, Tensor], error: str | None) -> Scores:
         values = torch.zeros_like(next(iter(parts.values())))
@@ -111,21 +124,12 @@ class Mixture:
         self._counted_before = {what: count - here.get(what, 0) for what, count in counts.items()}
 
     def _counted_here(self) -> dict[str, float]:
-        return {
-            f"{name}/{what}": count
-            for name, reward in self.rewards.items()
-            for what, count in getattr(reward, "counts", {}).items()
-        }
+        return {f"{name}/{what}": count for name, reward in self.rewards.items() for what, count in counts_of(reward).items()}
 
 
 def as_mixture(reward: Reward | Mixture) -> Mixture:
     """A reward alone, as a mixture of one."""
-    return reward if isinstance(reward, Mixture) else Mixture({reward_name(reward): reward})
-
-
-def reward_name(reward: Reward) -> str:
-    """``package.module:function`` of a function or object."""
-    return f"{reward.__module__}:{getattr(reward, '__qualname__', type(reward).__name__)}"
+    return reward if isinstance(reward, Mixture) else Mixture({name_of(reward): reward})
 
 
 def _finite(name: str, weight: float | str) -> float:
@@ -162,16 +166,36 @@ def try_mixture(
     prompts: Sequence[str],
     metadata: Sequence[dict[str, Any]],
     group_sizes: Sequence[int] = (),
+    timeout: float = 600.0,
 ) -> list[str]:
-    """``try_reward`` for each, with a group of every size that it will be called with where it looks at groups; the error names
-    the reward where there are several.
+    """``try_reward`` for each in the thread of foreign code, with a group of every size that it will be called with where it
+    looks at groups; the error names the reward where there are several.
 
     Args:
         prompts: one or two; where a reward does not look at groups, the first one's image is scored twice.
+        timeout: seconds for all of it.
 
     Returns:
         Names of the rewards that did not give the same image the same score.
+
+    Raises:
+        UserError: a reward cannot score, or not in time.
     """
+    unsteady: list[str] = []
+    if not within(timeout, lambda: unsteady.extend(_try(mixture, sample_shape, prompts, metadata, group_sizes))):
+        seconds = f"{timeout:g} s (rewards.timeout)"
+        raise UserError(f"the reward gave no scores for a few grey images within {seconds}: {', '.join(mixture.rewards)}")
+    return unsteady
+
+
+def _try(
+    mixture: Mixture,
+    sample_shape: tuple[int, ...],
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    group_sizes: Sequence[int],
+) -> list[str]:
+    """What ``try_mixture`` does."""
     unsteady = []
     for name, reward in mixture.rewards.items():
         try:

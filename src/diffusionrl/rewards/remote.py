@@ -46,7 +46,7 @@ class RemoteReward:
         bodies = [self._body(images[part], prompts[part], metadata[part]) for part in parts]
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             results = list(pool.map(self._ask, bodies, [len(images[part]) for part in parts]))
-        values = torch.tensor([value for scores, _ in results for value in scores])
+        values = torch.tensor([value for scores, _ in results for value in scores], dtype=torch.float64)
         errors = [error for _, error in results if error]
         return Scores(values, values.isfinite(), errors[-1] if errors else None)
 

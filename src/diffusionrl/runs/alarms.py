@@ -14,8 +14,8 @@ PATIENCE = 3
 VARIATION = 0.01
 """A reward varies no more once its standard deviation in a step is below this share of the largest so far: divided by so
 little, the noise of the reward is what is learned."""
-ROUNDING = 1e-6
-"""Relative to the mean: equal float32 scores may seem to differ by as much."""
+ROUNDING = 1e-12
+"""Relative to the mean: equal scores may seem to differ by as much."""
 IDLE = 0.5
 """Share of prompts without any advantage: beyond it, most of what is sampled and scored teaches nothing."""
 CLIPPED = 0.5

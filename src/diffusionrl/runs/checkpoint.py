@@ -102,6 +102,12 @@ def prune(run_dir: Path, keep: int, best: int | None = None) -> None:
             _remove(folder_of(run_dir, step))
 
 
+def forget(run_dir: Path, step: int) -> None:
+    """Remove the checkpoint of a step, if there is one."""
+    if folder_of(run_dir, step).exists():
+        _remove(folder_of(run_dir, step))
+
+
 def _remove(folder: Path) -> None:
     """Under another name first, so that a kill half-way leaves no folder that looks like a checkpoint."""
     doomed = folder.with_name(f".{folder.name}.{os.getpid()}")

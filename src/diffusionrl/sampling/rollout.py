@@ -14,7 +14,8 @@ from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import Policy, chunks
-from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture
+from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture, surroundings
+from diffusionrl.rewards.base import are_whole, broken_image
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
 
 Needs = Literal["trajectories", "endpoints"]
@@ -40,6 +41,7 @@ class Rollout:
         steps: what each step gave, (n, T, ...), which the log-probabilities are of, where the pipeline edits it afterwards;
             None where that is the next latent.
         sampling_rate: of sounds, in Hz.
+        broken_images: how many of all images are not finite.
     """
 
     table: SamplerTable
@@ -53,6 +55,7 @@ class Rollout:
     batch_size: int = sys.maxsize
     steps: Tensor | None = None
     sampling_rate: int | None = None
+    broken_images: int = 0
 
     @property
     def shares(self) -> list[range]:
@@ -208,6 +211,7 @@ def collect(
 
     Raises:
         UserError: a reward looks at whole groups, and there are none; or there are more processes than groups.
+        RunStopped: a reward changed what is computed beside it.
         Interrupted: the run was asked to stop.
     """
     table = make_table(policy, sampling)
@@ -219,17 +223,22 @@ def collect(
     began = time.perf_counter()
     cuts = [cut(processes.share(len(prompts), group_size, each), sampling.batch_size) for each in range(processes.count())]
     batches = cuts[processes.index()]
+    broken: str | None = None
     for indices in batches:
         chunk = prompts[indices.start : indices.stop]
-        start, noise = draw_noise(policy, table, chunk, seed, purpose, step, indices)
-        drawn = sample_trajectories(policy, table, chunk, start, noise, sampling.guidance, reduction)
-        images.append(policy.decode(drawn.latents[:, -1], chunk).cpu())
+        with surroundings.suspected():
+            start, noise = draw_noise(policy, table, chunk, seed, purpose, step, indices)
+            drawn = sample_trajectories(policy, table, chunk, start, noise, sampling.guidance, reduction)
+            images.append(policy.decode(drawn.latents[:, -1], chunk).cpu())
+        broken = broken or _where_it_broke(drawn.latents, images[-1], chunk)
         found.append(drawn if needs == "trajectories" else _endpoints(drawn))
         queue.add(images[-1], [prompt.text for prompt in chunk], metadata_of(chunk, policy.sampling_rate))
     if processes.sharded(policy.trainable().values()):
         for _ in range(max(map(len, cuts)) - len(batches)):
             sample_trajectories(policy, table, chunk[:1], start[:1], noise[:1], sampling.guidance, reduction)
     scores = queue.result(timeout)
+    surroundings.check()
+    scores = replace(scores, error=broken or scores.error)  # that comes first, and is not the reward's
     steps = [each.steps for each in found if each.steps is not None]
     rollout = Rollout(
         table,
@@ -243,6 +252,7 @@ def collect(
         sampling.batch_size,
         torch.cat(steps) if steps else None,
         policy.sampling_rate,
+        sum(processes.ask(int((~are_whole(torch.cat(images))).sum()))),
     )
     scores = gather_scores(scores, rollout.shares)
     seconds = {
@@ -250,6 +260,20 @@ def collect(
         "reward": queue.seconds,
     }  # with the wait for scores, one's own and others'
     return replace(rollout, scores=scores, seconds=seconds)
+
+
+def _where_it_broke(latents: Tensor, images: Tensor, prompts: Sequence[Prompt]) -> str | None:
+    """What is wrong where images are not finite, and where that began; latents are (B, T + 1, ...)."""
+    whole = are_whole(images)
+    said = broken_image(whole, [prompt.text for prompt in prompts])
+    if said is None:
+        return None
+    finite = latents[int((~whole).nonzero()[0])].flatten(1).isfinite().all(1).cpu()
+    if finite.all():
+        return f"{said}: its latent is finite, so that the decoder overflows; try policy.dtype float32"
+    began = int((~finite).nonzero()[0])
+    where = f"denoising step {began} of {len(finite) - 1}" if began else "its start"
+    return f"{said}: its latent is not finite from {where} on, which is the model's or the sampler's doing, not the reward's"
 
 
 def metadata_of(prompts: Sequence[Prompt], sampling_rate: int | None = None) -> list[dict[str, Any]]:

@@ -91,7 +91,11 @@ class Monitor:
 
     def evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
         """Evaluate on the fixed seeds, keep the samples, raise the guard's alarm if one is due. Returns the metrics; beside the
-        main process, the reward's mean alone."""
+        main process, the reward's mean alone.
+
+        Raises:
+            RunStopped: see ``Task.require_scores``; nothing is kept of the evaluation.
+        """
         began = time.perf_counter()
         found = [self._evaluate(task, step) for task in self.tasks]
         metrics = self._record(step, folder, found, began) if processes.is_main() else {"eval/reward": found[0].mean}
@@ -138,6 +142,7 @@ class Monitor:
             config.evaluation.samples_per_prompt,
             "trajectories" if first and self.has_reference else "endpoints",
         )
+        task.require_scores(found.rollout, step)
         if step == 0 and config.rewards.normalise:
             try:
                 found = found.rescored(task.reward.calibrate(found.rollout.scores))

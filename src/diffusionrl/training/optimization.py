@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,15 +25,16 @@ FEW = 100_000_000
 
 
 class NonFiniteError(Exception):
-    """A loss or the gradient is not finite; weights and optimizer are as before this update.
+    """A loss or the gradient is not finite, and weights and optimizer are as before this update; or they are not finite after
+    it themselves, and have to be restored.
 
     Args:
         losses: (R,), one a row.
     """
 
-    def __init__(self, rollout: Rollout, rows: Tensor, advantages: Tensor, losses: Tensor) -> None:
+    def __init__(self, what: str, rollout: Rollout, rows: Tensor, advantages: Tensor, losses: Tensor) -> None:
         count = int((~losses.isfinite()).sum())
-        super().__init__(f"{count} of {len(losses)} losses are" if count else "the gradient is")
+        super().__init__(f"{count} of {len(losses)} losses are" if count else what)
         self.rollout, self.rows, self.advantages, self.losses = rollout, rows, advantages, losses
 
     def save(self, folder: Path) -> str:
@@ -90,20 +91,23 @@ class Optimization:
             The algorithm's figures, one number a row; and the norm of the gradient before it was clipped.
 
         Raises:
-            NonFiniteError: instead of the step.
+            NonFiniteError: instead of the step, or after one that made weights or moments of the optimizer infinite.
         """
         try:
             figures = accumulate_gradient(algorithm, policy, rollout, rows, advantages)
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
             losses = figures.pop("loss")
+            everyone = range(processes.count())
+            ordered = torch.cat([micro for each in everyone for micro in micro_batches(rollout, rows, len(rows), each)])
             if not (norm.isfinite() and losses.isfinite().all()):
-                everyone = range(processes.count())
-                ordered = torch.cat([micro for each in everyone for micro in micro_batches(rollout, rows, len(rows), each)])
-                raise NonFiniteError(rollout, ordered, advantages, losses)
+                raise NonFiniteError("the gradient is", rollout, ordered, advantages, losses)
             self.updates += 1
             for group in self.adamw.param_groups:
                 group["lr"] = self.config.learning_rate * min(1.0, self.updates / max(1, self.config.warmup))
             self.adamw.step()
+            moments = [moment for name, moment in self.tensors().items() if not name.endswith(".step")]
+            if not all_finite([*self.parameters.values(), *moments]):
+                raise NonFiniteError("the weights after the update are", rollout, ordered, advantages, losses)
         finally:
             self.adamw.zero_grad()
         return figures, norm.item()
@@ -129,6 +133,12 @@ class Optimization:
             parameter = self.parameters[owner]
             self.adamw.state[parameter][key] = value.clone() if key == "step" else like(parameter, value.clone())
         self.updates = updates
+
+
+@torch.no_grad()
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """The largest of all magnitudes is finite; of sharded tensors, on all processes."""
+    return bool(whole(torch.nn.utils.get_total_norm(tensors, math.inf)).isfinite())
 
 
 def micro_batches(rollout: Rollout, rows: Tensor, size: int, process: int) -> list[Tensor]:

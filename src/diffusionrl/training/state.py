@@ -1,6 +1,7 @@
 """Everything that a training step changes, in one place, so that nothing of it is missing from a checkpoint."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.policies.base import Policy
 from diffusionrl.processes import like
 from diffusionrl.runs.checkpoint import Checkpoint
-from diffusionrl.training.optimization import Optimization
+from diffusionrl.training.optimization import Optimization, all_finite
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.tasks import Task
 
@@ -33,14 +34,14 @@ class TrainingState:
         the main one has the copy; the others help.
 
         Raises:
-            RunStopped: the processes have different weights.
+            RunStopped: the processes have different weights, or something is not finite.
         """
         self._compare(step)
         state = {
             "updates": self.optimization.updates,
             "tasks": {name: task.capture() for name, task in self.tasks.items()},
             "pretraining": self.pretraining.capture() if self.pretraining else None,
-            "score": score,
+            "score": score if score is not None and math.isfinite(score) else None,
         }
         tensors = {
             "policy": processes.copies(self.optimization.parameters),
@@ -49,6 +50,11 @@ class TrainingState:
         older = processes.copies(self.copies.tensors())
         if older:
             tensors["copies"] = older
+        for name, each in tensors.items():
+            if each and not all_finite(list(each.values())):
+                raise RunStopped(
+                    f"{name} is not finite after step {step}, and is not saved: the newest checkpoint is from before"
+                )
         return Checkpoint(step, tensors, state)
 
     def _compare(self, step: int) -> None:

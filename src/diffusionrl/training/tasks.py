@@ -6,8 +6,10 @@ not added up; each is normalised among its own samples and has its own optimizer
 
 import copy
 import math
+import sys
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +19,20 @@ from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.config import TaskConfig, TrainConfig
 from diffusionrl.data.prompts import Prompt, fingerprint, members_of
 from diffusionrl.errors import RunStopped, UserError
-from diffusionrl.rewards import Mixture
+from diffusionrl.rewards import Mixture, Scores
 from diffusionrl.sampling.rollout import Rollout
+
+
+class BrokenModel(RunStopped):
+    """A model makes images that are not finite.
+
+    Args:
+        step: whose weights they are; 0: the model as it came.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(f"{message}. Try policy.dtype float32 or a lower optimizer.learning_rate")
+        self.step = step
 
 
 class Task:
@@ -41,6 +55,7 @@ class Task:
         self.seed = seeds.address(config.seed, f"task/{self.name}") if self.name else config.seed
         self.invalid: deque[tuple[int, int]] = deque(maxlen=self.limits.invalid_window)
         self._fingerprint = fingerprint(prompts)
+        self._said: str | None = None
         self._broken: dict[int, str] = getattr(prompts, "broken", {})  # of a file whose lines are read as they are drawn
 
     @property
@@ -56,15 +71,49 @@ class Task:
         ]
         return [prompt for prompt in drawn for _ in range(self.settings.samples_per_prompt)]
 
-    def check_scores(self, rollout: Rollout) -> None:
-        """Raises RunStopped when too many samples of the last steps have no valid score."""
-        self.invalid.append((int((~rollout.scores.valid).sum()), len(rollout.prompts)))
+    def check_scores(self, rollout: Rollout, step: int) -> None:
+        """Say why samples of a step have no valid score, where that was not said before.
+
+        Raises:
+            BrokenModel: no image of the step is finite.
+            RunStopped: too many samples of the last steps have no valid score; of fewer steps, where the run ends here.
+        """
+        scores, whose, count = rollout.scores, self.settings.whose, len(rollout.prompts)
+        if rollout.broken_images == count:
+            raise BrokenModel(f"{whose}step {step}: {scores.error}", step - 1)
+        self.invalid.append((int((~scores.valid).sum()), count))
         invalid, total = (sum(column) for column in zip(*self.invalid, strict=True))
-        if len(self.invalid) == self.limits.invalid_window and invalid > self.limits.max_invalid * total:
+        judged = len(self.invalid) == self.limits.invalid_window or step == self.config.steps
+        if judged and invalid > self.limits.max_invalid * total:
             raise RunStopped(
-                f"{self.settings.whose}{invalid} of {total} samples of the last {self.limits.invalid_window} steps have no "
-                f"valid score; the reward's last error: {rollout.scores.error}"
+                f"{whose}{invalid} of {total} samples of the last {len(self.invalid)} steps have no "
+                f"valid score; the reward's last error: {scores.error}"
             )
+        self.warn(scores, f"step {step}")
+
+    def warn(self, scores: Scores, where: str) -> None:
+        """Say why samples have no valid score, once for each reason."""
+        if scores.error in (None, self._said) or scores.valid.all() or not processes.is_main():
+            return
+        self._said = scores.error
+        told = f"{int((~scores.valid).sum())} of {len(scores.valid)} samples have no valid score: {scores.error}"
+        with suppress(OSError):
+            print(f"warning: {self.settings.whose}{where}: {told}", file=sys.stderr, flush=True)
+
+    def require_scores(self, rollout: Rollout, step: int) -> None:
+        """What an evaluation must have, of whose images some may be broken or not scored while the run goes on.
+
+        Raises:
+            BrokenModel: no image is finite, or some are not and the run ends here.
+            RunStopped: no sample has a valid score, and the run begins or ends here.
+        """
+        scores, end = rollout.scores, step == self.config.steps
+        where = f"{self.settings.whose}the evaluation {f'after step {step}' if step else 'before training'}"
+        if rollout.broken_images == len(rollout.prompts) or (end and rollout.broken_images):
+            raise BrokenModel(f"{where}: {scores.error}", step)
+        if not scores.valid.any() and (step == 0 or end):
+            raise RunStopped(f"{where} has no valid score; the reward's last error: {scores.error}")
+        self.warn(scores, where)
 
     def metrics(self, rollout: Rollout, advantages: Tensor) -> dict[str, float]:
         """What a step's samples scored, and what that gave."""
@@ -77,6 +126,7 @@ class Task:
             "reward/mean": scores.mean().item(),
             "reward/std": scores.std(correction=0).item() if len(scores) else math.nan,
             "reward/invalid": int((~rollout.scores.valid).sum()),
+            "reward/broken_images": rollout.broken_images,
             **means,  # each reward of a mixture on its own, as it came
             **{f"reward/{name}": count for name, count in self._counts().items()},
             "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),

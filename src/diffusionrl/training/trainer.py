@@ -29,7 +29,7 @@ from diffusionrl.training.monitor import Embed, Monitor
 from diffusionrl.training.optimization import NonFiniteError
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.state import TrainingState
-from diffusionrl.training.tasks import Task
+from diffusionrl.training.tasks import BrokenModel, Task
 
 
 class Trainer:
@@ -87,10 +87,23 @@ class Trainer:
                 f"{folder.run_dir} cannot be written to: {error}; {free:.1f} MB are free. "
                 "Make room and give the same command again"
             ) from error
+        except BrokenModel as error:
+            self._step_back(folder, error.step)
+            self._rescue(folder)
+            raise
         except BaseException:
             self._rescue(folder)
             raise
         return tell_result(folder.run_dir)
+
+    def _step_back(self, folder: RunFolder, broken: int) -> None:
+        """The weights of step ``broken`` make images that are not finite. Where they are what is left, they are forgotten, for
+        the checkpoint before them if there is one."""
+        if self.at_start is None or self.at_start.step != broken or broken == 0:
+            return
+        if processes.is_main():
+            checkpoint.forget(folder.run_dir, self.at_start.step)
+        self.at_start = checkpoint.tell(checkpoint.load_newest(folder.run_dir, exact=False) if processes.is_main() else None)
 
     def _rescue(self, folder: RunFolder) -> None:
         """Whatever ended the run, the steps that were done are kept. Sharded weights are not there to be kept without the other
@@ -220,7 +233,7 @@ class Trainer:
         )
         if samples is not None:
             recent.write_recent(rollout, samples, step, task.name)
-        task.check_scores(rollout)
+        task.check_scores(rollout, step)
         advantages = task.algorithm.advantages(rollout)
         began = time.perf_counter()
         update = self._update(task, rollout, advantages, step)
