@@ -144,7 +144,7 @@ def test_a_model_against_itself_neither_wins_nor_loses(make_policy: Any) -> None
 def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("evaluate") / "run"
     options = ["--model", str(tiny_folder), "--steps", "2", "--prompts-per-step", "2", "--samples-per-prompt", "2"]
-    options += ["--sampling.num-steps", "3", "--evaluation.num-samples", "4", "--evaluation.held-out", "emoji-gold"]
+    options += ["--sampling.num-steps", "3", "--evaluation.num-samples", "4", "--evaluation.held-out", "incompressibility"]
     options += ["--optimizer.learning-rate", "0.1", "--algorithm.micro-batch-size", "8", "--seed", "3"]
     (run_dir.parent / "prompts.txt").write_text("a cat\na dog\nan owl\na fox\n")
     assert main(["train", *options, "--run-dir", str(run_dir), "--prompts", str(run_dir.parent / "prompts.txt")]) == 0
@@ -158,7 +158,7 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(run: Path, tiny_folder: Path,
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for name, key in (("compressibility", "eval/reward"), ("emoji-gold", "eval/emoji-gold")):
+    for name, key in (("compressibility", "eval/reward"), ("incompressibility", "eval/incompressibility")):
         each = found["rewards"][name]
         assert each["model"]["value"] == pytest.approx(metrics[-1][key], rel=1e-5)
         assert each["baseline"]["value"] == pytest.approx(metrics[0][key], rel=1e-5)

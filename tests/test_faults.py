@@ -24,6 +24,7 @@ from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, S
 from diffusionrl.data.prompts import load_prompts
 from diffusionrl.evaluation import fixed_seed as evaluation
 from diffusionrl.interruption import Interrupted
+from diffusionrl.policies import EMBEDDED_MODEL
 from diffusionrl.rewards import Mixture, as_mixture
 from diffusionrl.runs import checkpoint
 from diffusionrl.runs.folder import RunFolder
@@ -421,7 +422,8 @@ def test_a_disk_that_is_too_small_is_said_before_anything_slow(
 def test_with_everything_at_hand_nobody_reaches_for_the_network(
     tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    rewards = ["--reward", "clip-score", "aesthetic"]
+    clip = str(EMBEDDED_MODEL.parent / "clip")
+    rewards = ["--reward", "clip-score", "--rewards.clip-score.model", clip]
     assert finish(tiny_run(tiny_folder, tmp_path / "run", *rewards), tmp_path / "log", "cut_network") == 0
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "cache" / "models--some--model"

@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from diffusionrl.config import (
     PretrainingConfig,
     SamplingConfig,
 )
+from diffusionrl.config.rewards import AestheticConfig, ParityConfig, RewardsConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import clean
 from diffusionrl.evaluation.assessment import score_model
@@ -38,6 +40,7 @@ from diffusionrl.evaluation.guard import judge
 from diffusionrl.rewards import Mixture, RewardCall, Scores, as_mixture, load_reward, score, surroundings, try_mixture
 from diffusionrl.rewards.base import counts_of
 from diffusionrl.rewards.jpeg import compressibility
+from diffusionrl.rewards.loading import require_world
 from diffusionrl.runs.checkpoint import complete_steps
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -178,7 +181,7 @@ def test_the_process_is_as_it_was_after_every_call(what: str) -> None:
         return [0.5] * len(images)
 
     if what in REFUSED:
-        with pytest.raises(UserError, match=r"changes .* changes torch's|changes .* cuDNN"):
+        with pytest.raises(UserError, match=r"changes changes (torch's|the settings of cuDNN)"):
             try_mixture(as_mixture(changes), (3, 8, 8), *ASKED)
         assert read() == before
         found = called(changes)
@@ -483,11 +486,20 @@ def test_weights_whose_images_are_not_finite_are_neither_saved_nor_exported(
     assert steps == 2 or all(torch.equal(weight, before[name]) for name, weight in policy.trainable().items())
 
 
-def test_weights_that_are_not_finite_are_taken_back(make_policy: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (OptimizerConfig(learning_rate=3.4e38, betas=(0.0, 0.0), weight_decay=0.5), "the weights after the update are"),
+        (OptimizerConfig(learning_rate=1e38), "the step is"),
+    ],
+)
+def test_weights_that_are_not_finite_are_taken_back(
+    make_policy: Any, tmp_path: Path, optimizer: OptimizerConfig, said: str
+) -> None:
     policy = make_policy()
     before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
-    config = settings_for(tmp_path, optimizer=OptimizerConfig(learning_rate=1e38, weight_decay=1e38))
-    with pytest.raises(RunStopped, match="the weights after the update are not finite in step 1"):
+    config = settings_for(tmp_path, optimizer=optimizer)
+    with pytest.raises(RunStopped, match=f"{said} not finite in step 1"):
         train(config, policy=policy, reward=bright, prompts=["a cat", "a dog"])
     assert all(torch.equal(weight, before[name]) for name, weight in policy.trainable().items())
     assert complete_steps(tmp_path / "run") == [0]
@@ -564,3 +576,34 @@ def test_rewards_of_any_scale_give_the_same_advantages(scale: float, shift: floa
     torch.testing.assert_close(batch_advantages(found), torch.tensor([-1.0, 1.0]), rtol=1e-4, atol=1e-4)
     alike = called(lambda images, p, m: [shift + scale * 0.3] * 2)
     assert not batch_advantages(alike).any()
+
+
+# Judges of the embedded world
+
+
+@pytest.mark.parametrize(
+    ("reward", "held_out", "said"),
+    [
+        ("aesthetic", (), "aesthetic judges .* name its own with --rewards.aesthetic.model"),
+        ("clip-score=2", (), "--rewards.clip-score.model"),
+        ("composition", (), "--rewards.composition.model"),
+        ("preference", (), "choose another reward"),
+        ("parity", (), "--rewards.parity.attribute"),
+        ("compressibility", ("emoji-judge",), "emoji-judge judges images of the embedded world alone, not those of"),
+        ("compressibility", ("composition-judge",), "choose another reward"),
+    ],
+)
+def test_judges_of_the_embedded_world_judge_no_other_model(
+    tiny_folder: Path, tmp_path: Path, reward: str, held_out: tuple[str, ...], said: str
+) -> None:
+    config = settings_for(tmp_path, model=str(tiny_folder), reward=(reward,))
+    config = replace(config, evaluation=replace(config.evaluation, held_out=held_out))
+    with pytest.raises(UserError, match=said):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_may_have_its_own_judge_and_the_embedded_one_its_own() -> None:
+    own = RewardsConfig(aesthetic=AestheticConfig(model="some/clip"), parity=ParityConfig(attribute="ita"))
+    require_world(["aesthetic", "parity", "compressibility", "mine:own"], own, "some/model")
+    require_world(["aesthetic", "emoji-judge", "parity", "preference"], RewardsConfig(), "emoji-flow")

@@ -23,6 +23,7 @@ from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture
 from diffusionrl.rewards.base import grey
 from diffusionrl.rewards.clip import load_embedder
+from diffusionrl.rewards.loading import require_world
 from diffusionrl.runs.folder import NoFolder, RunFolder, TrainResult, tell_result
 from diffusionrl.runs.hub import push
 from diffusionrl.sampling.rollout import make_table, metadata_of
@@ -121,6 +122,8 @@ def _prepare(
     if not chosen:
         raise UserError("there is no prompt to train on: prompts is empty")
     _check_shares(config)
+    if not config.model.startswith("<"):  # a pipeline that was handed over, whose world its maker knows
+        _check_judges(config, reward is None)
     pairs = load_pairs(config.pretraining)
     if policy is None:
         check_quantization(config.policy.quantization, devices.choose(config.policy.device))
@@ -166,6 +169,15 @@ def _load(config: TrainConfig, example: Prompt) -> Policy:
     if policy.about.get("distilled") and processes.is_main():
         print(f"warning: {policy.about['distilled']}", file=sys.stderr)
     return policy
+
+
+def _check_judges(config: TrainConfig, own: bool) -> None:
+    """Raises UserError where a judge of the embedded world is to judge another model; ``own``: the first task's rewards are
+    those of the configuration."""
+    for task in config.all_tasks if own else config.tasks:
+        names = [entry.partition("=")[0] for entry in task.reward]
+        require_world(names, config.rewards, config.model)
+    require_world([entry.partition("=")[0] for entry in config.evaluation.held_out], config.rewards, config.model)
 
 
 def _check_shares(config: TrainConfig) -> None:

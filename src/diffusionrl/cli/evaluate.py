@@ -71,11 +71,14 @@ def run(arguments: Sequence[str]) -> None:
     from diffusionrl.evaluation.assessment import report, score_model, table
     from diffusionrl.policies import find_trained, load_trained
     from diffusionrl.rewards import load_mixture, try_mixture
+    from diffusionrl.rewards.loading import require_world
     from diffusionrl.sampling.rollout import metadata_of
 
     given = [(config.model, config.lora), *([(config.baseline, None)] if config.baseline else [])]
     asked = [(model, lora, config.model_config if is_single_file(model) else None) for model, lora in given]
     found = [find_trained(*each) for each in asked]
+    for trained in found:
+        require_world(config.reward, config.rewards, trained.base)
     rewards = load_mixture(config.reward, config.rewards)
     size = config.samples_per_prompt
     count = config.num_samples or len(prompts) * size

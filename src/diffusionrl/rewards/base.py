@@ -128,7 +128,9 @@ def _call(
     """What is read in a reward's answer. It gets copies: what it writes to is its own. Adds to ``changed`` what it changed of
     the process (see ``surroundings.kept``); reading may run foreign code too."""
     with surroundings.kept(name_of(reward), changed), torch.no_grad():
-        return read(reward(images.clone(), list(prompts), [copy.deepcopy(each) for each in metadata]))
+        answer = reward(images.clone(), list(prompts), [copy.deepcopy(each) for each in metadata])
+        with torch.device("cpu"):
+            return read(answer)
 
 
 def _nothing(count: int, error: str | None) -> Scores:

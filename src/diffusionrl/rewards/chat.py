@@ -46,7 +46,7 @@ class ChatClient:
             Exception: whatever else ``read`` raises.
         """
         png = to_png(image)
-        request = {"model": self.config.model, "question": question, **options}
+        request = {"url": self.config.url, "model": self.config.model, "question": question, **options}
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode() + png).hexdigest()
         kept = self._cache.get(key) if self._cache else None
         if kept is not None:

@@ -69,7 +69,9 @@ class JSONClient:
     def _post_once(self, body: bytes, request_id: str) -> dict[str, Any]:
         self.count("asked")
         headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
-        key = os.environ.get(self.key_variable)
+        key = os.environ.get(self.key_variable, "").strip()  # a file of secrets ends with a line's end
+        if not (key.isascii() and key.isprintable()):
+            raise BadAnswer(f"the environment variable {self.key_variable} holds what no header can: look at it")
         if key:
             headers["Authorization"] = f"Bearer {key}"
         deadline = time.monotonic() + self.timeout

@@ -1,7 +1,9 @@
 """Rewards by name."""
 
+from collections.abc import Sequence
+
 from diffusionrl.config.rewards import RewardsConfig
-from diffusionrl.errors import one_of
+from diffusionrl.errors import UserError, one_of
 from diffusionrl.rewards.base import REGISTRY, Reward, find_function
 from diffusionrl.rewards.frames import OnFrames
 from diffusionrl.rewards.remote import RemoteReward
@@ -22,3 +24,35 @@ def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
     if ":" not in name:
         raise one_of("reward", name, REGISTRY, "; your own is package.module:function")
     return find_function("reward", name, "(images, prompts, metadata) -> scores")
+
+
+def require_world(names: Sequence[str], config: RewardsConfig, model: str) -> None:
+    """Judges of the embedded world know nothing of the images of other models.
+
+    Args:
+        names: of rewards, as ``load_reward`` takes them.
+        model: whose images they are to score, as the user named it.
+
+    Raises:
+        UserError: one of them would judge another model's images.
+    """
+    if model in ("emoji", "emoji-flow"):
+        return
+    own = {
+        "aesthetic": ("rewards.aesthetic.model", config.aesthetic.model),
+        "clip-score": ("rewards.clip-score.model", config.clip_score.model),
+        "composition": ("rewards.composition.model", config.composition.model),
+    }
+    if config.parity.attribute == "clip":
+        own |= dict.fromkeys(_PARITIES, ("rewards.parity.clip.model", config.parity.clip.model))
+    elif config.parity.attribute == "emoji-skin-tone":
+        own |= dict.fromkeys(_PARITIES, ("rewards.parity.attribute", "emoji"))
+    for name in names:
+        setting, judge = own.get(name, ("", "emoji" if name in _EMBEDDED_ALONE else ""))
+        if judge == "emoji":
+            remedy = f"name its own with --{setting}" if setting else "choose another reward"
+            raise UserError(f"the reward {name} judges images of the embedded world alone, not those of {model}: {remedy}")
+
+
+_PARITIES = ("parity", "parity-sp", "parity-squared")
+_EMBEDDED_ALONE = ("composition-judge", "emoji-gold", "emoji-judge", "preference")

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RemoteConfig
 from diffusionrl.data.images import to_png
+from diffusionrl.errors import describe
 from diffusionrl.rewards.base import Scores
 from diffusionrl.rewards.http import BadAnswer, JSONClient
 
@@ -59,9 +61,9 @@ class RemoteReward:
         try:
             answer = self._http.post(body, hashlib.sha256(body).hexdigest())
             return _read(answer, count), answer.get("error")
-        except BadAnswer as error:
+        except Exception as error:  # a server may answer with anything, and the others have their scores
             self._http.count("failed")
-            return [math.nan] * count, str(error)
+            return [math.nan] * count, str(error) if isinstance(error, BadAnswer) else describe(error)
 
 
 def _read(answer: dict[str, Any], count: int) -> list[float]:
@@ -70,4 +72,4 @@ def _read(answer: dict[str, Any], count: int) -> list[float]:
         raise BadAnswer(f"the server's reply does not hold {count} scores: {json.dumps(answer)[:200]}")
     if not all(score is None or (isinstance(score, int | float) and not isinstance(score, bool)) for score in scores):
         raise BadAnswer(f"the server's scores are not numbers: {json.dumps(scores)[:200]}")
-    return [math.nan if score is None else float(score) for score in scores]
+    return [math.nan if score is None or abs(score) > sys.float_info.max else float(score) for score in scores]

@@ -238,7 +238,6 @@ def collect(
             sample_trajectories(policy, table, chunk[:1], start[:1], noise[:1], sampling.guidance, reduction)
     scores = queue.result(timeout)
     surroundings.check()
-    scores = replace(scores, error=broken or scores.error)  # that comes first, and is not the reward's
     steps = [each.steps for each in found if each.steps is not None]
     rollout = Rollout(
         table,
@@ -254,12 +253,9 @@ def collect(
         policy.sampling_rate,
         sum(processes.ask(int((~are_whole(torch.cat(images))).sum()))),
     )
-    scores = gather_scores(scores, rollout.shares)
-    seconds = {
-        "rollout": time.perf_counter() - began,
-        "reward": queue.seconds,
-    }  # with the wait for scores, one's own and others'
-    return replace(rollout, scores=scores, seconds=seconds)
+    scores = gather_scores(replace(scores, error=broken or scores.error), rollout.shares)  # what is broken is no reward's fault
+    elapsed = time.perf_counter() - began  # with the wait for scores, one's own and others'
+    return replace(rollout, scores=scores, seconds={"rollout": elapsed, "reward": queue.seconds})
 
 
 def _where_it_broke(latents: Tensor, images: Tensor, prompts: Sequence[Prompt]) -> str | None:

@@ -104,7 +104,12 @@ class Optimization:
             self.updates += 1
             for group in self.adamw.param_groups:
                 group["lr"] = self.config.learning_rate * min(1.0, self.updates / max(1, self.config.warmup))
-            self.adamw.step()
+            try:
+                self.adamw.step()
+            except RuntimeError as error:
+                if "overflow" not in str(error):
+                    raise
+                raise NonFiniteError("the step is", rollout, ordered, advantages, losses) from error
             moments = [moment for name, moment in self.tensors().items() if not name.endswith(".step")]
             if not all_finite([*self.parameters.values(), *moments]):
                 raise NonFiniteError("the weights after the update are", rollout, ordered, advantages, losses)
