@@ -1,5 +1,6 @@
 """Code that is not ours, a reward above all, does nothing to the run and the process but give scores, or is refused by name."""
 
+import contextlib
 import functools
 import json
 import math
@@ -9,6 +10,7 @@ import signal
 import sqlite3
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +43,7 @@ from diffusionrl.rewards import Mixture, RewardCall, Scores, as_mixture, load_re
 from diffusionrl.rewards.base import counts_of
 from diffusionrl.rewards.jpeg import compressibility
 from diffusionrl.rewards.loading import require_world
-from diffusionrl.runs.checkpoint import complete_steps
+from diffusionrl.runs.checkpoint import complete_steps, folder_of, load
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ASKED = (["a cat", "an owl"], [{"n": [1]}, {"n": [2]}])
@@ -269,6 +271,21 @@ def test_a_run_is_the_same_beside_a_reward_that_changes_the_process(make_policy:
     assert ended[0] == ended[1] and None not in ended[0]
 
 
+def test_a_run_folder_stays_where_it_was_named(make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever folder a reward works in meanwhile."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def works_elsewhere(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        with contextlib.chdir("elsewhere"):
+            time.sleep(0.05)
+        return bright(images, prompts, metadata)
+
+    config = replace(settings_for(tmp_path, 2), run_dir=Path("runs/relative"))
+    train(config, policy=make_policy(), reward=works_elsewhere, prompts=["a cat", "a dog"])
+    assert (tmp_path / "runs" / "relative" / "finished.json").is_file() and not list((tmp_path / "elsewhere").iterdir())
+
+
 # Whatever it returns or raises
 
 
@@ -332,7 +349,7 @@ RAISED = {
     ],
 )
 def test_what_is_no_score_is_an_error_at_first_and_invalid_later(reward: Any) -> None:
-    with pytest.raises(UserError, match="the reward failed on 3 grey 8 x 8 images"):
+    with pytest.raises(UserError, match=r"^(the reward failed on 3 grey 8 x 8 images|a reward returns one number a)"):
         try_mixture(as_mixture(reward), (3, 8, 8), *ASKED)
     found = called(reward)
     assert found.valid.tolist() == [False, False] and found.error
@@ -486,23 +503,28 @@ def test_weights_whose_images_are_not_finite_are_neither_saved_nor_exported(
     assert steps == 2 or all(torch.equal(weight, before[name]) for name, weight in policy.trainable().items())
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "said"),
-    [
-        (OptimizerConfig(learning_rate=3.4e38, betas=(0.0, 0.0), weight_decay=0.5), "the weights after the update are"),
-        (OptimizerConfig(learning_rate=1e38), "the step is"),
-    ],
-)
+@pytest.mark.parametrize("where", ["weights", "moments", "overflow"])
 def test_weights_that_are_not_finite_are_taken_back(
-    make_policy: Any, tmp_path: Path, optimizer: OptimizerConfig, said: str
+    make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    policy = make_policy()
+    """They, or what AdamW remembers, become infinite in a step whose losses and gradient are finite."""
+    policy, original = make_policy(), torch.optim.AdamW.step
     before = {name: weight.detach().clone() for name, weight in policy.trainable().items()}
-    config = settings_for(tmp_path, optimizer=optimizer)
+
+    def spoils(self: Any, closure: Any = None) -> None:
+        original(self, closure)
+        parameter = self.param_groups[0]["params"][-1]
+        (parameter.data if where == "weights" else self.state[parameter]["exp_avg"]).fill_(math.inf)
+
+    if where != "overflow":
+        monkeypatch.setattr(torch.optim.AdamW, "step", spoils)
+    config = settings_for(tmp_path, optimizer=OptimizerConfig(learning_rate=1e38 if where == "overflow" else 1e-3))
+    said = "the step is" if where == "overflow" else "the weights after the update are"
     with pytest.raises(RunStopped, match=f"{said} not finite in step 1"):
         train(config, policy=policy, reward=bright, prompts=["a cat", "a dog"])
     assert all(torch.equal(weight, before[name]) for name, weight in policy.trainable().items())
-    assert complete_steps(tmp_path / "run") == [0]
+    saved = load(folder_of(tmp_path / "run", 0))
+    assert all(tensor.isfinite().all() for file in saved.tensors.values() for tensor in file.values())
 
 
 @pytest.mark.parametrize(

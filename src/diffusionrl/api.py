@@ -55,6 +55,7 @@ def train(
     """
     config = config or emoji()
     run_dir = config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S"))
+    run_dir = run_dir.absolute()  # a reward may change the working directory
     config = dataclasses.replace(config, **_described(policy, reward, prompts))
     processes.start(config.policy.device, config.rewards.timeout)
     with interruption.noted(), RunFolder(run_dir, config, keep_report) if processes.is_main() else NoFolder(config) as folder:

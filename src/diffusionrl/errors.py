@@ -42,5 +42,4 @@ def describe(error: BaseException) -> str:
     """What foreign code raised, in a line. Whatever a ``UserError`` says stands for itself."""
     if isinstance(error, UserError):
         return clean(error)
-    ended = "" if isinstance(error, Exception) else " (it tried to end the process)"
-    return clean(f"{type(error).__name__}: {clean(error)}{ended}")
+    return clean(f"{type(error).__name__}: {clean(error)}")

@@ -35,7 +35,7 @@ def standardise(values: Tensor, reference: Tensor) -> Tensor:
 
 def batch_advantages(scores: Scores) -> Tensor:
     """Relative to all valid samples of the step (DiffusionRL, arXiv 2401.12244). Returns (N,)."""
-    return standardise(scores.values, scores.values[scores.valid]) * scores.valid
+    return torch.where(scores.valid, standardise(scores.values, scores.values[scores.valid]), 0.0)
 
 
 def group_advantages(scores: Scores, prompts: Sequence[str]) -> Tensor:
@@ -44,7 +44,7 @@ def group_advantages(scores: Scores, prompts: Sequence[str]) -> Tensor:
     for members in members_of(prompts).values():
         reference = scores.values[members][scores.valid[members]]
         advantages[members] = standardise(scores.values[members], reference)
-    return advantages * scores.valid
+    return torch.where(scores.valid, advantages, 0.0)
 
 
 class PromptStatistics:
@@ -70,7 +70,7 @@ class PromptStatistics:
             enough = len(buffer) >= self.min_count
             advantages[members] = standardise(scores.values[members], remembered if enough else scores.values[scores.valid])
         keep_newest(self._buffers, _REMEMBERED)
-        return advantages * scores.valid
+        return torch.where(scores.valid, advantages, 0.0)
 
     def state_dict(self) -> dict[str, list[float]]:
         """Every prompt's remembered rewards, oldest first; the prompt that was sampled last is the last."""

@@ -68,6 +68,10 @@ class NothingSeen(UserError):
     """Raised by a reward that sees nothing on the images that it could score: all are invalid, through no fault of its own."""
 
 
+class NoScores(UserError):
+    """What a reward returned is not a number for each sample."""
+
+
 def find_function(kind: str, name: str, signature: str) -> Callable[..., Any]:
     """``package.module:function``, looked up from the working directory too; ``kind`` and ``signature`` are for messages. The
     module is imported in the thread of foreign code (``rewards.foreign``).
@@ -190,7 +194,7 @@ def counts_of(reward: Reward) -> dict[str, float]:
 
 
 def as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]) -> Scores:
-    """What a reward returned, checked. Raises UserError where it is not a number for each of the prompts."""
+    """What a reward returned, checked. Raises NoScores where it is not a number for each of the prompts."""
     said = returned if isinstance(returned, Scores) else None
     values = _as_floats(said.values if said else returned, len(prompts))
     answered = values.float().isfinite()  # what float32 cannot hold is taken for infinite
@@ -206,7 +210,7 @@ def as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]
 
 
 def _as_floats(returned: Any, count: int) -> Tensor:
-    """float64, (count,). Raises UserError where it is anything else than a list, an array or a tensor of so many real numbers;
+    """float64, (count,). Raises NoScores where it is anything else than a list, an array or a tensor of so many real numbers;
     None is NaN."""
     contract = f"a reward returns one number a sample, here {count}; it returned {_describe(returned)}"
     try:
@@ -223,9 +227,9 @@ def _as_floats(returned: Any, count: int) -> Tensor:
             require(isinstance(returned, list | tuple | np.ndarray), "no list, array or tensor")
             values = torch.tensor([_as_float(value) for value in returned], dtype=torch.float64)
     except Exception as error:  # whatever reading it raises is the answer
-        raise UserError(f"{contract} ({describe(error)})") from error
+        raise NoScores(f"{contract} ({describe(error)})") from error
     if values.shape != (count,):
-        raise UserError(contract)
+        raise NoScores(contract)
     return values
 
 
@@ -284,8 +288,11 @@ def try_reward(
         scores = _call(reward, images, texts, told, changed, read)
     except NothingSeen as nothing:
         return _nothing(count, describe(nothing))
+    except NoScores:
+        raise
     except anything() as error:  # whatever it raises is the answer
-        raise UserError(f"{tried}: {describe(error)}") from error
+        ended = "" if isinstance(error, Exception) else "it tried to end the process, "
+        raise UserError(f"{tried}: {ended}{describe(error)}") from error
     meddled = surroundings.meddling(name_of(reward), changed)
     surroundings.forget()
     require(meddled is None, f"the reward cannot be used: {meddled}")

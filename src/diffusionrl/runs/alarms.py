@@ -14,8 +14,9 @@ PATIENCE = 3
 VARIATION = 0.01
 """A reward varies no more once its standard deviation in a step is below this share of the largest so far: divided by so
 little, the noise of the reward is what is learned."""
-ROUNDING = 1e-12
-"""Relative to the mean: equal scores may seem to differ by as much."""
+ROUNDING = 1e-6
+"""Relative to the mean: equal scores of a network in float32 may seem to differ by as much."""
+_AS_ROUNDING = ", no more than the rounding of float32: if that is what is meant, subtract a constant in the reward"
 IDLE = 0.5
 """Share of prompts without any advantage: beyond it, most of what is sampled and scored teaches nothing."""
 CLIPPED = 0.5
@@ -94,12 +95,16 @@ class Watch:
     def _first_evaluation(self, mean: float, standard_error: float) -> str | None:
         if standard_error > ROUNDING * abs(mean):
             return None
+        if standard_error:
+            return f"the scores of the first evaluation differ by {standard_error:.3g} around {mean:.6g}{_AS_ROUNDING}"
         return "the reward gave every image of the first evaluation the same score: nothing can be learned from it"
 
     def _constant(self, mean: float, std: float) -> str | None:
         self._largest_std = max(self._largest_std, std)
         if std > VARIATION * self._largest_std and std > ROUNDING * abs(mean):
             return None
+        if 0 < std <= ROUNDING * abs(mean):
+            return f"the rewards of a step differ by {std:.3g} around {mean:.6g}{_AS_ROUNDING}"
         was = f"the standard deviation of a step's rewards is {std:.3g}, and was {self._largest_std:.3g}"
         return f"the reward no longer varies: {was}. It is saturated or broken: stop here, and look at the samples"
 
