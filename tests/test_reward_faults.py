@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objectives import FORWARD
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +21,14 @@ from diffusionrl import RunStopped, TrainConfig, UserError, train
 from diffusionrl import config as config_module
 from diffusionrl.algorithms import DDPO, RWR, DiffusionRL
 from diffusionrl.algorithms.advantages import PromptStatistics, batch_advantages, group_advantages
-from diffusionrl.config import CheckpointConfig, DDPOConfig, DiffusionRLConfig, EvaluationConfig, RWRConfig, SamplingConfig
+from diffusionrl.config import (
+    CheckpointConfig,
+    DDPOConfig,
+    DiffusionRLConfig,
+    EvaluationConfig,
+    RWRConfig,
+    SamplingConfig,
+)
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.rewards import Scores, as_mixture, score
@@ -336,12 +344,15 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "ddpo-group": lambda: DDPO(DDPOConfig(normalisation="group", updates_per_step=2), 2.0),
     "diffusionrl": lambda: DiffusionRL(DiffusionRLConfig(timesteps_per_step=2, normalisation="prompt", min_count=1), 2.0),
     "rwr": lambda: RWR(RWRConfig(updates_per_step=3, batch_size=4), 2.0),
+    **FORWARD,
     "rwr-sparse": lambda: RWR(RWRConfig(variant="sparse", updates_per_step=3, batch_size=4), 2.0),
 }
 
 
 def test_the_list_of_algorithms_is_complete() -> None:
-    assert {name.split("-")[0] for name in ALGORITHMS} == set(config_module.ALGORITHMS)
+    assert {name.removesuffix(end) for name in ALGORITHMS for end in ("", "-is", "-sf", "-group", "-sparse")} >= set(
+        config_module.ALGORITHMS
+    )
 
 
 def test_full_fine_tuning_resumes_exactly(make_policy: Any, tmp_path: Path) -> None:

@@ -148,9 +148,20 @@ def _prepare(
     table = make_table(trained, config.sampling)
     if isinstance(config.algorithm, DiffusionRLConfig):
         config.algorithm.check_steps(int((table.fresh > 0).sum()))
+    if own.needs_reference:
+        _check_reference(trained, config)
     if processes.count() > 1 and config.policy.training == "full":
         trained.shard()
     return Trainer(trained, mixture, chosen, own, config, held_out, embed, further, pairs)
+
+
+def _check_reference(policy: Policy, config: TrainConfig) -> None:
+    """Raises UserError where the algorithm leans on a reference model that the policy does not keep."""
+    try:
+        with policy.reference():
+            pass
+    except UserError as error:
+        raise UserError(f"algorithm {config.algorithm.name} leans on the reference model: {error}") from error
 
 
 def _load(config: TrainConfig, example: Prompt) -> Policy:

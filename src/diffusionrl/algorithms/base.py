@@ -1,6 +1,6 @@
 """What the trainer asks of an algorithm."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,8 +15,22 @@ class Objective(Protocol):
 
     micro_batch_size: int
 
-    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row, (R,), with gradient; and figures to log, each (R,), without."""
+    def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
+        """What each of an update's rows counts, (R,): its sample's advantage, or what a look at its whole group gives. Asked
+        once before the update, without gradient, of all rows of this process.
+
+        Args:
+            rows: (R, K), the first column counted among this process's samples, as in ``losses``.
+            advantages: of this process's samples.
+        """
+        ...
+
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each row, (R,), with gradient; and figures to log, each (R,), without.
+
+        Args:
+            weights: what ``weights`` gave for these rows, (R,).
+        """
         ...
 
 
@@ -26,6 +40,22 @@ class Algorithm(Objective, Protocol):
     needs: Needs
     """What must be collected: whole trajectories with their log-probabilities, or endpoints only."""
     logprob_reduction: Reduction
+
+    @property
+    def copies(self) -> Mapping[str, Callable[[int], float]]:
+        """Older copies of the policy that it keeps, by name: the decay with which a copy follows the weights before a training
+        step, after so many steps; 0 is the weights as the step begins."""
+        ...
+
+    @property
+    def sampled_by(self) -> str | None:
+        """The copy that samples; None: the policy itself."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the policy has to keep the model that training began from."""
+        ...
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """One number a sample, (N,), float32. Called once a step: running statistics are updated here."""

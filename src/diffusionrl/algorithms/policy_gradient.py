@@ -1,12 +1,13 @@
 """What the policy gradients share: advantages, and the loss of (sample, denoising step) pairs. Their own files say where it
 comes from."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusionrl.algorithms.advantages import PromptStatistics, relative
+from diffusionrl.algorithms.advantages import Advantages
 from diffusionrl.config.algorithms import PolicyGradientConfig
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout, denoise_step
@@ -21,22 +22,27 @@ class PolicyGradient:
     """
 
     needs: Needs = "trajectories"
+    sampled_by: str | None = None
+    needs_reference = False
 
     def __init__(self, config: PolicyGradientConfig, guidance: float, score_function: bool = False) -> None:
         self.settings, self.guidance, self.score_function = config, guidance, score_function
         self.micro_batch_size, self.logprob_reduction = config.micro_batch_size, config.logprob_reduction
-        self.statistics = PromptStatistics(config.buffer_size, config.min_count)
+        self.statistics = Advantages(config)
+        self.copies: Mapping[str, Callable[[int], float]] = {}
 
     def advantages(self, rollout: Rollout) -> Tensor:
-        advantages = relative(rollout.scores, rollout.prompts, self.settings.normalisation, self.statistics)
-        return advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
+        return self.statistics.of(rollout)
 
-    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
+        return advantages[rows[:, 0]]
+
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return policy_gradient_losses(
             policy,
             rollout,
             rows,
-            advantages,
+            weights,
             self.guidance,
             self.logprob_reduction,
             self.settings.clip_range,
@@ -45,10 +51,10 @@ class PolicyGradient:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompt_statistics": self.statistics.state_dict()}
+        return self.statistics.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.statistics.load_state_dict(state["prompt_statistics"])
+        self.statistics.load_state_dict(state)
 
 
 def clipped_loss(advantage: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
@@ -71,6 +77,7 @@ def policy_gradient_losses(
 
     Args:
         pairs: (sample, denoising step), (P, 2); the step's fresh noise is above 0.
+        advantages: of each pair's sample, (P,).
         reduction: of log-probabilities over the latent dimensions; ``clip_range`` is in its units.
         score_function: -advantage * log-probability, in place of the clipped ratio.
         step_weight_power: a denoising step counts in proportion to (its fresh noise) ** this.
@@ -79,7 +86,7 @@ def policy_gradient_losses(
     x = rollout.latents[sample, step]
     mean, std = denoise_step(policy, rollout.table, x, step, rollout.prompts_of(sample), guidance)
     log_prob = log_density(rollout.step_to(sample, step), mean, std, reduction)
-    advantage = advantages.to(x.device)[sample]
+    advantage = advantages.to(x.device)
     log_ratio = log_prob - rollout.log_probs[sample, step]
     ratio = log_ratio.exp()
     loss = -advantage * log_prob if score_function else clipped_loss(advantage, ratio, clip_range)

@@ -10,7 +10,7 @@ from diffusionrl.errors import one_of, require
 
 BUILT_IN_REWARDS = (
     *("aesthetic", "clip-score", "composition", "composition-judge", "compressibility", "emoji-gold", "emoji-judge"),
-    *("incompressibility", "parity", "parity-sp", "parity-squared", "preference", "vlm-bertscore", "vlm-yes"),
+    *("incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
 ATTRIBUTES = ("emoji-skin-tone", "clip", "ita")

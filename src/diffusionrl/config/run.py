@@ -8,7 +8,12 @@ from typing import Any, Literal
 
 import yaml
 
-from diffusionrl.config.algorithms import AlgorithmConfig, DDPOConfig, DiffusionRLConfig, RWRConfig
+from diffusionrl.config.algorithms import (
+    AlgorithmConfig,
+    DDPOConfig,
+    ForwardProcessConfig,
+    PolicyGradientConfig,
+)
 from diffusionrl.config.model import PolicyConfig, SamplingConfig
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.config.training import (
@@ -126,8 +131,7 @@ class TrainConfig:
             f"push_to_hub must be OWNER/NAME, not {self.push_to_hub!r}",
         )
         self._check_tasks()
-        if not isinstance(self.algorithm, RWRConfig):
-            self._check_policy_gradient(self.algorithm)
+        self._check_algorithm()
         self._check_guard()
 
     def _check_tasks(self) -> None:
@@ -152,20 +156,28 @@ class TrainConfig:
             f"evaluation.num_samples to at least {MIN_PAIRS}",
         )
 
-    def _check_policy_gradient(self, algorithm: DDPOConfig | DiffusionRLConfig) -> None:
+    def _check_algorithm(self) -> None:
+        algorithm = self.algorithm
         for task in self.all_tasks:
             require(
-                isinstance(algorithm, DiffusionRLConfig) or task.samples_per_step % algorithm.updates_per_step == 0,
-                f"{task.whose}{task.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut "
-                f"into algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
-            )
-            require(
-                algorithm.normalisation != "group" or task.samples_per_prompt > 1,
-                f"{task.whose}algorithm.normalisation 'group' compares the samples of one prompt: "
+                not algorithm.compares_groups or task.samples_per_prompt > 1,
+                f"{task.whose}algorithm {algorithm.name} compares the samples of one prompt (algorithm.normalisation): "
                 "set samples_per_prompt above 1",
             )
+            if isinstance(algorithm, DDPOConfig):
+                require(
+                    task.samples_per_step % algorithm.updates_per_step == 0,
+                    f"{task.whose}{task.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut "
+                    f"into algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
+                )
+            if isinstance(algorithm, ForwardProcessConfig):
+                require(
+                    algorithm.updates_per_step <= task.prompts_per_step,
+                    f"{task.whose}prompts_per_step is {task.prompts_per_step}, fewer than algorithm.updates_per_step = "
+                    f"{algorithm.updates_per_step}: a prompt's samples belong to one update",
+                )
         require(
-            self.sampling.sampler != "ode" and self.sampling.eta > 0,
+            not isinstance(algorithm, PolicyGradientConfig) or (self.sampling.sampler != "ode" and self.sampling.eta > 0),
             "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
         )
 

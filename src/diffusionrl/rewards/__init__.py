@@ -1,6 +1,6 @@
 """Rewards: one file each. ``load_reward`` finds them by name."""
 
-from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, parity, preference, vlm
+from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, noise, parity, preference, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, register, score, try_reward
 from diffusionrl.rewards.loading import load_reward
 from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture
@@ -21,6 +21,7 @@ __all__ = [
     "jpeg",
     "load_mixture",
     "load_reward",
+    "noise",
     "parity",
     "preference",
     "register",

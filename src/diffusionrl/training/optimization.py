@@ -157,13 +157,14 @@ def accumulate_gradient(
     own, mine = rollout.own, shared[processes.index()]
     filler = rows[:1].clone()
     filler[:, 0] = own.start
+    weights = _weights(algorithm, policy, rollout, mine, advantages)
     gradient = Sum(policy.trainable().values())
     parts: list[dict[str, Tensor]] = []
     for turn in range(max(map(len, shared))):
         check()
         micro = (mine[turn] if turn < len(mine) else filler).clone()
         micro[:, 0] -= own.start  # where this process's tensors begin
-        losses, figures = algorithm.losses(policy, rollout, micro, advantages[own.start : own.stop])
+        losses, figures = algorithm.losses(policy, rollout, micro, weights[turn] if turn < len(mine) else torch.zeros(1))
         counted = len(micro) if turn < len(mine) else 0
         (losses[:counted].sum() / len(rows) + 0 * losses[counted:].sum()).backward()  # type: ignore[no-untyped-call]
         gradient.take()
@@ -171,6 +172,19 @@ def accumulate_gradient(
     gradient.give()
     sizes = [sum(map(len, each)) for each in shared]
     return {key: processes.gather(torch.cat([part[key] for part in parts]), sizes) for key in parts[0]}
+
+
+@torch.no_grad()
+def _weights(
+    algorithm: Objective, policy: Policy, rollout: Rollout, micro: list[Tensor], advantages: Tensor
+) -> tuple[Tensor, ...]:
+    """Of each of a process's micro-batches."""
+    if not micro:
+        return ()
+    own, rows = rollout.own, torch.cat(micro)
+    rows[:, 0] -= own.start  # where this process's tensors begin
+    weights = algorithm.weights(policy, rollout, rows, advantages[own.start : own.stop])
+    return torch.split(weights, [len(each) for each in micro])
 
 
 class Sum:

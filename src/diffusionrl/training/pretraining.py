@@ -4,8 +4,8 @@ After the tasks of a training step come optimizer steps on
 
     L_pre = weight * E |noise - noise_theta(alpha_t x0 + sigma_t noise, t, c)|^2,        noise ~ N(0, I)
 
-without guidance, for t uniform over the times that the model was trained at. They are steps of their own with the tasks'
-optimizer (Algorithm 1), not a term of the tasks' loss. Where the paper is silent, or its code differs:
+without guidance, for t uniform over the model's own grid (of flows, the error of the velocity). They are steps of their own
+with the tasks' optimizer (Algorithm 1), not a term of the tasks' loss. Where the paper is silent, or its code differs:
 - the paper gives the weight no value; under AdamW the number of steps matters more (here 1 to the 5 of a task);
 - captions are dropped at a rate, as in the model's own training: the paper does not say;
 - x0 is the mean of the VAE's posterior (``Policy.encode``); the code draws from it;
@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusionrl import processes, seeds
-from diffusionrl.algorithms.denoising import denoising_losses
+from diffusionrl.algorithms.forward_process import noised
 from diffusionrl.config import TrainConfig
 from diffusionrl.data.pairs import Pairs, check_broken
 from diffusionrl.data.prompts import Prompt
@@ -102,11 +102,14 @@ class Pretraining:
                 raise RunStopped(said) from error
         return pairs
 
-    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
+        return advantages[rows[:, 0]]
+
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sample = rows[:, 0].to(rollout.latents.device)
-        clean, prompts = rollout.latents[sample, -1], rollout.prompts_of(sample)
-        errors = denoising_losses(policy, clean, prompts, rows[:, 1].tolist(), guidance=None)
-        return advantages.to(clean.device)[sample] * errors, {"pretraining/loss": errors.detach()}
+        at = noised(policy, rollout.latents[sample, -1], rollout.prompts_of(sample), rows[:, 1].tolist())
+        errors = at.error(at.ask(policy, guidance=None))
+        return weights.to(errors.device) * errors, {"pretraining/loss": errors.detach()}
 
     def capture(self) -> dict[str, Any]:
         """What a training step changes, and what it must find again."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,9 @@ from diffusionrl.training.optimization import NonFiniteError
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.state import TrainingState
 from diffusionrl.training.tasks import Task
+
+AVERAGE = "average"
+"""The copy that is evaluated and exported, under ``optimizer.average``."""
 
 
 class Trainer:
@@ -115,14 +118,14 @@ class Trainer:
         if self.at_start is None:
             count = self.config.evaluation.num_samples
             folder.say(f"{folder.run_dir}: {count} images before training, then {self.config.steps} steps")
-            folder.log({"step": 0, "queries": 0} | self.monitor.evaluate(0, folder))
+            folder.log({"step": 0, "queries": 0} | self._evaluate(0, folder))
             self.at_start = self.state.capture(0)  # with the reward's normalisation
             if self.monitor.verdict.best == 0:
                 folder.save(self.at_start)
         steps, first = self.config.steps, self.at_start.step + 1
         if first > steps and self.at_start.state["score"] is None:  # stopped here, where it was not to be evaluated
             queries = steps * self.config.queries_per_step
-            folder.log({"step": steps, "queries": queries} | self.monitor.evaluate(steps, folder))
+            folder.log({"step": steps, "queries": queries} | self._evaluate(steps, folder))
         for step in range(first, steps + 1):
             if self.monitor.verdict.stop:
                 break
@@ -136,7 +139,7 @@ class Trainer:
                 ) from error
             every, last = self.config.evaluation.every, step == steps
             if last or (every and step % every == 0):
-                metrics |= self.monitor.evaluate(step, folder)
+                metrics |= self._evaluate(step, folder)
             folder.log(metrics)
             verdict = self.monitor.verdict
             due = last or verdict.stop or verdict.best == step or step % self.config.checkpoint.every == 0
@@ -164,7 +167,8 @@ class Trainer:
                 best = checkpoint.tell(best) if sharded else best
                 assert best is not None
                 self.state.restore(best)
-            self.policy.export(folder.run_dir / "export")
+            with self._averaged():
+                self.policy.export(folder.run_dir / "export")
         except SafetensorError as error:
             raise OSError(str(error)) from error
         except checkpoint.Corrupted as error:
@@ -173,6 +177,14 @@ class Trainer:
             ) from error
         if main:
             write_card(folder.run_dir, chosen)
+
+    def _evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
+        with self._averaged():
+            return self.monitor.evaluate(step, folder)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The policy as it is evaluated and exported: its average over the updates, where one is kept."""
+        return self.policy.copies.used(AVERAGE) if AVERAGE in self.policy.copies else nullcontext()
 
     def disk_need(self, run_dir: Path) -> int:
         """Bytes that the run may write, beyond what is there: checkpoints, the export, and the samples of evaluations."""
@@ -196,28 +208,37 @@ class Trainer:
         """
         metrics: dict[str, float] = {"step": step, "queries": step * self.config.queries_per_step}
         traffic = replace(processes.traffic)
+        metrics |= self.follow(step - 1)
         for task in self.tasks:
             metrics |= {f"{task.prefix}{key}": value for key, value in self._train_on(task, step, samples).items()}
         if self.pretraining is not None:
             metrics |= self.pretraining.train(self.policy, self.state.optimization, step)
         return metrics | processes.metrics(traffic) | {"peak_memory_gb": devices.peak_bytes(self.policy.device) / 1e9}
 
+    def follow(self, done: int) -> dict[str, float]:
+        """The algorithm's older copies of the policy follow it, after so many steps. Returns the decays, to log."""
+        decays = {name: decay(done) for name, decay in self.algorithm.copies.items()}
+        for name, decay in decays.items():
+            self.policy.copies.follow(name, decay)
+        return {f"policy/decay_of_{name}": decay for name, decay in decays.items()}
+
     def _train_on(self, task: Task, step: int, samples: Path | None) -> dict[str, float]:
         """Sample, score, weigh, update: one pass through the picture."""
-        config = self.config
-        rollout = collect(
-            self.policy,
-            task.reward,
-            task.prompts_of(step),
-            config.sampling,
-            task.seed,
-            "rollout",
-            step,
-            task.algorithm.logprob_reduction,
-            task.algorithm.needs,
-            config.rewards.timeout,
-            task.settings.samples_per_prompt,
-        )
+        config, sampler = self.config, task.algorithm.sampled_by
+        with self.policy.copies.used(sampler) if sampler is not None else nullcontext():
+            rollout = collect(
+                self.policy,
+                task.reward,
+                task.prompts_of(step),
+                config.sampling,
+                task.seed,
+                "rollout",
+                step,
+                task.algorithm.logprob_reduction,
+                task.algorithm.needs,
+                config.rewards.timeout,
+                task.settings.samples_per_prompt,
+            )
         if samples is not None:
             recent.write_recent(rollout, samples, step, task.name)
         task.check_scores(rollout)
@@ -232,6 +253,12 @@ class Trainer:
             "time/update": time.perf_counter() - began,
         }
 
+    def _average(self) -> None:
+        """The average of the weights follows an update; while there are few, it forgets faster."""
+        decay, updates = self.config.optimizer.average, self.state.optimization.updates
+        if decay > 0:
+            self.policy.copies.follow(AVERAGE, min(decay, (1 + updates) / (10 + updates)))
+
     def _update(self, task: Task, rollout: Rollout, advantages: Tensor, step: int) -> dict[str, float]:
         logged: dict[str, list[Tensor]] = {}
         norms: list[float] = []
@@ -240,6 +267,7 @@ class Trainer:
             if len(rows) == 0:
                 continue
             figures, norm = self.state.optimization.update(task.algorithm, self.policy, rollout, rows, advantages)
+            self._average()
             gap = figures.pop("ratio_gap", None)
             if gap is not None:
                 first.setdefault("ratio/max_gap", gap.max().item())
