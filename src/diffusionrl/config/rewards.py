@@ -171,6 +171,8 @@ class RewardsConfig:
     invalid_window: int = 3
     frames: int = 8
     """Frames of a video that rewards for images score, spread evenly; their mean counts. 0: all."""
+    cache: Path | None = None
+    """A file in which scores are kept by sample, prompt and reward settings: what is there is not asked again."""
     normalise: bool = False
     """Take each reward relative to its mean and in units of its standard deviation over the evaluation before training."""
     clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)

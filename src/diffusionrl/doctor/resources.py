@@ -229,12 +229,12 @@ def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Co
     waiting = max(score * min(config.sampling.batch_size, config.samples_per_step), reward - sampling)
     step = sampling + waiting + update
     every = config.evaluation.every
-    evaluations = 1 + (config.steps // every + (config.steps % every > 0) if every else 1)
-    run = config.steps * step + evaluations * evaluation
+    evaluations = 1 + (config.last_step // every + (config.last_step % every > 0) if every else 1)
+    run = config.last_step * step + evaluations * evaluation
     of_it = f"sampling {_clock(sampling)}, waiting for the reward {_clock(waiting)}, updates {_clock(update)}"
     told = (
         f"about {_clock(step)} a step ({of_it}), {_clock(evaluation)} an evaluation; "
-        f"{_clock(run)} for {config.steps} steps and {evaluations} evaluations"
+        f"{_clock(run)} for {config.last_step} steps and {evaluations} evaluations"
     )
     return _speed(trainer, score, waiting / step), Finding("pass", "time", told)
 
