@@ -29,7 +29,7 @@ from diffusionrl.rewards import as_mixture
 from diffusionrl.runs.checkpoint import load_newest
 from diffusionrl.runs.folder import read_metrics
 from diffusionrl.sampling.rollout import Rollout
-from diffusionrl.training.optimization import Optimization, micro_batches
+from diffusionrl.training.optimization import Optimization
 from diffusionrl.training.state import TrainingState
 from diffusionrl.training.tasks import Task
 
@@ -147,6 +147,15 @@ def test_two_processes_make_the_joint_run_of_one(folder: Path) -> None:
     assert last["pretraining/loss"] > 0 and last["people/policy/approx_kl"] > 0, "all three were trained on"
 
 
+def test_two_processes_make_one_run_of_what_compares_whole_groups(folder: Path) -> None:
+    """CRD: centred within groups, with two older copies and the reference model."""
+    options = ["--algorithm.name", "crd", "--algorithm.noisings", "2", "--algorithm.micro-batch-size", "3", "--steps", "2"]
+    for count, name in ((1, "one"), (2, "two")):
+        run(folder, count, *options, "--run-dir", name)
+    assert apart(weights(folder / "one"), weights(folder / "two")) < 1e-5
+    compare_metrics(folder / "one", folder / "two")
+
+
 def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
     options = ["--policy.training", "full", "--optimizer.learning-rate", "1e-4", "--steps", "2"]
     # Shares of 4 and 5 samples, in 1 and 2 batches of 4.
@@ -250,10 +259,10 @@ def test_micro_batches_are_the_same_on_any_number_of_processes(count: int, size:
     rows = torch.randint(0, 32, (50, 2), generator=torch.Generator().manual_seed(seed))
     empty = torch.zeros(32, 1)
     rollout = Rollout(None, [Prompt("")] * 32, empty, empty, empty, None, {}, batch_size=8)  # type: ignore[arg-type]
-    alone = micro_batches(rollout, rows, size, 0)
+    alone = rollout.micro_batches(rows, size, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "count", lambda: count)
-        shared = [micro for process in range(count) for micro in micro_batches(rollout, rows, size, process)]
+        shared = [micro for process in range(count) for micro in rollout.micro_batches(rows, size, process)]
     assert [micro.tolist() for micro in shared] == [micro.tolist() for micro in alone]
     assert sorted(row for micro in alone for row in micro.tolist()) == sorted(rows.tolist())
     assert all(len(micro) <= size for micro in alone)

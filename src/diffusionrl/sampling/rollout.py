@@ -79,6 +79,15 @@ class Rollout:
         """The samples that a process drew at once, batch by batch."""
         return cut(self.shares[process], self.batch_size)
 
+    def micro_batches(self, rows: Tensor, size: int, process: int) -> list[Tensor]:
+        """A process's rows of work, whose first column is a sample, cut. No micro-batch has rows of two batches in it, so they
+        are the same however many processes share the batches."""
+        found: list[Tensor] = []
+        for batch in self.batches(process):
+            inside = rows[(rows[:, 0] >= batch.start) & (rows[:, 0] < batch.stop)]
+            found += [inside[part] for part in chunks(len(inside), size)]
+        return found
+
     def idle_groups(self) -> list[int]:
         """Numbers of the groups whose valid scores, if they have any, are all equal."""
         size, scores = self.group_size, self.scores
