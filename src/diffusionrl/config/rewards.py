@@ -189,6 +189,9 @@ class RewardsConfig:
         require(self.invalid_window >= 1, f"rewards.invalid_window must be at least 1, not {self.invalid_window}")
 
 
+_A_DAY = 86_400
+
+
 @dataclass(frozen=True)
 class ServeConfig:
     """Serve a reward over HTTP."""
@@ -216,7 +219,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, f"port must lie between 0 and 65535, not {self.port}")
-        require(self.timeout > 0, f"timeout must be positive, not {self.timeout}")
-        require(self.wait >= 0, f"wait must not be negative, not {self.wait}")
+        require(0 < self.timeout <= _A_DAY, f"timeout must lie between 0 and {_A_DAY} seconds, not {self.timeout}")
+        require(0 <= self.wait <= _A_DAY, f"wait must lie between 0 and {_A_DAY} seconds, not {self.wait}")
         for what in ("batch_size", "max_bytes", "max_requests"):
             require(getattr(self, what) >= 1, f"{what} must be at least 1, not {getattr(self, what)}")
