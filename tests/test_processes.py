@@ -33,12 +33,15 @@ from diffusionrl.training.optimization import Optimization
 from diffusionrl.training.state import TrainingState
 from diffusionrl.training.tasks import Task
 
-pytestmark = pytest.mark.timeout(400)  # starts of several processes on what may be a busy machine
+pytestmark = [
+    pytest.mark.xdist_group("processes"),  # forked from one server
+    pytest.mark.timeout(400),  # starts of several processes on what may be a busy machine
+]
 
 SMALL = (
     *("--model", "./tiny", "--policy.device", "cpu", "--steps", "3", "--prompts-per-step", "4", "--samples-per-prompt", "2"),
-    *("--sampling.num-steps", "3", "--sampling.batch-size", "4", "--evaluation.num-samples", "8"),
-    *("--evaluation.held-out", "clip-score", "--checkpoint.every", "1"),
+    *("--sampling.num-steps", "2", "--sampling.batch-size", "4", "--evaluation.num-samples", "8"),
+    *("--checkpoint.every", "1"),
 )
 REWARD = """
 import os, signal
@@ -122,8 +125,8 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_two_processes_make_the_run_of_one(folder: Path) -> None:
-    run(folder, 1, "--run-dir", "one")
-    run(folder, 2, "--run-dir", "two")
+    for count, name in ((1, "one"), (2, "two")):
+        run(folder, count, "--evaluation.held-out", "clip-score", "--run-dir", name)
     one, two = folder / "one", folder / "two"
     assert torch.equal(weights(one), weights(two))
     assert samples(one) == samples(two)
