@@ -86,8 +86,6 @@ def _open(model: str, dtype: torch.dtype, config: str | None, quantization: str)
     file = _look(model, config)
     source = file.config if file else model
     _check_settings(source)
-    if file and quantization != "none":
-        raise UserError("policy.quantization needs a folder: load the file in diffusers, and save_pretrained writes one")
     try:
         return cached_first(_load, source, file=file, dtype=dtype, quantization=quantization)
     except UserError as error:
@@ -122,7 +120,7 @@ def _load(
     about = {"variants": {name: variant for name, variant in variants.items() if variant}}
     if file is None:
         return kind.from_pretrained(str(folder), **parts), about
-    return load_file(kind, file, folder, parts, dtype), about | {"single_file": file.about}
+    return load_file(kind, file, folder, parts, dtype, quantized), about | {"single_file": file.about}
 
 
 def make_policy(
