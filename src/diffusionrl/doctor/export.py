@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
+from diffusionrl.doctor.costs import limit_bytes, used_bytes
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
 from diffusionrl.policies import Policy, load_pipeline, make_policy, put_export
 from diffusionrl.policies.adapters import find_lora
+from diffusionrl.policies.quantization import is_quantized
 from diffusionrl.sampling.rollout import Rollout, draw_noise, sample_trajectories
 from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import ode
@@ -43,6 +45,10 @@ def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
     policy, sampling, quantization = trainer.policy, trainer.config.sampling, trainer.config.policy.quantization
     if quantization != "none" and policy.about["format"] != "lora":
         return Finding("warn", "export", "not tried: it is no LoRA file", "try it with policy.quantization none")
+    second, free = _second_model(policy), limit_bytes(policy.device) - used_bytes(policy.device)
+    if second > free:
+        told = f"not tried: the model is loaded a second time for it, {second / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return Finding("warn", "export", told, "draw from the run's first export/ by the lines in its README.md")
     prompts, table = (rollout.prompts * 2)[:2], ode(policy.grid(_STEPS))
     start, noise = draw_noise(policy, table, prompts, trainer.config.seed, "doctor", 2, [0, 1])
 
@@ -74,6 +80,13 @@ def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
         return Finding("fail", "export", f"does not load in plain diffusers: {type(error).__name__}: {error}", _REMEDY)
     exact = trainer.config.policy.dtype == "float32" and policy.device.type == "cpu"
     return _compare((theirs - ours).abs(), (ours - base).abs().mean().item(), exact)
+
+
+def _second_model(policy: Policy) -> int:
+    """Bytes of its weights in float32, or in a byte each where they are quantised."""
+    components = getattr(getattr(policy, "pipeline", None), "components", {})
+    networks = [part for part in components.values() if isinstance(part, torch.nn.Module)]
+    return sum(weight.numel() * (1 if is_quantized(part) else 4) for part in networks for weight in part.parameters())
 
 
 _REMEDY = "the weights that are trained are not those that are exported: compare policy.trainable() with policy.export()"
