@@ -380,9 +380,7 @@ def test_an_export_that_drops_a_layer(tiny: Callable[..., StableDiffusionPolicy]
     assert verdicts(found) == {"export": "fail"} and "draws other images" in found["export"].said
 
 
-def test_a_second_model_that_does_not_fit(
-    tiny: Callable[..., StableDiffusionPolicy], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_model_that_does_not_fit(tiny: Callable[..., StableDiffusionPolicy], monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tiny()
     monkeypatch.setattr("diffusionrl.doctor.export.used_bytes", lambda device: 10_000_000)
     monkeypatch.setattr("diffusionrl.doctor.export.limit_bytes", lambda device: 10_100_000)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from diffusionrl import processes, seeds
+from diffusionrl.data.media import kind_of
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import (
@@ -243,7 +244,7 @@ class PipelinePolicy:
             "arguments": self.asked.arguments,
             "distilled": distillation(self.pipeline, self.source),
             **self._files,
-            "makes": {2: "sound", 3: "image", 4: "video"}[len(self.sample_shape)],
+            "makes": kind_of(self.sample_shape),
         }
 
     @property
