@@ -9,9 +9,9 @@ import torch
 
 from diffusionrl import devices
 from diffusionrl.config import SamplingConfig
-from diffusionrl.data.prompts import Prompt
+from diffusionrl.data.prompts import Prompt, content_of
 from diffusionrl.errors import UserError
-from diffusionrl.policies.adapters import save_memory
+from diffusionrl.policies.adapters import find_lora, save_memory
 from diffusionrl.policies.asking import check_class
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.files import fetch, file_of, find_class, find_networks, left_out, load_network, read_index
@@ -183,6 +183,7 @@ def load_policy(
     precision: torch.dtype = getattr(torch, dtype)
     chosen = devices.choose(device)
     check_quantization(quantization, chosen)
+    began = {} if lora is None else {"lora": content_of(find_lora(lora))}
     pipeline, files = _open(model, precision, model_config, quantization)
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
@@ -198,7 +199,7 @@ def load_policy(
         device=chosen,
         seed=seed,
         source=model,
-        files=files,
+        files=files | began,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
         reference=reference,
