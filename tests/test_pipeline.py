@@ -16,7 +16,7 @@ from diffusionrl.algorithms import make_algorithm
 from diffusionrl.config import DDPOConfig, OptimizerConfig, SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
-from diffusionrl.policies import put_export
+from diffusionrl.policies import load_pipeline, put_export
 from diffusionrl.policies.memory import bytes_in
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.runs import checkpoint
@@ -268,3 +268,11 @@ def test_images_in_prompts_and_few_bits(name: str, dtype: torch.dtype) -> None:
     for exact, near in zip(*found, strict=True):
         assert near.dtype == torch.float32
         assert (near - exact).abs().mean() < 0.1 * exact.std()
+
+
+def test_a_full_export_does_not_say_where_the_base_model_was(tmp_path: Path) -> None:
+    tiny.build("sd3").save_pretrained(tmp_path / "secret")
+    policy = PipelinePolicy(load_pipeline(str(tmp_path / "secret")), None, 2, 3.0, tiny.call_of("sd3"), lora_rank=None)
+    policy.export(tmp_path / "export")
+    files = list((tmp_path / "export").rglob("*.json"))
+    assert files and not any("secret" in file.read_text() for file in files)

@@ -325,6 +325,7 @@ class PipelinePolicy:
         folder.mkdir(parents=True, exist_ok=True)
         if not self._adapted:
             for name, network in self._parts().items():
+                network.register_to_config(_name_or_path="")  # else the base model's folder on this machine is written down
                 network.save_pretrained(folder / name)
             return
         save = getattr(type(self.pipeline), "save_lora_weights", None)
