@@ -75,7 +75,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for each in rows:
         figures = [
             f"{each['queries']} | {each['before']:.1f}",
-            f"{each['gain']:+.2f} ± {each['se']:.2f} | {each['noise_gain']:+.2f} ± {each['noise_se']:.2f} | {each['judge']:+.3f}",
+            f"{each['gain']:+.2f} ± {each['se']:.2f} | {each['noise_gain']:+.2f} ± {each['noise_se']:.2f}",
+            f"{each['judge']:+.3f}",
             f"{each['rollout_seconds']:.1f} | {each['update_seconds']:.1f} | {'yes' if each['learned'] else 'no'}",
         ]
         lines.append(f"| {each['objective']} | {each['world']} | {' | '.join(figures)} |")
