@@ -11,7 +11,8 @@ from typing import Any
 
 from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
-from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, TaskConfig, TrainConfig
+from diffusionrl.config import MIN_PAIRS, TaskConfig, TrainConfig
+from diffusionrl.config.algorithms import PolicyGradientConfig
 from diffusionrl.config.presets import emoji
 from diffusionrl.data.pairs import load_pairs
 from diffusionrl.data.prompts import Prompt, load_prompts
@@ -146,8 +147,8 @@ def _prepare(
     if pairs is not None:
         trained.encode(grey(shape)[None])  # which not every policy can
     table = make_table(trained, config.sampling)
-    if isinstance(config.algorithm, DiffusionRLConfig):
-        config.algorithm.check_steps(int((table.fresh > 0).sum()))
+    if isinstance(config.algorithm, PolicyGradientConfig):
+        config.algorithm.check_steps(len(table.stochastic))
     if own.needs_reference:
         _check_reference(trained, config)
     if processes.count() > 1 and config.policy.training == "full":

@@ -11,10 +11,16 @@ from diffusionrl.algorithms.dgpo import DGPO
 from diffusionrl.algorithms.diffusionrl import DiffusionRL
 from diffusionrl.algorithms.epg import EPG
 from diffusionrl.algorithms.flow_awr import FlowAWR
+from diffusionrl.algorithms.flow_dppo import FlowDPPO
+from diffusionrl.algorithms.grpo import GRPO
+from diffusionrl.algorithms.grpo_fast import GRPOFast
+from diffusionrl.algorithms.grpo_guard import GRPOGuard
+from diffusionrl.algorithms.mixgrpo import MixGRPO
 from diffusionrl.algorithms.nft import NFT
 from diffusionrl.algorithms.orw import ORW
 from diffusionrl.algorithms.ram import RAM
 from diffusionrl.algorithms.rwr import RWR
+from diffusionrl.algorithms.tempflow import TempFlow
 from diffusionrl.algorithms.v_grpo import VGRPO
 from diffusionrl.config import TrainConfig
 
@@ -24,6 +30,7 @@ __all__ = [
     "DDPO",
     "DGPO",
     "EPG",
+    "GRPO",
     "NFT",
     "ORW",
     "RAM",
@@ -32,6 +39,11 @@ __all__ = [
     "Algorithm",
     "DiffusionRL",
     "FlowAWR",
+    "FlowDPPO",
+    "GRPOFast",
+    "GRPOGuard",
+    "MixGRPO",
+    "TempFlow",
     "make_algorithm",
 ]
 
@@ -39,6 +51,12 @@ __all__ = [
 _BY_NAME: dict[str, Callable[[Any, float], Algorithm]] = {
     "ddpo": DDPO,
     "diffusionrl": DiffusionRL,
+    "grpo": GRPO,
+    "grpo-fast": GRPOFast,
+    "mixgrpo": MixGRPO,
+    "grpo-guard": GRPOGuard,
+    "flow-dppo": FlowDPPO,
+    "tempflow": TempFlow,
     "rwr": RWR,
     "nft": NFT,
     "awm": AWM,

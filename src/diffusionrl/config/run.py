@@ -13,6 +13,7 @@ from diffusionrl.config.algorithms import (
     DDPOConfig,
     ForwardProcessConfig,
     PolicyGradientConfig,
+    SharedOutConfig,
 )
 from diffusionrl.config.model import PolicyConfig, SamplingConfig
 from diffusionrl.config.rewards import RewardsConfig
@@ -189,7 +190,7 @@ class TrainConfig:
                 f"{task.whose}algorithm {algorithm.name} compares the samples of one prompt (algorithm.normalisation): "
                 "set samples_per_prompt above 1",
             )
-            if isinstance(algorithm, DDPOConfig):
+            if isinstance(algorithm, SharedOutConfig):
                 require(
                     task.samples_per_step % algorithm.updates_per_step == 0,
                     f"{task.whose}{task.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut "
@@ -201,10 +202,12 @@ class TrainConfig:
                     f"{task.whose}prompts_per_step is {task.prompts_per_step}, fewer than algorithm.updates_per_step = "
                     f"{algorithm.updates_per_step}: a prompt's samples belong to one update",
                 )
-        require(
-            not isinstance(algorithm, PolicyGradientConfig) or (self.sampling.sampler != "ode" and self.sampling.eta > 0),
-            "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
-        )
+        if isinstance(algorithm, PolicyGradientConfig):
+            require(
+                self.sampling.sampler != "ode" and self.sampling.eta > 0,
+                "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
+            )
+            algorithm.window.places(self.sampling.num_steps)
 
 
 def to_yaml(config: TrainConfig) -> str:

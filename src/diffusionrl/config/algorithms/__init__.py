@@ -15,7 +15,20 @@ from diffusionrl.config.algorithms.forward_process import (
     RWRConfig,
     VGRPOConfig,
 )
-from diffusionrl.config.algorithms.policy_gradient import DDPOConfig, DiffusionRLConfig, PolicyGradientConfig
+from diffusionrl.config.algorithms.policy_gradient import (
+    ClippedConfig,
+    DDPOConfig,
+    DiffusionRLConfig,
+    FlowDPPOConfig,
+    GRPOConfig,
+    GRPOFastConfig,
+    GRPOGuardConfig,
+    MixGRPOConfig,
+    PolicyGradientConfig,
+    SharedOutConfig,
+    TempFlowConfig,
+    WindowConfig,
+)
 
 __all__ = [
     "ALGORITHMS",
@@ -23,22 +36,40 @@ __all__ = [
     "AdvantageConfig",
     "AlgorithmConfig",
     "CRDConfig",
+    "ClippedConfig",
     "CopySchedule",
     "DDPOConfig",
     "DGPOConfig",
     "DiffusionRLConfig",
     "EPGConfig",
     "FlowAWRConfig",
+    "FlowDPPOConfig",
     "ForwardProcessConfig",
+    "GRPOConfig",
+    "GRPOFastConfig",
+    "GRPOGuardConfig",
+    "MixGRPOConfig",
     "NFTConfig",
     "ORWConfig",
     "PolicyGradientConfig",
     "RAMConfig",
     "RWRConfig",
+    "SharedOutConfig",
+    "TempFlowConfig",
     "VGRPOConfig",
+    "WindowConfig",
 ]
 
-PolicyGradient = DDPOConfig | DiffusionRLConfig
+PolicyGradient = (
+    DDPOConfig
+    | DiffusionRLConfig
+    | GRPOConfig
+    | GRPOFastConfig
+    | MixGRPOConfig
+    | GRPOGuardConfig
+    | FlowDPPOConfig
+    | TempFlowConfig
+)
 ForwardProcess = (
     NFTConfig | AWMConfig | RAMConfig | FlowAWRConfig | VGRPOConfig | EPGConfig | DGPOConfig | CRDConfig | ORWConfig | RWRConfig
 )
@@ -46,6 +77,12 @@ AlgorithmConfig = PolicyGradient | ForwardProcess
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ddpo": DDPOConfig,
     "diffusionrl": DiffusionRLConfig,
+    "grpo": GRPOConfig,
+    "grpo-fast": GRPOFastConfig,
+    "mixgrpo": MixGRPOConfig,
+    "grpo-guard": GRPOGuardConfig,
+    "flow-dppo": FlowDPPOConfig,
+    "tempflow": TempFlowConfig,
     "rwr": RWRConfig,
     "nft": NFTConfig,
     "awm": AWMConfig,
