@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_suffix(".json")
-POLICY_GRADIENT = ("ddpo", "diffusionrl")
+POLICY_GRADIENT = ("ddpo", "diffusionrl", "grpo", "grpo-fast", "mixgrpo", "grpo-guard", "flow-dppo", "tempflow")
 FORWARD = ("nft", "awm", "ram", "flow-awr", "v-grpo", "epg", "dgpo", "crd", "orw", "rwr")
 OPTIONS: dict[str, list[str]] = {
     "diffusionrl": ["--algorithm.timesteps-per-step", "4"],

@@ -16,7 +16,7 @@ from objectives import GUIDANCE, REVERSE
 from torch import Tensor
 
 from diffusionrl.algorithms import DDPO, GRPO, DiffusionRL
-from diffusionrl.api import train
+from diffusionrl.api import diagnose, train
 from diffusionrl.config import (
     DDPOConfig,
     DiffusionRLConfig,
@@ -25,6 +25,7 @@ from diffusionrl.config import (
     GRPOConfig,
     GRPOFastConfig,
     MixGRPOConfig,
+    OptimizerConfig,
     PolicyConfig,
     SamplingConfig,
     TempFlowConfig,
@@ -136,11 +137,11 @@ def clipped(a: Tensor, ratio: Tensor, clip: float) -> Tensor:
 
 def grpo(p: dict[str, Tensor], a: Tensor) -> Tensor:
     kl = mean((p["new"] - p["reference"]) ** 2 / (2 * wide(p["fresh"], p["new"]) ** 2))
-    return clipped(a, p["ratio"], 1e-3) + 0.04 * kl
+    return clipped(a, p["ratio"], 3e-4) + 0.04 * kl
 
 
 def plain(p: dict[str, Tensor], a: Tensor) -> Tensor:
-    return clipped(a, p["ratio"], 1e-3)
+    return clipped(a, p["ratio"], 3e-4)
 
 
 def guard(p: dict[str, Tensor], a: Tensor) -> Tensor:
@@ -151,20 +152,20 @@ def guard(p: dict[str, Tensor], a: Tensor) -> Tensor:
 def dppo(p: dict[str, Tensor], a: Tensor) -> Tensor:
     divergence = mean((p["new"] - p["old"]) ** 2) / (2 * p["fresh"] ** 2 / p["dt"])
     worse = ((a > 0) & (p["ratio"] > 1)) | ((a < 0) & (p["ratio"] < 1))
-    return -a * p["ratio"] * ~((divergence >= 1e-5) & worse)
+    return -a * p["ratio"] * ~((divergence >= 1e-4) & worse)
 
 
 def tempflow(p: dict[str, Tensor], a: Tensor) -> Tensor:
-    return 2.25 * p["fresh"] * clipped(a, p["ratio"], 1e-3)
+    return 2.25 * p["fresh"] * clipped(a, p["ratio"], 3e-3)
 
 
 FORMULAS: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
-    "grpo": (grpo, {"clip_range": 1e-3}),
-    "grpo-fast": (plain, {"clip_range": 1e-3}),
-    "mixgrpo": (plain, {"clip_range": 1e-3}),
+    "grpo": (grpo, {"clip_range": 3e-4}),
+    "grpo-fast": (plain, {"clip_range": 3e-4}),
+    "mixgrpo": (plain, {"clip_range": 3e-4}),
     "grpo-guard": (guard, {"clip_range": 1e-4}),
-    "flow-dppo": (dppo, {}),
-    "tempflow": (tempflow, {"clip_range": 1e-3}),
+    "flow-dppo": (dppo, {"divergence": 1e-4}),
+    "tempflow": (tempflow, {"clip_range": 3e-3}),
 }
 
 
@@ -179,7 +180,7 @@ def test_the_loss_is_the_papers(flow: PipelinePolicy, name: str) -> None:
         old, table = means(flow, rollout, rows), rollout.table
         fresh, dt = table.fresh[step].double(), (table.grid.sigma - table.grid.sigma_next)[step].double()
         x = rollout.latents[sample, step + 1].double()
-        with moved(flow, 0.02, 2):
+        with moved(flow, 0.3, 2):
             new = means(flow, rollout, rows)
             with flow.reference():
                 reference = means(flow, rollout, rows)
@@ -188,7 +189,7 @@ def test_the_loss_is_the_papers(flow: PipelinePolicy, name: str) -> None:
     ratio = mean(((x - old) ** 2 - (x - new) ** 2) / variance).exp()
     parts = {"new": new, "old": old, "reference": reference, "z": (x - old) / wide(fresh, x)}
     expected = formula(parts | {"ratio": ratio, "fresh": fresh, "dt": dt}, advantages[sample].double())
-    torch.testing.assert_close(found.double(), expected, rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-6)
     assert 0 < figures["policy/clip_fraction"].mean() < 1, "on both sides of the clip, or nothing is shown"
     assert ("policy/kl_from_reference" in figures) == (name == "grpo")
 
@@ -386,6 +387,18 @@ def test_training_samples_with_the_window_and_evaluation_with_the_whole_sampler(
     algorithm = MixGRPOConfig(window=WindowConfig(1, "progressive", every=1))
     train(small(tmp_path / "run", algorithm), policy=make_policy(lora_rank=2), reward=brightness, prompts=["a cat"])
     assert seen == [STEPS, 1, 1, STEPS]  # before, two steps, after
+
+
+@pytest.mark.parametrize("name", ["grpo-fast", "grpo-guard", "flow-dppo", "tempflow"])
+def test_the_doctor_tries_them_as_they_train(make_policy: Any, tmp_path: Path, name: str) -> None:
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    config = small(tmp_path / "run", REVERSE[name]().settings, optimizer=optimizer, samples_per_prompt=4)
+    found = {}
+    for finding in diagnose(config, make_policy(lora_rank=2), brightness, ["a cat", "a dog"]):
+        found[finding.check] = finding.verdict
+        if finding.check == "reference":
+            break
+    assert {found[check] for check in ("ratio", "policy", "reference")} == {"pass"}, found
 
 
 # Updates
