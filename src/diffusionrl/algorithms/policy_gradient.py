@@ -93,7 +93,6 @@ class PolicyGradient:
         mean, std = denoise_step(*arguments)
         taken = self._taken(rollout, sample, step, mean, std)
         losses, beyond = self.loss(taken, weights.to(x.device))
-        losses = losses * _step_weights(table, self.settings.step_weight_power).to(x.device)[step]
         log_ratio = taken.log_ratio.detach()
         figures = {
             "ratio_gap": (log_ratio.exp() - 1).abs(),
@@ -104,7 +103,7 @@ class PolicyGradient:
             distance = gaussian_kl(mean, reference, std, self.logprob_reduction)
             losses = losses + self.settings.kl_weight * distance
             figures["policy/kl_from_reference"] = distance.detach()
-        return losses, figures
+        return losses * _step_weights(table, self.settings.step_weight_power).to(x.device)[step], figures
 
     @torch.no_grad()
     def _reference_mean(self, policy: Policy, *arguments: Any) -> Tensor | None:

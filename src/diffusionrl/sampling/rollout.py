@@ -300,8 +300,6 @@ def collect(
         for _ in range(max(map(len, cuts)) - len(batches)):
             sample_trajectories(policy, table, chunk[:1], start[:1], noise[:1], sampling.guidance, reduction)
     scores = queue.result(timeout)
-    steps = [each.steps for each in found if each.steps is not None]
-    means = [each.means for each in found if each.means is not None]
     rollout = Rollout(
         table,
         list(prompts),
@@ -312,17 +310,20 @@ def collect(
         {},
         group_size,
         sampling.batch_size,
-        torch.cat(steps) if steps else None,
+        _joined([each.steps for each in found]),
         policy.sampling_rate,
         mixture.weights,
-        torch.cat(means) if means else None,
+        _joined([each.means for each in found]),
     )
     scores = gather_scores(scores, rollout.shares)
-    seconds = {
-        "rollout": time.perf_counter() - began,
-        "reward": queue.seconds,
-    }  # with the wait for scores, one's own and others'
-    return replace(rollout, scores=scores, seconds=seconds)
+    rollout_seconds = time.perf_counter() - began  # with the wait for scores, one's own and others'
+    return replace(rollout, scores=scores, seconds={"rollout": rollout_seconds, "reward": queue.seconds})
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Of all batches, where there is any."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def metadata_of(prompts: Sequence[Prompt], sampling_rate: int | None = None) -> list[dict[str, Any]]:

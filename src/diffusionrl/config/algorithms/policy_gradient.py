@@ -57,8 +57,8 @@ class PolicyGradientConfig(AdvantageConfig):
     logprob_reduction: Literal["mean", "sum"] = "mean"
     """How a log-probability runs over the latent dimensions."""
     step_weight_power: float = 0.0
-    """A denoising step counts in proportion to (its fresh noise) ** this: 0, as published, all alike; 1, their gradients
-    are about equally long; 2, the last steps, which have hardly any fresh noise, hardly count."""
+    """A denoising step, with its anchor, counts in proportion to (its fresh noise) ** this: 0, as published, all alike; 1,
+    their gradients are about equally long; 2, the last steps, which have hardly any fresh noise, hardly count."""
     kl_weight: float = 0.0
     """Weight of the KL of a denoising step's Gaussian to the reference model's, in units of ``logprob_reduction``."""
     window: WindowConfig = field(default_factory=WindowConfig)
