@@ -157,7 +157,13 @@ class PipelinePolicy:
             return self.asked.run_through(self.example, self._guidance)
         except (UserError, torch.OutOfMemoryError):
             raise
-        except (ValueError, TypeError, RuntimeError) as error:  # of its own check of what it is given, or for want of one
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            LookupError,
+            ArithmeticError,
+        ) as error:  # of its own check of what it is given, or for want of one
             given = ", ".join(f"{name} {value!r}" for name, value in self.asked.arguments.items()) or "no arguments"
             raise UserError(
                 f"{type(self.pipeline).__name__} refuses a call with {given} (sampling.height, width, num_frames, call): "
