@@ -160,6 +160,19 @@ def test_an_image_that_is_missing_or_broken(model: Path, capsys: pytest.CaptureF
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize("model", ["sd1_img2img"], indirect=True)
+def test_images_of_two_sizes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which the pipeline makes latents of two shapes of."""
+    Image.new("RGB", (32, 16)).save("dog_image.png")
+    chosen = ["--model", str(model), *tiny.QUICK, *tiny.options_of("sd1_img2img"), *TRAINED, "--prompts", "prompts.jsonl"]
+    assert main(["train", *chosen, "--sampling.sampler", "ddim", "--run-dir", "run"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "latents of 'a dog' (dog_image.png) have the shape (4, 8, 16), and those of 'a cat' (cat_image.png) (4, 8, 8)" in said
+    )
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "sizes", "said"),
     [

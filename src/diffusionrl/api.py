@@ -13,6 +13,7 @@ from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, TaskConfig, TrainConfig
 from diffusionrl.config.presets import emoji
+from diffusionrl.data.media import one_of_each_size
 from diffusionrl.data.pairs import load_pairs
 from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.doctor import Finding, check_groups, examine
@@ -28,6 +29,8 @@ from diffusionrl.runs.hub import push
 from diffusionrl.sampling.rollout import make_table, metadata_of
 from diffusionrl.training.tasks import Task
 from diffusionrl.training.trainer import Trainer
+
+_SIZED = 1000  # prompts at most whose images are looked at before a run starts
 
 
 def train(
@@ -145,6 +148,9 @@ def _prepare(
     trained = trained or _load(config, chosen[0])
     if pairs is not None:
         trained.encode(grey(shape)[None])  # which not every policy can
+    for some in (chosen, *(task.prompts for task in further)):
+        for prompt in one_of_each_size(some[:_SIZED]):
+            trained.start([prompt], [0])  # all latents have one shape
     table = make_table(trained, config.sampling)
     if isinstance(config.algorithm, DiffusionRLConfig):
         config.algorithm.check_steps(int((table.fresh > 0).sum()))

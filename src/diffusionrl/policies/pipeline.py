@@ -269,8 +269,25 @@ class PipelinePolicy:
         return self._grids[num_steps]
 
     def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
+        """Raises UserError where latents have another shape than those of the example, which names the prompts."""
         draws = [seeds.address(each, "start") for each in addresses]
-        return self.asked.start(prompts, draws, self._guidance, self.device).float()
+        try:
+            made = self.asked.start(prompts, draws, self._guidance, self.device).float()
+        except RuntimeError:  # which do not fit together either
+            for prompt, draw in zip(prompts, draws, strict=True):
+                self._check_shape(self.asked.start([prompt], [draw], self._guidance, self.device), prompt)
+            raise
+        self._check_shape(made, prompts[0])
+        return made
+
+    def _check_shape(self, latents: Tensor, prompt: Prompt) -> None:
+        shape = tuple(latents.shape[1:])
+        if shape != self.latent_shape:
+            named = [f"{each.text!r} ({', '.join(map(str, each.media.values()))})" for each in (prompt, self.example)]
+            raise UserError(
+                f"latents of {named[0]} have the shape {shape}, and those of {named[1]} {self.latent_shape}, as their images "
+                "differ in size: give images of one size, or sampling.height and sampling.width where the pipeline takes them"
+            )
 
     def denoise(
         self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float | None
