@@ -15,6 +15,7 @@ from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.config import TrainConfig
 from diffusionrl.data.pairs import Pairs
+from diffusionrl.data.preferences import Preferences
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import RunStopped
 from diffusionrl.evaluation import recent
@@ -24,9 +25,10 @@ from diffusionrl.runs import checkpoint
 from diffusionrl.runs.card import write_card
 from diffusionrl.runs.checkpoint import Checkpoint
 from diffusionrl.runs.folder import RunFolder, TrainResult, tell_result
-from diffusionrl.sampling.rollout import Rollout, collect
+from diffusionrl.sampling.rollout import Rollout
 from diffusionrl.training.monitor import Embed, Monitor
 from diffusionrl.training.optimization import NonFiniteError
+from diffusionrl.training.preferences import JudgedImages
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.state import TrainingState
 from diffusionrl.training.tasks import Task
@@ -37,7 +39,7 @@ AVERAGE = "average"
 
 class Trainer:
     """One run: ``Trainer(...).run(folder)``. Reward, prompts and algorithm are the first task's, ``further`` the other
-    tasks; ``pairs`` are for the pretraining loss."""
+    tasks; ``pairs`` are for the pretraining loss, ``preferences`` take the place of the first task's samples."""
 
     def __init__(
         self,
@@ -50,10 +52,12 @@ class Trainer:
         embed: Embed | None = None,
         further: Sequence[Task] = (),
         pairs: Pairs | None = None,
+        preferences: Preferences | None = None,
     ) -> None:
         self.policy, self.prompts, self.algorithm, self.config = policy, prompts, algorithm, config
         self.reward = as_mixture(reward)
-        self.tasks = [Task(config.all_tasks[0], prompts, self.reward, algorithm, config), *further]
+        judged = JudgedImages(preferences, config) if preferences is not None else None
+        self.tasks = [Task(config.all_tasks[0], prompts, self.reward, algorithm, config, judged), *further]
         self.monitor = Monitor(policy, self.tasks, config, held_out, embed)
         self.pretraining = Pretraining(pairs, config, algorithm.micro_batch_size) if pairs is not None else None
         self.state = TrainingState(policy, self.tasks, config, self.pretraining)
@@ -224,21 +228,9 @@ class Trainer:
 
     def _train_on(self, task: Task, step: int, samples: Path | None) -> dict[str, float]:
         """Sample, score, weigh, update: one pass through the picture."""
-        config, sampler = self.config, task.algorithm.sampled_by
+        sampler = task.algorithm.sampled_by
         with self.policy.copies.used(sampler) if sampler is not None else nullcontext():
-            rollout = collect(
-                self.policy,
-                task.reward,
-                task.prompts_of(step),
-                config.sampling,
-                task.seed,
-                "rollout",
-                step,
-                task.algorithm.logprob_reduction,
-                task.algorithm.needs,
-                config.rewards.timeout,
-                task.settings.samples_per_prompt,
-            )
+            rollout = task.collect(self.policy, step)
         if samples is not None:
             recent.write_recent(rollout, samples, step, task.name)
         task.check_scores(rollout)
@@ -274,6 +266,6 @@ class Trainer:
             for key, values in figures.items():
                 logged.setdefault(key, []).append(values)
             norms.append(norm)
-        means = {key: torch.cat(values).mean().item() for key, values in logged.items()}
+        means = {key: torch.cat(values).nanmean().item() for key, values in logged.items()}
         norm = sum(norms) / max(1, len(norms))
         return first | means | {"grad_norm": norm, "grad_rms": self.state.optimization.rms(norm)}
