@@ -179,7 +179,7 @@ def test_kto_measures_from_a_gain_of_all_and_never_from_a_loss(flow: PipelinePol
     rows = next(algorithm.updates(rollout, advantages, 0, 1))
     for by in (0.1, -0.1):
         gains = torch.linspace(0, by, len(rows))
-        algorithm.over = lambda rows, measure, gains=gains: gains  # type: ignore[method-assign, misc]
+        algorithm.over = lambda rollout, rows, measure, gains=gains: gains  # type: ignore[method-assign, misc]
         algorithm.weights(flow, rollout, rows, advantages)
         centre = max(0.0, gains.double().mean().item())
         torch.testing.assert_close(slopes[-1], advantages[rows[:, 0]].sign().double() * (gains.double() - centre))
@@ -274,6 +274,7 @@ def test_chosen_and_rejected_that_both_fall_are_an_alarm() -> None:
         ),
         ({"algorithm": D3POConfig(updates_per_step=3), "samples_per_prompt": 2, "prompts_per_step": 2}, "belong to one update"),
         ({"algorithm": D3POConfig(), "preferences": "judged"}, "preferences are learnt from by .* not by d3po"),
+        ({"algorithm": DPOConfig(), "preferences": "judged", "max_queries": 9}, "preferences need no score"),
         ({"max_broken_preferences": -1}, "max_broken_preferences must not be negative"),
     ],
 )

@@ -17,9 +17,8 @@ from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.config import TaskConfig, TrainConfig
 from diffusionrl.data.prompts import Prompt, fingerprint, members_of
 from diffusionrl.errors import RunStopped, UserError
-from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import Mixture
-from diffusionrl.sampling.rollout import Rollout, collect
+from diffusionrl.sampling.rollout import Rollout
 from diffusionrl.training.preferences import JudgedImages
 
 
@@ -34,6 +33,7 @@ class Task:
     Attributes:
         seed: the run's for the first task, which draws as if it were alone; derived from it and the name for others.
         invalid: (invalid samples, samples) of the last steps.
+        redrawn: samples that took the place of others, since the run began.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Task:
         self.name, self.limits, self.config = settings.name, config.rewards, config
         self.seed = seeds.address(config.seed, f"task/{self.name}") if self.name else config.seed
         self.invalid: deque[tuple[int, int]] = deque(maxlen=self.limits.invalid_window)
+        self.redrawn = 0
         self._fingerprint = fingerprint(prompts)
         self._broken: dict[int, str] = getattr(prompts, "broken", {})  # of a file whose lines are read as they are drawn
 
@@ -57,31 +58,16 @@ class Task:
         """Of its metrics."""
         return f"{self.name}/" if self.name else ""
 
-    def prompts_of(self, step: int) -> list[Prompt]:
-        """Which prompt a sample of a step gets depends on the seed, the step and its index alone."""
-        drawn = [
-            self.prompts[seeds.address(self.seed, "prompt", step, i) % len(self.prompts)]
-            for i in range(self.settings.prompts_per_step)
-        ]
-        return [prompt for prompt in drawn for _ in range(self.settings.samples_per_prompt)]
+    def prompts_of(self, step: int, groups: Sequence[int] | None = None, attempt: int = 0) -> list[Prompt]:
+        """Which prompt a sample of a step gets depends on the seed, the step and its index alone.
 
-    def collect(self, policy: Policy, step: int) -> Rollout:
-        """A step's samples, drawn and scored, or from disk."""
-        if self.judged is not None:
-            return self.judged.rollout(policy, self.seed, step)
-        return collect(
-            policy,
-            self.reward,
-            self.prompts_of(step),
-            self.config.sampling,
-            self.seed,
-            "rollout",
-            step,
-            self.algorithm.logprob_reduction,
-            self.algorithm.needs,
-            self.limits.timeout,
-            self.settings.samples_per_prompt,
-        )
+        Args:
+            groups: those that are drawn anew, for the ``attempt``-th time; None: all of them, for the first time.
+        """
+        asked = range(self.settings.prompts_per_step) if groups is None else groups
+        again = (attempt,) if attempt else ()
+        drawn = [self.prompts[seeds.address(self.seed, "prompt", step, i, *again) % len(self.prompts)] for i in asked]
+        return [prompt for prompt in drawn for _ in range(self.settings.samples_per_prompt)]
 
     def check_scores(self, rollout: Rollout) -> None:
         """Raises RunStopped when too many samples of the last steps have no valid score."""
@@ -109,12 +95,14 @@ class Task:
             "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),
             "advantage/prompts": len(groups),
             **(self.judged.metrics() if self.judged else {}),
+            **({"advantage/redrawn": self.redrawn} if self.config.redraw_queries else {}),
         }
 
     def capture(self) -> dict[str, Any]:
         """A copy of all that a training step changes, as JSON values."""
         return {
             "invalid": list(self.invalid),
+            "redrawn": self.redrawn,
             "algorithm": copy.deepcopy(self.algorithm.state_dict()),
             "reward": dict(self.reward.statistics),
             "counts": self._counts(),
@@ -145,6 +133,7 @@ class Task:
         if self.judged and state["judged"]:
             self.judged.restore(state["judged"])
         self.invalid = deque(map(tuple, state["invalid"]), self.limits.invalid_window)
+        self.redrawn = state["redrawn"]
         self.algorithm.load_state_dict(copy.deepcopy(state["algorithm"]))
         self.reward.statistics = {name: (mean, std) for name, (mean, std) in state["reward"].items()}
         self.reward.go_on_counting(state["counts"] if processes.is_main() else dict.fromkeys(state["counts"], 0))
