@@ -1,15 +1,19 @@
 """Small settings of every objective, which the tests share."""
 
 from collections.abc import Callable
+from typing import Any
 
-from diffusionrl.algorithms import AWM, CRD, DGPO, EPG, NFT, ORW, RAM, VGRPO, FlowAWR
+from diffusionrl.algorithms import AWM, CRD, D3PO, DGPO, DPO, EPG, KTO, NFT, ORW, RAM, VGRPO, FlowAWR
 from diffusionrl.algorithms.forward_process import ForwardProcess
 from diffusionrl.config import (
     AWMConfig,
     CRDConfig,
+    D3POConfig,
     DGPOConfig,
+    DPOConfig,
     EPGConfig,
     FlowAWRConfig,
+    KTOConfig,
     NFTConfig,
     ORWConfig,
     RAMConfig,
@@ -27,4 +31,11 @@ FORWARD: dict[str, Callable[..., ForwardProcess]] = {
     "dgpo": lambda **more: DGPO(DGPOConfig(**FEW | more), 1.0),
     "crd": lambda **more: CRD(CRDConfig(**FEW | {"reference_guidance": None} | more), 1.0),
     "orw": lambda **more: ORW(ORWConfig(**FEW | {"inverse_temperature": 5.0} | more), 1.0),
+    "dpo": lambda **more: DPO(DPOConfig(**FEW | more), 1.0),
+    "kto": lambda **more: KTO(KTOConfig(**FEW | more), 1.0),
 }
+
+
+def d3po(**more: Any) -> D3PO:
+    """Which looks at trajectories."""
+    return D3PO(D3POConfig(**{"micro_batch_size": 3} | more), 2.0)

@@ -124,7 +124,7 @@ def test_a_reward_for_images_on_sound(model: Path, capsys: pytest.CaptureFixture
         (["--sampling.call", "wings"], "is not KEY=VALUE"),
         (["--policy.lora-targets", "to_z"], "has no layer 'to_z'; its layers' names end in"),
         (["--policy.networks", "unet"], "unet: no such part is called"),
-        (["--pretraining.source", "emoji"], "no call makes latents of an image"),
+        (["--pretraining.source", "emoji"], "FluxPipeline makes no latents of an image that it would decode to the same"),
     ],
 )
 def test_what_a_model_does_not_take(model: Path, given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

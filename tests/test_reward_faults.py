@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objectives import FORWARD
+from objectives import FORWARD, d3po
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -345,6 +345,7 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "diffusionrl": lambda: DiffusionRL(DiffusionRLConfig(timesteps_per_step=2, normalisation="prompt", min_count=1), 2.0),
     "rwr": lambda: RWR(RWRConfig(updates_per_step=3, batch_size=4), 2.0),
     **FORWARD,
+    "d3po": d3po,
     "rwr-sparse": lambda: RWR(RWRConfig(variant="sparse", updates_per_step=3, batch_size=4), 2.0),
 }
 

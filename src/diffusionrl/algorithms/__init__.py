@@ -1,4 +1,4 @@
-"""Algorithms: one file each; what a family shares is in ``policy_gradient.py`` and ``forward_process.py``."""
+"""Algorithms: one file each; what a family shares is in ``policy_gradient.py``, ``forward_process.py`` and ``groups.py``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +6,14 @@ from typing import Any
 from diffusionrl.algorithms.awm import AWM
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.algorithms.crd import CRD
+from diffusionrl.algorithms.d3po import D3PO
 from diffusionrl.algorithms.ddpo import DDPO
 from diffusionrl.algorithms.dgpo import DGPO
 from diffusionrl.algorithms.diffusionrl import DiffusionRL
+from diffusionrl.algorithms.dpo import DPO
 from diffusionrl.algorithms.epg import EPG
 from diffusionrl.algorithms.flow_awr import FlowAWR
+from diffusionrl.algorithms.kto import KTO
 from diffusionrl.algorithms.nft import NFT
 from diffusionrl.algorithms.orw import ORW
 from diffusionrl.algorithms.ram import RAM
@@ -21,9 +24,12 @@ from diffusionrl.config import TrainConfig
 __all__ = [
     "AWM",
     "CRD",
+    "D3PO",
     "DDPO",
     "DGPO",
+    "DPO",
     "EPG",
+    "KTO",
     "NFT",
     "ORW",
     "RAM",
@@ -49,6 +55,9 @@ _BY_NAME: dict[str, Callable[[Any, float], Algorithm]] = {
     "dgpo": DGPO,
     "crd": CRD,
     "orw": ORW,
+    "dpo": DPO,
+    "kto": KTO,
+    "d3po": D3PO,
 }
 
 

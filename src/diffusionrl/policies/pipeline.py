@@ -43,6 +43,7 @@ from diffusionrl.transitions import Grid, NoiseLevels
 
 ADAPTER = "adapter_model.safetensors"  # peft's name
 _DECODE_BATCH = 16
+_SAME_PIXEL = 1e-3  # in [0, 1]
 _SIZES = ("height", "width", "num_frames")
 _NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 _FINE = 200  # steps of the grid that losses draw from
@@ -329,10 +330,30 @@ class PipelinePolicy:
     def _decode(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         return self.asked.decode(latents, prompts, self._guidance).detach().float()
 
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        raise UserError(
-            f"{type(self.pipeline).__name__} is asked by calling it, and no call makes latents of an image: the pretraining "
-            "loss needs Stable Diffusion 1.x or 2.x, not quantised"
+        """The mean of the VAE's posterior, shifted and scaled as the VAE's settings say. No call of a pipeline makes latents of
+        an image, so this is believed only where the pipeline decodes them to what the VAE alone makes of the mean."""
+        vae: Any = getattr(self.pipeline, "vae", None)
+        scale = getattr(getattr(vae, "config", None), "scaling_factor", None)
+        if scale is None or len(self.sample_shape) != 3:
+            raise self._cannot_encode()
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        scaled = 2 * images.to(self.device) - 1
+        try:
+            means = torch.cat([vae.encode(scaled[part])[0].mean for part in chunks(len(scaled), _DECODE_BATCH)])
+            latents = (means - shift) * scale
+            alone, own = vae.decode(means[:1])[0] / 2 + 0.5, self.decode(latents[:1], [self.example])
+        except (AttributeError, TypeError, RuntimeError, ValueError) as error:  # another kind of VAE, or of layout
+            raise self._cannot_encode() from error
+        if own.shape != alone.shape or (own - alone.clamp(0, 1)).abs().max() > _SAME_PIXEL:
+            raise self._cannot_encode()
+        return latents
+
+    def _cannot_encode(self) -> UserError:
+        return UserError(
+            f"{type(self.pipeline).__name__} makes no latents of an image that it would decode to the same: its VAE, or the "
+            "layout of its latents, is not of the kind of Stable Diffusion's or SD3's. Images from disk need them"
         )
 
     def shard(self) -> None:

@@ -16,6 +16,7 @@ from diffusionrl.config.algorithms.forward_process import (
     VGRPOConfig,
 )
 from diffusionrl.config.algorithms.policy_gradient import DDPOConfig, DiffusionRLConfig, PolicyGradientConfig
+from diffusionrl.config.algorithms.preference import D3POConfig, DPOConfig, KTOConfig
 
 __all__ = [
     "ALGORITHMS",
@@ -24,12 +25,15 @@ __all__ = [
     "AlgorithmConfig",
     "CRDConfig",
     "CopySchedule",
+    "D3POConfig",
     "DDPOConfig",
     "DGPOConfig",
+    "DPOConfig",
     "DiffusionRLConfig",
     "EPGConfig",
     "FlowAWRConfig",
     "ForwardProcessConfig",
+    "KTOConfig",
     "NFTConfig",
     "ORWConfig",
     "PolicyGradientConfig",
@@ -42,7 +46,8 @@ PolicyGradient = DDPOConfig | DiffusionRLConfig
 ForwardProcess = (
     NFTConfig | AWMConfig | RAMConfig | FlowAWRConfig | VGRPOConfig | EPGConfig | DGPOConfig | CRDConfig | ORWConfig | RWRConfig
 )
-AlgorithmConfig = PolicyGradient | ForwardProcess
+Preference = DPOConfig | KTOConfig | D3POConfig
+AlgorithmConfig = PolicyGradient | ForwardProcess | Preference
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ddpo": DDPOConfig,
     "diffusionrl": DiffusionRLConfig,
@@ -56,4 +61,7 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "dgpo": DGPOConfig,
     "crd": CRDConfig,
     "orw": ORWConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "d3po": D3POConfig,
 }
