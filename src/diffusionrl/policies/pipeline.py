@@ -7,7 +7,6 @@ parts it loads LoRA files, those among them. Adapters run beside their layers, a
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from diffusionrl import processes, seeds
 from diffusionrl.data.media import kind_of
@@ -37,15 +35,15 @@ from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks
 from diffusionrl.policies.distilled import distillation
 from diffusionrl.policies.encoders import WaitingEncoders, encoders_of
-from diffusionrl.policies.quantization import is_quantized
+from diffusionrl.policies.precision import set_precision
 from diffusionrl.policies.trials import Trials
 from diffusionrl.transitions import Grid, NoiseLevels
 
 ADAPTER = "adapter_model.safetensors"  # peft's name
 _DECODE_BATCH = 16
 _SAME_PIXEL = 1e-3  # in [0, 1]
+_OF_A_CALL = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
 _SIZES = ("height", "width", "num_frames")
-_NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 _FINE = 200  # steps of the grid that losses draw from
 
 
@@ -99,7 +97,7 @@ class PipelinePolicy:
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
-                self._set_precision(part if name in waiting else part.to(self.device))
+                set_precision(part if name in waiting else part.to(self.device), dtype, self.device)
         encoders = WaitingEncoders(waiting, self.device)
         self.asked = AskedPipeline(pipeline, steps, arguments or {}, negative_prompt, encoders)
         self._grids: dict[int, Grid] = {}
@@ -129,28 +127,6 @@ class PipelinePolicy:
         if lora is not None and reference == "start":
             self._start.follow("start")
 
-    def _set_precision(self, part: torch.nn.Module) -> None:
-        """Networks in ``dtype``, but for autoencoders; what they give is float32."""
-        is_autoencoder = hasattr(part, "decode")
-        wanted = torch.float32 if is_autoencoder else self.dtype
-        if not is_quantized(part) and any(weight.dtype != wanted for weight in part.parameters()):
-            part.to(wanted)
-        if self.dtype == torch.float32:
-            return
-        if is_autoencoder:  # pipelines hand it images and latents in the precision of their other networks
-            for name in ("encode", "decode"):
-                setattr(part, name, _in_float32(getattr(part, name)))
-            return
-        _cast_inputs(part, (*_NORMS, torch.nn.Linear) if is_quantized(part) else _NORMS, wanted)
-        forward = part.forward
-
-        @wraps(forward)
-        def precise(*given: Any, **named: Any) -> Any:
-            with torch.autocast(self.device.type, self.dtype):
-                return _floats(forward(*given, **named))
-
-        part.forward = precise
-
     # What the pipeline can do, found by trying
 
     def _first_call(self) -> tuple[Grid, Tensor, list[str]]:
@@ -158,13 +134,7 @@ class PipelinePolicy:
             return self.asked.run_through(self.example, self._guidance)
         except (UserError, torch.OutOfMemoryError):
             raise
-        except (
-            ValueError,
-            TypeError,
-            RuntimeError,
-            LookupError,
-            ArithmeticError,
-        ) as error:  # of its own check of what it is given, or for want of one
+        except _OF_A_CALL as error:  # of its own check of what it is given, or for want of one
             given = ", ".join(f"{name} {value!r}" for name, value in self.asked.arguments.items()) or "no arguments"
             raise UserError(
                 f"{type(self.pipeline).__name__} refuses a call with {given} (sampling.height, width, num_frames, call): "
@@ -387,24 +357,3 @@ class PipelinePolicy:
             layers[f"{name}_lora_adapter_metadata"] = described
         if save is not None:
             save(folder, **layers)
-
-
-def _cast_inputs(network: torch.nn.Module, kinds: tuple[type, ...], dtype: torch.dtype) -> None:
-    """What autocast leaves undone: in quantised layers, and on the CPU in normalisation, where float32 from another network
-    (a ControlNet) meets weights in ``dtype``."""
-    for layer in network.modules():
-        if isinstance(layer, kinds) and getattr(layer, "weight", None) is not None:
-            layer.register_forward_pre_hook(lambda layer, given: (given[0].to(dtype), *given[1:]))
-
-
-def _in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
-    def call(*given: Any, **named: Any) -> Any:
-        return method(*_floats(given), **_floats(named))
-
-    return call
-
-
-def _floats(values: Any) -> Any:
-    """All tensors of fewer bits in float32."""
-    return tree_map(lambda each: each.float() if isinstance(each, Tensor) and each.is_floating_point() else each, values)
