@@ -21,6 +21,7 @@ from diffusionrl.config import (
 )
 
 FEW = {"noisings": 2, "micro_batch_size": 3}
+LOW_BETA = {"beta": 30.0}  # the published ones multiply the rounding of an error by thousands
 FORWARD: dict[str, Callable[..., ForwardProcess]] = {
     "nft": lambda **more: NFT(NFTConfig(**FEW | more), 1.0),
     "awm": lambda **more: AWM(AWMConfig(**FEW | more), 1.0),
@@ -31,8 +32,8 @@ FORWARD: dict[str, Callable[..., ForwardProcess]] = {
     "dgpo": lambda **more: DGPO(DGPOConfig(**FEW | more), 1.0),
     "crd": lambda **more: CRD(CRDConfig(**FEW | {"reference_guidance": None} | more), 1.0),
     "orw": lambda **more: ORW(ORWConfig(**FEW | {"inverse_temperature": 5.0} | more), 1.0),
-    "dpo": lambda **more: DPO(DPOConfig(**FEW | more), 1.0),
-    "kto": lambda **more: KTO(KTOConfig(**FEW | more), 1.0),
+    "dpo": lambda **more: DPO(DPOConfig(**FEW | LOW_BETA | more), 1.0),
+    "kto": lambda **more: KTO(KTOConfig(**FEW | LOW_BETA | more), 1.0),
 }
 
 
