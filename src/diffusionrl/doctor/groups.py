@@ -13,6 +13,8 @@ def check_groups(trainer: Trainer) -> Finding:
     """Group size against the normalisation, over the run's own prompts."""
     config = trainer.config
     size = f"{config.prompts_per_step} prompts x {config.samples_per_prompt} a step"
+    if trainer.algorithm.needs_reward_gradient:
+        return Finding("pass", "groups", f"{size}, each by its own gradient")
     normalisation = getattr(config.algorithm, "normalisation", "batch")
     if normalisation == "batch":
         if config.samples_per_step > 1:

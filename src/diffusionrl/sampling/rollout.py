@@ -40,6 +40,7 @@ class Rollout:
         steps: what each step gave, (n, T, ...), which the log-probabilities are of, where the pipeline edits it afterwards;
             None where that is the next latent.
         sampling_rate: of sounds, in Hz.
+        reward: what scored them; None where it is not at hand.
     """
 
     table: SamplerTable
@@ -53,6 +54,7 @@ class Rollout:
     batch_size: int = sys.maxsize
     steps: Tensor | None = None
     sampling_rate: int | None = None
+    reward: Mixture | None = None
 
     @property
     def shares(self) -> list[range]:
@@ -66,8 +68,11 @@ class Rollout:
 
     def prompts_of(self, samples: Tensor) -> list[Prompt]:
         """Of samples by their place among those whose tensors are here."""
-        first = self.own.start if len(self.latents) < len(self.prompts) else 0
-        return [self.prompts[first + i] for i in samples.tolist()]
+        return [self.prompts[i] for i in self.among_all(samples).tolist()]
+
+    def among_all(self, samples: Tensor) -> Tensor:
+        """The places among all samples of some whose tensors are here."""
+        return samples + (self.own.start if len(self.latents) < len(self.prompts) else 0)
 
     def step_to(self, samples: Tensor, rows: Tensor) -> Tensor:
         """What the steps of some rows of the table gave, (B, ...)."""
@@ -243,6 +248,7 @@ def collect(
         sampling.batch_size,
         torch.cat(steps) if steps else None,
         policy.sampling_rate,
+        mixture,
     )
     scores = gather_scores(scores, rollout.shares)
     seconds = {

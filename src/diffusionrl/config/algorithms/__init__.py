@@ -16,25 +16,39 @@ from diffusionrl.config.algorithms.forward_process import (
     VGRPOConfig,
 )
 from diffusionrl.config.algorithms.policy_gradient import DDPOConfig, DiffusionRLConfig, PolicyGradientConfig
+from diffusionrl.config.algorithms.reward_gradient import (
+    AlignPropConfig,
+    DRaFTConfig,
+    DRTuneConfig,
+    FlowBPConfig,
+    ReFLConfig,
+    RewardGradientConfig,
+)
 
 __all__ = [
     "ALGORITHMS",
     "AWMConfig",
     "AdvantageConfig",
     "AlgorithmConfig",
+    "AlignPropConfig",
     "CRDConfig",
     "CopySchedule",
     "DDPOConfig",
     "DGPOConfig",
+    "DRTuneConfig",
+    "DRaFTConfig",
     "DiffusionRLConfig",
     "EPGConfig",
     "FlowAWRConfig",
+    "FlowBPConfig",
     "ForwardProcessConfig",
     "NFTConfig",
     "ORWConfig",
     "PolicyGradientConfig",
     "RAMConfig",
     "RWRConfig",
+    "ReFLConfig",
+    "RewardGradientConfig",
     "VGRPOConfig",
 ]
 
@@ -42,7 +56,8 @@ PolicyGradient = DDPOConfig | DiffusionRLConfig
 ForwardProcess = (
     NFTConfig | AWMConfig | RAMConfig | FlowAWRConfig | VGRPOConfig | EPGConfig | DGPOConfig | CRDConfig | ORWConfig | RWRConfig
 )
-AlgorithmConfig = PolicyGradient | ForwardProcess
+RewardGradient = DRaFTConfig | AlignPropConfig | ReFLConfig | DRTuneConfig | FlowBPConfig
+AlgorithmConfig = PolicyGradient | ForwardProcess | RewardGradient
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ddpo": DDPOConfig,
     "diffusionrl": DiffusionRLConfig,
@@ -56,4 +71,9 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "dgpo": DGPOConfig,
     "crd": CRDConfig,
     "orw": ORWConfig,
+    "draft": DRaFTConfig,
+    "alignprop": AlignPropConfig,
+    "refl": ReFLConfig,
+    "drtune": DRTuneConfig,
+    "flowbp": FlowBPConfig,
 }
