@@ -18,6 +18,7 @@ the last step's level), the rest from notes on the paper.
 import torch
 from torch import Tensor
 
+from diffusionrl import seeds
 from diffusionrl.algorithms.reward_gradient import Chain, RewardGradient
 from diffusionrl.config.algorithms import DRaFTConfig
 
@@ -41,14 +42,14 @@ class DRaFT(RewardGradient):
         first, draws = int(plan[0, 0]), plan[:, 1].tolist()
         if self.config.variant == "k":
             return chain.through(first)
-        x = torch.stack([_renoised(chain, row, draw) for row, draw in enumerate(draws)])
+        x = torch.stack([_last_input(chain, row, draw) for row, draw in enumerate(draws)])
         return chain.mean(x, first)
 
 
-def _renoised(chain: Chain, row: int, draw: int) -> Tensor:
+def _last_input(chain: Chain, row: int, draw: int) -> Tensor:
     """A sample where its last step began, or noised anew to that level."""
     if draw < 0:
         return chain.stored[row, -2]
     clean = chain.stored[row, -1]
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(draw)).to(clean.device)
+    noise = torch.randn(clean.shape, generator=seeds.torch_generator(draw, "renoising", chain.places[row])).to(clean.device)
     return chain.table.grid.levels[-1:].noisy(clean[None], noise[None])[0]

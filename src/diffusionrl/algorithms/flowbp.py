@@ -1,8 +1,8 @@
 """FlowBP-Sparse: backpropagation on a cached trajectory (arXiv 2606.11075).
 
 The trajectory is sampled without gradient and kept. K of its steps (``trained_steps``), drawn with weights that favour late
-ones, are computed again with gradient, each from its stored latent; the endpoint is the sum of all steps, so each step's gradient
-is its direct term, and none runs through a network's input:
+ones, are computed again with gradient, each from its stored latent; the endpoint is the sum of all steps, so each step's
+gradient is its direct term, and none runs through a network's input:
 
     x_0 = x_init + sum_i dt_i v_i,        L = -r(decode(x_0), c),        dL/dtheta = sum_k g * dt_k * (dv_k/dtheta)^T dL/dx_0
 

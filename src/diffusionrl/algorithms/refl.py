@@ -5,8 +5,8 @@ One late step t, drawn anew for each update, is differentiated, and what the pol
     L = -r(decode(x0(x_t)), c),        t among the last quarter of the steps (the last 10 of 40)
 
 Deviations: the authors' loss is relu(2 - r) / 1000 for ImageReward, here -min(r, ``target``); the pretraining loss that they
-add is an option of any run (``pretraining.source``). What is scored is a prediction at t, blurred where t is early, not the sample:
-rewards that judge detail are misled, and ``reward/differentiated`` is not the sample's score.
+add is an option of any run (``pretraining.source``). What is scored is a prediction at t, blurred where t is early, not the
+sample: rewards that judge detail are misled, and ``reward/differentiated`` is not the sample's score.
 
     diffusionrl train --algorithm.name refl --reward preference
 """

@@ -38,6 +38,7 @@ class Chain:
 
     Attributes:
         stored: their latents, (R, T + 1, ...).
+        places: theirs among all samples of the step.
     """
 
     policy: Policy
@@ -45,6 +46,7 @@ class Chain:
     stored: Tensor
     prompts: Sequence[Prompt]
     guidance: float
+    places: Sequence[int]
 
     def see(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """What the policy sees in x at a denoising step: (x0, noise)."""
@@ -152,7 +154,8 @@ class RewardGradient:
         device = rollout.latents.device
         sample, plan = rows[:, 0].to(device), rows[:, 1:]
         prompts = rollout.prompts_of(sample)
-        chain = Chain(policy, rollout.table, rollout.latents[sample], prompts, self.guidance)
+        places = rollout.among_all(rows[:, 0])
+        chain = Chain(policy, rollout.table, rollout.latents[sample], prompts, self.guidance, places.tolist())
         images = policy.decode(self.latents(chain, plan), prompts, gradient=True).cpu()
         scores = rollout.reward.differentiate(
             images, [prompt.text for prompt in prompts], metadata_of(prompts, rollout.sampling_rate)
@@ -161,7 +164,7 @@ class RewardGradient:
         value = scores.values.detach()
         figures = {"reward/differentiated": value}
         if self.ends_chain:
-            figures["reward/differentiated_gap"] = (value - rollout.scores.values[rollout.among_all(rows[:, 0])]).abs()
+            figures["reward/differentiated_gap"] = (value - rollout.scores.values[places]).abs()
         if self.needs_reference:
             distance = self._distance(chain, int(plan[0, 0]))
             figures["policy/distance_from_reference"] = distance.detach()
