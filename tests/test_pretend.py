@@ -13,6 +13,8 @@ from diffusionrl.cli import main
 from diffusionrl.data.prompts import load_prompts
 from diffusionrl.rewards import load_reward, score
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 SMALL = [
     *("--prompts-per-step", "2", "--samples-per-prompt", "2", "--evaluation.num-samples", "2"),
     *("--evaluation.every", "0", "--evaluation.embeddings.model", "none"),

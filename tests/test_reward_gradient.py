@@ -259,7 +259,7 @@ def test_draft_lv_noises_the_sample_to_the_last_steps_level() -> None:
     assert not inputs.requires_grad and torch.equal(inputs[:5], rollout.latents[:, -2])
     sigma = table.grid.sigma[-1].double()
     noise = (inputs[5:] - (1 - sigma) * rollout.latents[:, -1].repeat(3, 1)) / sigma
-    assert len(torch.unique(noise.round(decimals=3))) == 45 and 0.5 < noise.std() < 1.5
+    assert len(torch.unique(noise.round(decimals=3))) > 40 and 0.5 < noise.std() < 1.5
     x0 = inputs - sigma * policy.network(inputs, sigma)
     (expected,) = torch.autograd.grad(-plain_reward(policy, x0).mean(), policy.weight)
     torch.testing.assert_close(found, expected.flatten(), rtol=1e-5, atol=1e-8)

@@ -203,7 +203,9 @@ def _load(config: TrainConfig, example: Prompt) -> Policy:
 
 
 def _check_shares(config: TrainConfig) -> None:
-    """Raises UserError where there is too little for each process to have a part of it."""
+    """Raises UserError where there is too little for each process to have a part of it, or what they cannot share."""
+    if config.redraw_queries and processes.count() > 1:
+        raise UserError("redraw_queries works on one process: the samples of a group stay where they were drawn")
     for task in config.all_tasks:
         processes.share(task.prompts_per_step * task.samples_per_prompt, task.samples_per_prompt)
     evaluation = config.evaluation

@@ -103,10 +103,24 @@ class Advantages:
 
     def of(self, rollout: Rollout) -> Tensor:
         """Of a step's samples, clamped, (N,)."""
-        return self._relative(rollout).clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        keys = [prompt.key for prompt in rollout.prompts]
+        if self.config.combine == "advantages" and len(rollout.scores.parts) > 1:
+            advantages = self._combined(rollout, keys)
+        else:
+            advantages = self._relative(rollout.scores, keys)
+        return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
 
-    def _relative(self, rollout: Rollout) -> Tensor:
-        scores, keys = rollout.scores, [prompt.key for prompt in rollout.prompts]
+    def _combined(self, rollout: Rollout, keys: Sequence[str]) -> Tensor:
+        """The weighted sum of each reward's own advantages, scaled to a standard deviation of 1 over the step. A sample counts
+        where all rewards are valid."""
+        scores, total = rollout.scores, torch.zeros_like(rollout.scores.values)
+        for name, part in scores.parts.items():
+            own = Scores(part.nan_to_num(0.0, 0.0, 0.0), scores.valid)
+            total += rollout.reward_weights.get(name, 1.0) * self._relative(own, keys)
+        spread = total[scores.valid].double().std(correction=0).item() if scores.valid.any() else 0.0
+        return total / (spread + EPSILON)
+
+    def _relative(self, scores: Scores, keys: Sequence[str]) -> Tensor:
         match self.config.normalisation:
             case "prompt":
                 return self.statistics.advantages(scores, keys)

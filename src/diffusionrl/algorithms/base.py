@@ -17,7 +17,7 @@ class Objective(Protocol):
 
     def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
         """What each of an update's rows counts, (R,): its sample's advantage, or what a look at its whole group gives. Asked
-        once before the update, without gradient, of all rows of this process.
+        once before the update, without gradient, of all rows of this process, in the order of ``Rollout.micro_batches``.
 
         Args:
             rows: (R, K), the first column counted among this process's samples, as in ``losses``.

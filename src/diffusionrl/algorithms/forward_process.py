@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl import seeds
+from diffusionrl import processes, seeds
 from diffusionrl.algorithms.advantages import Advantages
 from diffusionrl.config.algorithms import ForwardProcessConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.devices import in_double
-from diffusionrl.policies.base import Policy, chunks
+from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout
 from diffusionrl.transitions import NoiseLevels, Reduction
 
@@ -229,12 +229,13 @@ class ForwardProcess:
         with another:
             return at.ask(policy, guidance)
 
-    def over(self, rows: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
-        """What a look at many rows gives, micro-batch by micro-batch, joined. Without gradient."""
-        if len(rows) == 0:
-            return torch.zeros(0)
+    def over(self, rollout: Rollout, rows: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a look at all of this process's rows gives, in the micro-batches of the update, joined. Without gradient."""
+        first = torch.zeros_like(rows[:1])
+        first[:, 0] = rollout.own.start
+        micro = rollout.micro_batches(rows + first, self.micro_batch_size, processes.index())
         with torch.no_grad():
-            return torch.cat([measure(rows[part]).cpu() for part in chunks(len(rows), self.micro_batch_size)])
+            return torch.cat([measure(part - first).cpu() for part in micro])
 
     def loss(self, point: Point, weights: Tensor) -> Tensor:
         """The loss of each row, (R,), with gradient, but for the distance from the reference.

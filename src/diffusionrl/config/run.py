@@ -81,6 +81,11 @@ class TrainConfig:
     prompts_per_step: int = 256
     samples_per_prompt: int = 1
     """Samples a step are prompts_per_step * samples_per_prompt."""
+    redraw_queries: int = 0
+    """Samples that a step may draw beyond these, in the place of groups whose samples all score alike, which teach nothing: new
+    prompts take their place (DAPO's dynamic sampling)."""
+    max_queries: int | None = None
+    """The run ends before it would score more samples for training than this, however many steps are left."""
     seed: int = 0
     """Every random number of the run follows from it."""
     name: str | None = None
@@ -119,6 +124,13 @@ class TrainConfig:
         return sum(task.samples_per_step for task in self.all_tasks)
 
     @property
+    def last_step(self) -> int:
+        """``steps``, or as many as ``max_queries`` pays for."""
+        if self.max_queries is None:
+            return self.steps
+        return min(self.steps, self.max_queries // (self.queries_per_step + self.redraw_queries * len(self.all_tasks)))
+
+    @property
     def watched(self) -> tuple[str, ...]:
         """Names of the held-out rewards that the guard watches."""
         return self.guard.watch or tuple(entry.partition("=")[0] for entry in self.evaluation.held_out)
@@ -131,6 +143,7 @@ class TrainConfig:
             f"push_to_hub must be OWNER/NAME, not {self.push_to_hub!r}",
         )
         self._check_tasks()
+        self._check_queries()
         self._check_algorithm()
         self._check_guard()
 
@@ -145,6 +158,18 @@ class TrainConfig:
             require(names.count(name) == 1, f"two tasks are named {name!r}")
         for task in self.all_tasks:
             task.check()
+
+    def _check_queries(self) -> None:
+        require(self.redraw_queries >= 0, f"redraw_queries must not be negative, not {self.redraw_queries}")
+        require(
+            self.redraw_queries == 0 or self.samples_per_prompt > 1,
+            "redraw_queries replaces groups whose samples score alike: set samples_per_prompt above 1",
+        )
+        require(
+            self.last_step >= 1,
+            f"max_queries is {self.max_queries}, and a step takes {self.queries_per_step} samples, with redraw_queries as many "
+            "again as that allows: raise it, or lower prompts_per_step",
+        )
 
     def _check_guard(self) -> None:
         held_out = [entry.partition("=")[0] for entry in self.evaluation.held_out]

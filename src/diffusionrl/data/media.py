@@ -20,6 +20,11 @@ _WAVE = (256, 96)  # pixels of the picture of a wave
 _INPUT = 512  # longest side
 
 
+def kind_of(sample_shape: Sequence[int]) -> str:
+    """ "sound", "image" or "video"."""
+    return {2: "sound", 3: "image", 4: "video"}[len(sample_shape)]
+
+
 def still(sample: Tensor) -> Image.Image:
     """A picture of a sample: an image, (3, H, W); the frame in the middle of a video, (F, 3, H, W); or the wave of a sound,
     (C, S)."""

@@ -61,7 +61,7 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
         yield check_repeats(trainer, rollout)
         yield check_variation(trainer, rollout)
     rollout = normalised(trainer, rollout)
-    trainer.follow(0)
+    trainer.training.follow(0)
     rollout, advantages = _something_to_learn(trainer, rollout)
     rows = rows_of_an_update(trainer, rollout, advantages)
     update = measure_update(trainer, rollout, rows, advantages)

@@ -23,7 +23,7 @@ class Policy(Protocol):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What env.json says of it, as JSON values: see ``runs.usage``."""
+        """What env.json says of it, as JSON values: see ``runs.usage``; "lora" is a hash of the file that it went on from."""
         ...
 
     sample_shape: tuple[int, ...]

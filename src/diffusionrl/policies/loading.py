@@ -9,9 +9,9 @@ import torch
 
 from diffusionrl import devices
 from diffusionrl.config import SamplingConfig
-from diffusionrl.data.prompts import Prompt
+from diffusionrl.data.prompts import Prompt, content_of
 from diffusionrl.errors import UserError
-from diffusionrl.policies.adapters import save_memory
+from diffusionrl.policies.adapters import find_lora, save_memory
 from diffusionrl.policies.asking import check_class
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.files import fetch, file_of, find_class, find_networks, left_out, load_network, read_index
@@ -86,8 +86,6 @@ def _open(model: str, dtype: torch.dtype, config: str | None, quantization: str)
     file = _look(model, config)
     source = file.config if file else model
     _check_settings(source)
-    if file and quantization != "none":
-        raise UserError("policy.quantization needs a folder: load the file in diffusers, and save_pretrained writes one")
     try:
         return cached_first(_load, source, file=file, dtype=dtype, quantization=quantization)
     except UserError as error:
@@ -122,7 +120,7 @@ def _load(
     about = {"variants": {name: variant for name, variant in variants.items() if variant}}
     if file is None:
         return kind.from_pretrained(str(folder), **parts), about
-    return load_file(kind, file, folder, parts, dtype), about | {"single_file": file.about}
+    return load_file(kind, file, folder, parts, dtype, quantized), about | {"single_file": file.about}
 
 
 def make_policy(
@@ -185,6 +183,7 @@ def load_policy(
     precision: torch.dtype = getattr(torch, dtype)
     chosen = devices.choose(device)
     check_quantization(quantization, chosen)
+    began = {} if lora is None else {"lora": content_of(find_lora(lora))}
     pipeline, files = _open(model, precision, model_config, quantization)
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
@@ -200,7 +199,7 @@ def load_policy(
         device=chosen,
         seed=seed,
         source=model,
-        files=files,
+        files=files | began,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
         reference=reference,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from diffusionrl import processes, seeds
+from diffusionrl.data.media import kind_of
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import (
@@ -36,13 +37,14 @@ from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks
 from diffusionrl.policies.distilled import distillation
 from diffusionrl.policies.encoders import WaitingEncoders, encoders_of
-from diffusionrl.policies.quantization import cast_inputs, is_quantized
+from diffusionrl.policies.quantization import is_quantized
 from diffusionrl.policies.trials import Trials
 from diffusionrl.transitions import Grid, NoiseLevels
 
 ADAPTER = "adapter_model.safetensors"  # peft's name
 _DECODE_BATCH = 16
 _SIZES = ("height", "width", "num_frames")
+_NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 _FINE = 200  # steps of the grid that losses draw from
 
 
@@ -104,7 +106,7 @@ class PipelinePolicy:
         grid, first, called = self._first_call()
         self._grids[steps] = grid
         self.latent_shape: tuple[int, ...] = tuple(first.shape[1:])
-        self._trials = Trials(self.asked, self.example, guidance, grid.levels, self.device)
+        self._trials = Trials(self.asked, self.example, guidance, grid.levels, self.device, dtype == torch.float32)
         self.asked.ways = self._trials.ways()
         self.edits = self._trials.edits()
         self.sample_shape: tuple[int, ...] = tuple(self.decode(self.start([self.example], [0]), [self.example]).shape[1:])
@@ -131,22 +133,23 @@ class PipelinePolicy:
 
     def _set_precision(self, part: torch.nn.Module) -> None:
         """Networks in ``dtype``, but for autoencoders; what they give is float32."""
-        wanted = torch.float32 if hasattr(part, "decode") else self.dtype
+        is_autoencoder = hasattr(part, "decode")
+        wanted = torch.float32 if is_autoencoder else self.dtype
         if not is_quantized(part) and any(weight.dtype != wanted for weight in part.parameters()):
             part.to(wanted)
-        if wanted == torch.float32:
+        if self.dtype == torch.float32:
             return
-        if is_quantized(part):
-            cast_inputs(part, wanted)
+        if is_autoencoder:  # pipelines hand it images and latents in the precision of their other networks
+            for name in ("encode", "decode"):
+                setattr(part, name, _in_float32(getattr(part, name)))
+            return
+        _cast_inputs(part, (*_NORMS, torch.nn.Linear) if is_quantized(part) else _NORMS, wanted)
         forward = part.forward
 
         @wraps(forward)
         def precise(*given: Any, **named: Any) -> Any:
             with torch.autocast(self.device.type, self.dtype):
-                result = forward(*given, **named)
-            return tree_map(
-                lambda each: each.float() if isinstance(each, Tensor) and each.is_floating_point() else each, result
-            )
+                return _floats(forward(*given, **named))
 
         part.forward = precise
 
@@ -244,7 +247,7 @@ class PipelinePolicy:
             "arguments": self.asked.arguments,
             "distilled": distillation(self.pipeline, self.source),
             **self._files,
-            "makes": {2: "sound", 3: "image", 4: "video"}[len(self.sample_shape)],
+            "makes": kind_of(self.sample_shape),
         }
 
     @property
@@ -323,6 +326,7 @@ class PipelinePolicy:
         folder.mkdir(parents=True, exist_ok=True)
         if not self._adapted:
             for name, network in self._parts().items():
+                network.register_to_config(_name_or_path="")  # else the base model's folder on this machine is written down
                 network.save_pretrained(folder / name)
             return
         save = getattr(type(self.pipeline), "save_lora_weights", None)
@@ -340,3 +344,24 @@ class PipelinePolicy:
             layers[f"{name}_lora_adapter_metadata"] = described
         if save is not None:
             save(folder, **layers)
+
+
+def _cast_inputs(network: torch.nn.Module, kinds: tuple[type, ...], dtype: torch.dtype) -> None:
+    """What autocast leaves undone: in quantised layers, and on the CPU in normalisation, where float32 from another network
+    (a ControlNet) meets weights in ``dtype``."""
+    for layer in network.modules():
+        if isinstance(layer, kinds) and getattr(layer, "weight", None) is not None:
+            layer.register_forward_pre_hook(lambda layer, given: (given[0].to(dtype), *given[1:]))
+
+
+def _in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(*given: Any, **named: Any) -> Any:
+        return method(*_floats(given), **_floats(named))
+
+    return call
+
+
+def _floats(values: Any) -> Any:
+    """All tensors of fewer bits in float32."""
+    return tree_map(lambda each: each.float() if isinstance(each, Tensor) and each.is_floating_point() else each, values)

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, one_of
 from diffusionrl.rewards.base import Reward, Scores, as_scores, looks_at_groups, score, score_groups, try_reward
+from diffusionrl.rewards.cache import AnswerCache, CachedReward
 from diffusionrl.rewards.loading import load_reward
 
 _ROUNDING = 1e-3  # relative, of a score: networks in low precision may round by the place in a batch
@@ -162,6 +163,11 @@ def load_mixture(names: Sequence[str], config: RewardsConfig | None = None) -> M
             raise UserError(f"reward {name!r} is named twice")
         weights[name] = _finite(name, weight) if equals else 1.0
         rewards[name] = load_reward(name, config)
+    if config is not None and config.cache is not None:
+        cache = AnswerCache(config.cache.expanduser())
+        for name, reward in rewards.items():
+            if not looks_at_groups(reward):
+                rewards[name] = CachedReward(reward, name, config, cache)
     return Mixture(rewards, weights)
 
 

@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,7 @@ class Rollout:
         steps: what each step gave, (n, T, ...), which the log-probabilities are of, where the pipeline edits it afterwards;
             None where that is the next latent.
         sampling_rate: of sounds, in Hz.
+        reward_weights: of the rewards that the scores are the sum of, by name.
         reward: what scored them; None where it is not at hand.
     """
 
@@ -54,6 +55,7 @@ class Rollout:
     batch_size: int = sys.maxsize
     steps: Tensor | None = None
     sampling_rate: int | None = None
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
     reward: Mixture | None = None
 
     @property
@@ -81,6 +83,45 @@ class Rollout:
     def batches(self, process: int) -> list[range]:
         """The samples that a process drew at once, batch by batch."""
         return cut(self.shares[process], self.batch_size)
+
+    def micro_batches(self, rows: Tensor, size: int, process: int) -> list[Tensor]:
+        """A process's rows of work, whose first column is a sample, cut. No micro-batch has rows of two batches in it, so they
+        are the same however many processes share the batches."""
+        found: list[Tensor] = []
+        for batch in self.batches(process):
+            inside = rows[(rows[:, 0] >= batch.start) & (rows[:, 0] < batch.stop)]
+            found += [inside[part] for part in chunks(len(inside), size)]
+        return found
+
+    def idle_groups(self) -> list[int]:
+        """Numbers of the groups whose valid scores, if they have any, are all equal."""
+        size, scores = self.group_size, self.scores
+        groups = [slice(first, first + size) for first in range(0, len(self.prompts), size)]
+        values = [scores.values[group][scores.valid[group]] for group in groups]
+        return [number for number, each in enumerate(values) if len(each) < 2 or bool((each == each[0]).all())]
+
+    def with_groups(self, groups: Sequence[int], drawn: "Rollout") -> "Rollout":
+        """Another rollout's samples in the place of some groups. Of one process alone."""
+        size, prompts = self.group_size, list(self.prompts)
+        places = torch.tensor([group * size + i for group in groups for i in range(size)])
+        for place, prompt in zip(places.tolist(), drawn.prompts, strict=True):
+            prompts[place] = prompt
+
+        def put(mine: Tensor, others: Tensor) -> Tensor:
+            return mine.index_copy(0, places.to(mine.device), others.to(mine.device))
+
+        mine, others = self.scores, drawn.scores
+        parts = {name: put(part, others.parts[name]) for name, part in mine.parts.items()}
+        return replace(
+            self,
+            prompts=prompts,
+            latents=put(self.latents, drawn.latents),
+            log_probs=put(self.log_probs, drawn.log_probs),
+            images=put(self.images, drawn.images),
+            steps=None if self.steps is None or drawn.steps is None else put(self.steps, drawn.steps),
+            scores=Scores(put(mine.values, others.values), put(mine.valid, others.valid), others.error or mine.error, parts),
+            seconds={key: seconds + drawn.seconds[key] for key, seconds in self.seconds.items()},
+        )
 
     def whole(self) -> "Rollout":
         """With the tensors of all samples, on every process."""
@@ -248,6 +289,7 @@ def collect(
         sampling.batch_size,
         torch.cat(steps) if steps else None,
         policy.sampling_rate,
+        mixture.weights,
         mixture,
     )
     scores = gather_scores(scores, rollout.shares)

@@ -31,6 +31,7 @@ class Task:
     Attributes:
         seed: the run's for the first task, which draws as if it were alone; derived from it and the name for others.
         invalid: (invalid samples, samples) of the last steps.
+        redrawn: samples that took the place of others, since the run began.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Task:
         self.name, self.limits, self.config = settings.name, config.rewards, config
         self.seed = seeds.address(config.seed, f"task/{self.name}") if self.name else config.seed
         self.invalid: deque[tuple[int, int]] = deque(maxlen=self.limits.invalid_window)
+        self.redrawn = 0
         self._fingerprint = fingerprint(prompts)
         self._broken: dict[int, str] = getattr(prompts, "broken", {})  # of a file whose lines are read as they are drawn
 
@@ -48,12 +50,15 @@ class Task:
         """Of its metrics."""
         return f"{self.name}/" if self.name else ""
 
-    def prompts_of(self, step: int) -> list[Prompt]:
-        """Which prompt a sample of a step gets depends on the seed, the step and its index alone."""
-        drawn = [
-            self.prompts[seeds.address(self.seed, "prompt", step, i) % len(self.prompts)]
-            for i in range(self.settings.prompts_per_step)
-        ]
+    def prompts_of(self, step: int, groups: Sequence[int] | None = None, attempt: int = 0) -> list[Prompt]:
+        """Which prompt a sample of a step gets depends on the seed, the step and its index alone.
+
+        Args:
+            groups: those that are drawn anew, for the ``attempt``-th time; None: all of them, for the first time.
+        """
+        asked = range(self.settings.prompts_per_step) if groups is None else groups
+        again = (attempt,) if attempt else ()
+        drawn = [self.prompts[seeds.address(self.seed, "prompt", step, i, *again) % len(self.prompts)] for i in asked]
         return [prompt for prompt in drawn for _ in range(self.settings.samples_per_prompt)]
 
     def check_scores(self, rollout: Rollout) -> None:
@@ -81,12 +86,14 @@ class Task:
             **{f"reward/{name}": count for name, count in self._counts().items()},
             "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),
             "advantage/prompts": len(groups),
+            **({"advantage/redrawn": self.redrawn} if self.config.redraw_queries else {}),
         }
 
     def capture(self) -> dict[str, Any]:
         """A copy of all that a training step changes, as JSON values."""
         return {
             "invalid": list(self.invalid),
+            "redrawn": self.redrawn,
             "algorithm": copy.deepcopy(self.algorithm.state_dict()),
             "reward": dict(self.reward.statistics),
             "counts": self._counts(),
@@ -112,6 +119,7 @@ class Task:
     def restore(self, state: dict[str, Any]) -> None:
         """Be as at ``capture``."""
         self.invalid = deque(map(tuple, state["invalid"]), self.limits.invalid_window)
+        self.redrawn = state["redrawn"]
         self.algorithm.load_state_dict(copy.deepcopy(state["algorithm"]))
         self.reward.statistics = {name: (mean, std) for name, (mean, std) in state["reward"].items()}
         self.reward.go_on_counting(state["counts"] if processes.is_main() else dict.fromkeys(state["counts"], 0))

@@ -1,17 +1,13 @@
 """The loop. It knows no algorithm, no reward and no model by name."""
 
 import math
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from diffusionrl import devices, interruption, processes
+from diffusionrl import interruption, processes
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.config import TrainConfig
 from diffusionrl.data.pairs import Pairs
@@ -24,15 +20,12 @@ from diffusionrl.runs import checkpoint
 from diffusionrl.runs.card import write_card
 from diffusionrl.runs.checkpoint import Checkpoint
 from diffusionrl.runs.folder import RunFolder, TrainResult, tell_result
-from diffusionrl.sampling.rollout import Rollout, collect
 from diffusionrl.training.monitor import Embed, Monitor
 from diffusionrl.training.optimization import NonFiniteError
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.state import TrainingState
+from diffusionrl.training.step import AVERAGE, TrainingStep
 from diffusionrl.training.tasks import Task
-
-AVERAGE = "average"
-"""The copy that is evaluated and exported, under ``optimizer.average``."""
 
 
 class Trainer:
@@ -57,6 +50,7 @@ class Trainer:
         self.monitor = Monitor(policy, self.tasks, config, held_out, embed)
         self.pretraining = Pretraining(pairs, config, algorithm.micro_batch_size) if pairs is not None else None
         self.state = TrainingState(policy, self.tasks, config, self.pretraining)
+        self.training = TrainingStep(policy, self.tasks, config, self.state.optimization, self.pretraining)
         # What the step in progress began from, or, of sharded weights, the newest checkpoint; None before the first evaluation.
         self.at_start: Checkpoint | None = None
 
@@ -117,15 +111,14 @@ class Trainer:
         """Returns how many steps are done at the end."""
         if self.at_start is None:
             count = self.config.evaluation.num_samples
-            folder.say(f"{folder.run_dir}: {count} images before training, then {self.config.steps} steps")
+            folder.say(f"{folder.run_dir}: {count} images before training, then {self.config.last_step} steps")
             folder.log({"step": 0, "queries": 0} | self._evaluate(0, folder))
             self.at_start = self.state.capture(0)  # with the reward's normalisation
             if self.monitor.verdict.best == 0:
                 folder.save(self.at_start)
-        steps, first = self.config.steps, self.at_start.step + 1
+        steps, first = self.config.last_step, self.at_start.step + 1
         if first > steps and self.at_start.state["score"] is None:  # stopped here, where it was not to be evaluated
-            queries = steps * self.config.queries_per_step
-            folder.log({"step": steps, "queries": queries} | self._evaluate(steps, folder))
+            folder.log({"step": steps, "queries": self.training.queries(steps)} | self._evaluate(steps, folder))
         for step in range(first, steps + 1):
             if self.monitor.verdict.stop:
                 break
@@ -190,90 +183,12 @@ class Trainer:
         """Bytes that the run may write, beyond what is there: checkpoints, the export, and the samples of evaluations."""
         config = self.config
         weights = sum(parameter.nbytes for parameter in self.state.optimization.parameters.values())
-        evaluations = 2 + (config.steps // config.evaluation.every if config.evaluation.every else 0)
+        evaluations = 2 + (config.last_step // config.evaluation.every if config.evaluation.every else 0)
         count = len(self.tasks) * (evaluations * config.evaluation.num_samples + (recent.KEPT + 1) * 3 * recent.PICKED)
         images = count * math.prod(self.policy.sample_shape)
         there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
         return 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
 
     def step(self, step: int, samples: Path | None = None) -> dict[str, float]:
-        """Every task in turn, then the pretraining loss if there is one. Returns the step's metrics.
-
-        Args:
-            samples: the run's folder for them, where the best, worst and failed ones are written; None writes none.
-
-        Raises:
-            RunStopped: too many samples without a valid score, or too many broken images.
-            NonFiniteError: a loss or a gradient is not finite.
-        """
-        metrics: dict[str, float] = {"step": step, "queries": step * self.config.queries_per_step}
-        traffic = replace(processes.traffic)
-        metrics |= self.follow(step - 1)
-        for task in self.tasks:
-            metrics |= {f"{task.prefix}{key}": value for key, value in self._train_on(task, step, samples).items()}
-        if self.pretraining is not None:
-            metrics |= self.pretraining.train(self.policy, self.state.optimization, step)
-        return metrics | processes.metrics(traffic) | {"peak_memory_gb": devices.peak_bytes(self.policy.device) / 1e9}
-
-    def follow(self, done: int) -> dict[str, float]:
-        """The algorithm's older copies of the policy follow it, after so many steps. Returns the decays, to log."""
-        decays = {name: decay(done) for name, decay in self.algorithm.copies.items()}
-        for name, decay in decays.items():
-            self.policy.copies.follow(name, decay)
-        return {f"policy/decay_of_{name}": decay for name, decay in decays.items()}
-
-    def _train_on(self, task: Task, step: int, samples: Path | None) -> dict[str, float]:
-        """Sample, score, weigh, update: one pass through the picture."""
-        config, sampler = self.config, task.algorithm.sampled_by
-        with self.policy.copies.used(sampler) if sampler is not None else nullcontext():
-            rollout = collect(
-                self.policy,
-                task.reward,
-                task.prompts_of(step),
-                config.sampling,
-                task.seed,
-                "rollout",
-                step,
-                task.algorithm.logprob_reduction,
-                task.algorithm.needs,
-                config.rewards.timeout,
-                task.settings.samples_per_prompt,
-            )
-        if samples is not None:
-            recent.write_recent(rollout, samples, step, task.name)
-        task.check_scores(rollout)
-        advantages = task.algorithm.advantages(rollout)
-        began = time.perf_counter()
-        update = self._update(task, rollout, advantages, step)
-        return {
-            **task.metrics(rollout, advantages),
-            **update,
-            "time/rollout": rollout.seconds["rollout"],
-            "time/reward": rollout.seconds["reward"],
-            "time/update": time.perf_counter() - began,
-        }
-
-    def _average(self) -> None:
-        """The average of the weights follows an update; while there are few, it forgets faster."""
-        decay, updates = self.config.optimizer.average, self.state.optimization.updates
-        if decay > 0:
-            self.policy.copies.follow(AVERAGE, min(decay, (1 + updates) / (10 + updates)))
-
-    def _update(self, task: Task, rollout: Rollout, advantages: Tensor, step: int) -> dict[str, float]:
-        logged: dict[str, list[Tensor]] = {}
-        norms: list[float] = []
-        first: dict[str, float] = {}
-        for rows in task.algorithm.updates(rollout, advantages, task.seed, step):
-            if len(rows) == 0:
-                continue
-            figures, norm = self.state.optimization.update(task.algorithm, self.policy, rollout, rows, advantages)
-            self._average()
-            gap = figures.pop("ratio_gap", None)
-            if gap is not None:
-                first.setdefault("ratio/max_gap", gap.max().item())
-            for key, values in figures.items():
-                logged.setdefault(key, []).append(values)
-            norms.append(norm)
-        means = {key: torch.cat(values).mean().item() for key, values in logged.items()}
-        norm = sum(norms) / max(1, len(norms))
-        return first | means | {"grad_norm": norm, "grad_rms": self.state.optimization.rms(norm)}
+        """One training step; see ``TrainingStep``."""
+        return self.training(step, samples)

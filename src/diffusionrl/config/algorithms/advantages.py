@@ -17,6 +17,9 @@ class AdvantageConfig:
     normalisation: Normalisation = "prompt"
     """Advantages relative to a prompt's recent rewards, to the whole step, or to the samples of one prompt in the step; with
     "group-mean", to the mean of those, in standard deviations of the whole step."""
+    combine: Literal["scores", "advantages"] = "scores"
+    """Of several rewards: add up their scores; or their advantages, each normalised on its own (GDPO), so that no reward drowns
+    another that varies less. The sum is then scaled to a standard deviation of 1 over the step."""
     buffer_size: int = 32
     """Rewards remembered for each prompt ("prompt" only)."""
     min_count: int = 16
@@ -32,6 +35,10 @@ class AdvantageConfig:
     def __post_init__(self) -> None:
         require(self.advantage_clip > 0, f"algorithm.advantage_clip must be positive, not {self.advantage_clip}")
         require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
+        require(
+            self.combine == "scores" or self.normalisation != "prompt",
+            "algorithm.combine 'advantages' compares within the step: set algorithm.normalisation to 'batch' or 'group'",
+        )
         require(
             1 <= self.min_count <= self.buffer_size,
             f"algorithm.min_count must lie between 1 and buffer_size ({self.buffer_size}), not {self.min_count}",
