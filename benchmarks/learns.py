@@ -23,10 +23,12 @@ RESULTS = Path(__file__).with_suffix(".json")
 POLICY_GRADIENT = ("ddpo", "diffusionrl")
 REWARD_GRADIENT = ("draft", "alignprop", "refl", "drtune", "flowbp")
 FORWARD = ("nft", "awm", "ram", "flow-awr", "v-grpo", "epg", "dgpo", "crd", "orw", "rwr")
+PREFERENCE = ("dpo", "kto", "d3po")
 OPTIONS: dict[str, list[str]] = {
     "diffusionrl": ["--algorithm.timesteps-per-step", "4"],
     "crd": ["--algorithm.noisings", "4"],
     "rwr": ["--algorithm.updates-per-step", "4", "--algorithm.batch-size", "48"],
+    "d3po": ["--algorithm.step-weight-power", "2"],
 }
 """What an objective is given beyond its preset, as the run is small: said in the table."""
 
@@ -37,7 +39,7 @@ def reward_of(name: str) -> str:
 
 
 def options_of(name: str, world: str) -> list[str]:
-    preset = world if name in POLICY_GRADIENT else f"{world}-forward"
+    preset = world if name in (*POLICY_GRADIENT, "d3po") else f"{world}-forward"
     return ["--preset", preset, "--algorithm.name", name, *OPTIONS.get(name, [])]
 
 
@@ -93,7 +95,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("objectives", nargs="*", default=[*POLICY_GRADIENT, *FORWARD, *REWARD_GRADIENT])
+    parser.add_argument("objectives", nargs="*", default=[*POLICY_GRADIENT, *FORWARD, *PREFERENCE, *REWARD_GRADIENT])
     parser.add_argument("--worlds", nargs="*", default=["emoji-flow", "emoji"])
     parser.add_argument("--runs", type=Path, default=Path("runs/learns"))
     asked = parser.parse_args()

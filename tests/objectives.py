@@ -8,8 +8,11 @@ from torch import Tensor
 from diffusionrl.algorithms import (
     AWM,
     CRD,
+    D3PO,
     DGPO,
+    DPO,
     EPG,
+    KTO,
     NFT,
     ORW,
     RAM,
@@ -27,12 +30,15 @@ from diffusionrl.config import (
     AlignPropConfig,
     AWMConfig,
     CRDConfig,
+    D3POConfig,
     DGPOConfig,
+    DPOConfig,
     DRaFTConfig,
     DRTuneConfig,
     EPGConfig,
     FlowAWRConfig,
     FlowBPConfig,
+    KTOConfig,
     NFTConfig,
     ORWConfig,
     RAMConfig,
@@ -52,6 +58,8 @@ FORWARD: dict[str, Callable[..., ForwardProcess]] = {
     "dgpo": lambda **more: DGPO(DGPOConfig(**FEW | more), 1.0),
     "crd": lambda **more: CRD(CRDConfig(**FEW | {"reference_guidance": None} | more), 1.0),
     "orw": lambda **more: ORW(ORWConfig(**FEW | {"inverse_temperature": 5.0} | more), 1.0),
+    "dpo": lambda **more: DPO(DPOConfig(**FEW | more), 1.0),
+    "kto": lambda **more: KTO(KTOConfig(**FEW | more), 1.0),
 }
 REWARD_GRADIENT: dict[str, Callable[..., RewardGradient]] = {
     "draft": lambda **more: DRaFT(DRaFTConfig(**{"last_steps": 2, "micro_batch_size": 3} | more), 1.0),
@@ -66,3 +74,8 @@ REWARD_GRADIENT: dict[str, Callable[..., RewardGradient]] = {
 @differentiable
 def lightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
     return images.mean((1, 2, 3))
+
+
+def d3po(**more: Any) -> D3PO:
+    """Which looks at trajectories."""
+    return D3PO(D3POConfig(**{"micro_batch_size": 3} | more), 2.0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objectives import FORWARD, REWARD_GRADIENT, lightness
+from objectives import FORWARD, REWARD_GRADIENT, d3po, lightness
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -346,6 +346,7 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "rwr": lambda: RWR(RWRConfig(updates_per_step=3, batch_size=4), 2.0),
     **FORWARD,
     **REWARD_GRADIENT,
+    "d3po": d3po,
     "rwr-sparse": lambda: RWR(RWRConfig(variant="sparse", updates_per_step=3, batch_size=4), 2.0),
 }
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
-from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, RewardGradientConfig, TaskConfig, TrainConfig
+from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, DPOConfig, RewardGradientConfig, TaskConfig, TrainConfig
 from diffusionrl.config.presets import emoji
+from diffusionrl.data.media import one_of_each_size
 from diffusionrl.data.pairs import load_pairs
+from diffusionrl.data.preferences import Preferences, load_preferences
 from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
@@ -37,6 +39,8 @@ from diffusionrl.runs.hub import push
 from diffusionrl.sampling.rollout import make_table, metadata_of
 from diffusionrl.training.tasks import Task
 from diffusionrl.training.trainer import Trainer
+
+_SIZED = 1000  # prompts at most whose images are looked at before a run starts
 
 
 def train(
@@ -131,6 +135,9 @@ def _prepare(
         raise UserError("there is no prompt to train on: prompts is empty")
     _check_shares(config)
     pairs = load_pairs(config.pretraining)
+    preferences = load_preferences(config.preferences, config.max_broken_preferences)
+    if preferences is not None:
+        _check_preferences(preferences, config)
     if policy is None:
         check_quantization(config.policy.quantization, devices.choose(config.policy.device))
     shape = check_model(config.model, config.model_config) if policy is None else policy.sample_shape
@@ -152,8 +159,11 @@ def _prepare(
     further = [_load_task(each, config, own, shape, rate) for each in config.tasks]
     embed = load_embedder(config.evaluation.embeddings, config.model)
     trained = trained or _load(config, chosen[0])
-    if pairs is not None:
+    if pairs is not None or preferences is not None:
         trained.encode(grey(shape)[None])  # which not every policy can
+    for some in (chosen, *(task.prompts for task in further)):
+        for prompt in one_of_each_size(some[:_SIZED]):
+            trained.start([prompt], [0])  # all latents have one shape
     table = make_table(trained, config.sampling)
     if isinstance(config.algorithm, DiffusionRLConfig):
         config.algorithm.check_steps(int((table.fresh > 0).sum()))
@@ -165,7 +175,13 @@ def _prepare(
         _check_reference(trained, config)
     if processes.count() > 1 and config.policy.training == "full":
         trained.shard()
-    return Trainer(trained, mixture, chosen, own, config, held_out, embed, further, pairs)
+    return Trainer(trained, mixture, chosen, own, config, held_out, embed, further, pairs, preferences)
+
+
+def _check_preferences(preferences: Preferences, config: TrainConfig) -> None:
+    """Raises UserError where the algorithm cannot learn from them."""
+    if preferences.size == 1 and isinstance(config.algorithm, DPOConfig):
+        raise UserError(f"preferences {config.preferences!r} are single images with a label: choose --algorithm.name kto")
 
 
 def _check_reference(policy: Policy, config: TrainConfig) -> None:

@@ -1,5 +1,5 @@
-"""Algorithms: one file each; what a family shares is in ``policy_gradient.py``,
-``forward_process.py`` and ``reward_gradient.py``."""
+"""Algorithms: one file each; what a family shares is in ``policy_gradient.py``, ``forward_process.py``, ``reward_gradient.py``
+and ``groups.py``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,17 @@ from diffusionrl.algorithms.alignprop import AlignProp
 from diffusionrl.algorithms.awm import AWM
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.algorithms.crd import CRD
+from diffusionrl.algorithms.d3po import D3PO
 from diffusionrl.algorithms.ddpo import DDPO
 from diffusionrl.algorithms.dgpo import DGPO
 from diffusionrl.algorithms.diffusionrl import DiffusionRL
+from diffusionrl.algorithms.dpo import DPO
 from diffusionrl.algorithms.draft import DRaFT
 from diffusionrl.algorithms.drtune import DRTune
 from diffusionrl.algorithms.epg import EPG
 from diffusionrl.algorithms.flow_awr import FlowAWR
 from diffusionrl.algorithms.flowbp import FlowBP
+from diffusionrl.algorithms.kto import KTO
 from diffusionrl.algorithms.nft import NFT
 from diffusionrl.algorithms.orw import ORW
 from diffusionrl.algorithms.ram import RAM
@@ -27,9 +30,12 @@ from diffusionrl.config import TrainConfig
 __all__ = [
     "AWM",
     "CRD",
+    "D3PO",
     "DDPO",
     "DGPO",
+    "DPO",
     "EPG",
+    "KTO",
     "NFT",
     "ORW",
     "RAM",
@@ -65,6 +71,9 @@ _BY_NAME: dict[str, Callable[[Any, float], Algorithm]] = {
     "refl": ReFL,
     "drtune": DRTune,
     "flowbp": FlowBP,
+    "dpo": DPO,
+    "kto": KTO,
+    "d3po": D3PO,
 }
 
 

@@ -26,7 +26,7 @@ class Objective(Protocol):
         ...
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row, (R,), with gradient; and figures to log, each (R,), without.
+        """The loss of each row, (R,), with gradient; and figures to log, each (R,), without, NaN where a row has none.
 
         Args:
             weights: what ``weights`` gave for these rows, (R,).

@@ -92,14 +92,14 @@ def policy_gradient_losses(
     ratio = log_ratio.exp()
     loss = -advantage * log_prob if score_function else clipped_loss(advantage, ratio, clip_range)
     distance = (ratio.detach() - 1).abs()
-    return loss * _step_weights(rollout.table, step_weight_power).to(x.device)[step], {
+    return loss * step_weights(rollout.table, step_weight_power).to(x.device)[step], {
         "ratio_gap": distance,
         "policy/clip_fraction": (distance > clip_range).float(),
         "policy/approx_kl": 0.5 * log_ratio.detach() ** 2,
     }
 
 
-def _step_weights(table: SamplerTable, power: float) -> Tensor:
+def step_weights(table: SamplerTable, power: float) -> Tensor:
     """(T,), of mean 1 over the stochastic steps."""
     weights = table.fresh**power
     return weights / weights[table.fresh > 0].mean()

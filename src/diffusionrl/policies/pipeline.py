@@ -43,6 +43,7 @@ from diffusionrl.transitions import Grid, NoiseLevels
 
 ADAPTER = "adapter_model.safetensors"  # peft's name
 _DECODE_BATCH = 16
+_SAME_PIXEL = 1e-3  # in [0, 1]
 _SIZES = ("height", "width", "num_frames")
 _NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 _FINE = 200  # steps of the grid that losses draw from
@@ -160,7 +161,13 @@ class PipelinePolicy:
             return self.asked.run_through(self.example, self._guidance)
         except (UserError, torch.OutOfMemoryError):
             raise
-        except (ValueError, TypeError, RuntimeError) as error:  # of its own check of what it is given, or for want of one
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            LookupError,
+            ArithmeticError,
+        ) as error:  # of its own check of what it is given, or for want of one
             given = ", ".join(f"{name} {value!r}" for name, value in self.asked.arguments.items()) or "no arguments"
             raise UserError(
                 f"{type(self.pipeline).__name__} refuses a call with {given} (sampling.height, width, num_frames, call): "
@@ -266,8 +273,25 @@ class PipelinePolicy:
         return self._grids[num_steps]
 
     def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
+        """Raises UserError where latents have another shape than those of the example, which names the prompts."""
         draws = [seeds.address(each, "start") for each in addresses]
-        return self.asked.start(prompts, draws, self._guidance, self.device).float()
+        try:
+            made = self.asked.start(prompts, draws, self._guidance, self.device).float()
+        except RuntimeError:  # which do not fit together either
+            for prompt, draw in zip(prompts, draws, strict=True):
+                self._check_shape(self.asked.start([prompt], [draw], self._guidance, self.device), prompt)
+            raise
+        self._check_shape(made, prompts[0])
+        return made
+
+    def _check_shape(self, latents: Tensor, prompt: Prompt) -> None:
+        shape = tuple(latents.shape[1:])
+        if shape != self.latent_shape:
+            named = [f"{each.text!r} ({', '.join(map(str, each.media.values()))})" for each in (prompt, self.example)]
+            raise UserError(
+                f"latents of {named[0]} have the shape {shape}, and those of {named[1]} {self.latent_shape}, as their images "
+                "differ in size: give images of one size, or sampling.height and sampling.width where the pipeline takes them"
+            )
 
     def denoise(
         self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float | None
@@ -307,10 +331,30 @@ class PipelinePolicy:
             parts = chunks(len(latents), _DECODE_BATCH)
             return torch.cat([self.asked.decode(latents[part], prompts[part], self._guidance).float() for part in parts])
 
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        raise UserError(
-            f"{type(self.pipeline).__name__} is asked by calling it, and no call makes latents of an image: the pretraining "
-            "loss needs Stable Diffusion 1.x or 2.x, not quantised"
+        """The mean of the VAE's posterior, shifted and scaled as the VAE's settings say. No call of a pipeline makes latents of
+        an image, so this is believed only where the pipeline decodes them to what the VAE alone makes of the mean."""
+        vae: Any = getattr(self.pipeline, "vae", None)
+        scale = getattr(getattr(vae, "config", None), "scaling_factor", None)
+        if scale is None or len(self.sample_shape) != 3:
+            raise self._cannot_encode()
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        scaled = 2 * images.to(self.device) - 1
+        try:
+            means = torch.cat([vae.encode(scaled[part])[0].mean for part in chunks(len(scaled), _DECODE_BATCH)])
+            latents = (means - shift) * scale
+            alone, own = vae.decode(means[:1])[0] / 2 + 0.5, self.decode(latents[:1], [self.example])
+        except (AttributeError, TypeError, RuntimeError, ValueError) as error:  # another kind of VAE, or of layout
+            raise self._cannot_encode() from error
+        if own.shape != alone.shape or (own - alone.clamp(0, 1)).abs().max() > _SAME_PIXEL:
+            raise self._cannot_encode()
+        return latents
+
+    def _cannot_encode(self) -> UserError:
+        return UserError(
+            f"{type(self.pipeline).__name__} makes no latents of an image that it would decode to the same: its VAE, or the "
+            "layout of its latents, is not of the kind of Stable Diffusion's or SD3's. Images from disk need them"
         )
 
     def shard(self) -> None:

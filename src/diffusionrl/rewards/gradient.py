@@ -64,5 +64,5 @@ def _compare(plain: Scores, scores: Scores, told: str) -> None:
     gap = (scores.values.detach() - plain.values).abs() / plain.values.abs().clamp(min=1)
     if not (gap[plain.valid] <= AGREEMENT).all():
         raise UserError(
-            f"{told}, and scores the same image {plain.values.tolist()} without and {scores.values.tolist()} with it"
+            f"{told}, and scores the same images {plain.values.tolist()} without and {scores.values.tolist()} with it"
         )

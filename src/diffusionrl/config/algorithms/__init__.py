@@ -16,6 +16,7 @@ from diffusionrl.config.algorithms.forward_process import (
     VGRPOConfig,
 )
 from diffusionrl.config.algorithms.policy_gradient import DDPOConfig, DiffusionRLConfig, PolicyGradientConfig
+from diffusionrl.config.algorithms.preference import D3POConfig, DPOConfig, KTOConfig
 from diffusionrl.config.algorithms.reward_gradient import (
     AlignPropConfig,
     DRaFTConfig,
@@ -33,8 +34,10 @@ __all__ = [
     "AlignPropConfig",
     "CRDConfig",
     "CopySchedule",
+    "D3POConfig",
     "DDPOConfig",
     "DGPOConfig",
+    "DPOConfig",
     "DRTuneConfig",
     "DRaFTConfig",
     "DiffusionRLConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "FlowAWRConfig",
     "FlowBPConfig",
     "ForwardProcessConfig",
+    "KTOConfig",
     "NFTConfig",
     "ORWConfig",
     "PolicyGradientConfig",
@@ -57,7 +61,8 @@ ForwardProcess = (
     NFTConfig | AWMConfig | RAMConfig | FlowAWRConfig | VGRPOConfig | EPGConfig | DGPOConfig | CRDConfig | ORWConfig | RWRConfig
 )
 RewardGradient = DRaFTConfig | AlignPropConfig | ReFLConfig | DRTuneConfig | FlowBPConfig
-AlgorithmConfig = PolicyGradient | ForwardProcess | RewardGradient
+Preference = DPOConfig | KTOConfig | D3POConfig
+AlgorithmConfig = PolicyGradient | ForwardProcess | Preference | RewardGradient
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ddpo": DDPOConfig,
     "diffusionrl": DiffusionRLConfig,
@@ -76,4 +81,7 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "refl": ReFLConfig,
     "drtune": DRTuneConfig,
     "flowbp": FlowBPConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "d3po": D3POConfig,
 }
