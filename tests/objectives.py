@@ -1,24 +1,51 @@
 """Small settings of every objective, which the tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusionrl.algorithms import AWM, CRD, D3PO, DGPO, DPO, EPG, KTO, NFT, ORW, RAM, VGRPO, FlowAWR
+from torch import Tensor
+
+from diffusionrl.algorithms import (
+    AWM,
+    CRD,
+    D3PO,
+    DGPO,
+    DPO,
+    EPG,
+    KTO,
+    NFT,
+    ORW,
+    RAM,
+    VGRPO,
+    AlignProp,
+    DRaFT,
+    DRTune,
+    FlowAWR,
+    FlowBP,
+    ReFL,
+)
 from diffusionrl.algorithms.forward_process import ForwardProcess
+from diffusionrl.algorithms.reward_gradient import RewardGradient
 from diffusionrl.config import (
+    AlignPropConfig,
     AWMConfig,
     CRDConfig,
     D3POConfig,
     DGPOConfig,
     DPOConfig,
+    DRaFTConfig,
+    DRTuneConfig,
     EPGConfig,
     FlowAWRConfig,
+    FlowBPConfig,
     KTOConfig,
     NFTConfig,
     ORWConfig,
     RAMConfig,
+    ReFLConfig,
     VGRPOConfig,
 )
+from diffusionrl.rewards import differentiable
 
 FEW = {"noisings": 2, "micro_batch_size": 3}
 LOW_BETA = {"beta": 30.0}  # the published ones multiply the rounding of an error by thousands
@@ -35,6 +62,19 @@ FORWARD: dict[str, Callable[..., ForwardProcess]] = {
     "dpo": lambda **more: DPO(DPOConfig(**FEW | LOW_BETA | more), 1.0),
     "kto": lambda **more: KTO(KTOConfig(**FEW | LOW_BETA | more), 1.0),
 }
+REWARD_GRADIENT: dict[str, Callable[..., RewardGradient]] = {
+    "draft": lambda **more: DRaFT(DRaFTConfig(**{"last_steps": 2, "micro_batch_size": 3} | more), 1.0),
+    "draft-lv": lambda **more: DRaFT(DRaFTConfig(**{"variant": "lv", "micro_batch_size": 3} | more), 1.0),
+    "alignprop": lambda **more: AlignProp(AlignPropConfig(**{"micro_batch_size": 3} | more), 1.0),
+    "refl": lambda **more: ReFL(ReFLConfig(**{"late": 0.5, "micro_batch_size": 3} | more), 1.0),
+    "drtune": lambda **more: DRTune(DRTuneConfig(**{"trained_steps": 2, "micro_batch_size": 3} | more), 1.0),
+    "flowbp": lambda **more: FlowBP(FlowBPConfig(**{"trained_steps": 2, "micro_batch_size": 3} | more), 1.0),
+}
+
+
+@differentiable
+def lightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+    return images.mean((1, 2, 3))
 
 
 def d3po(**more: Any) -> D3PO:

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
-from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, DPOConfig, TaskConfig, TrainConfig
+from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, DPOConfig, RewardGradientConfig, TaskConfig, TrainConfig
 from diffusionrl.config.presets import emoji
 from diffusionrl.data.media import one_of_each_size
 from diffusionrl.data.pairs import load_pairs
@@ -22,7 +22,16 @@ from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, check_quantization, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.report.run_page import keep_report
-from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
+from diffusionrl.rewards import (
+    Mixture,
+    Reward,
+    as_mixture,
+    load_mixture,
+    require_gradient,
+    try_gradient,
+    try_mixture,
+    within,
+)
 from diffusionrl.rewards.base import grey
 from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.runs.folder import NoFolder, RunFolder, TrainResult, tell_result
@@ -139,14 +148,14 @@ def _prepare(
         trained = _load(config, chosen[0])
         shape = trained.sample_shape
     rate = None if trained is None else trained.sampling_rate
+    own = algorithm or make_algorithm(config)
     mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
     held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
     _check_groups(config, mixture, held_out)
     sizes = (config.samples_per_prompt, config.evaluation.samples_per_prompt)
-    _try(mixture, chosen, shape, config.rewards.timeout, sizes, rate)
+    _try(mixture, chosen, shape, config, sizes, rate, own)
     if held_out is not None:
-        _try(held_out, chosen, shape, config.rewards.timeout, sizes[1:], rate)
-    own = algorithm or make_algorithm(config)
+        _try(held_out, chosen, shape, config, sizes[1:], rate)
     further = [_load_task(each, config, own, shape, rate) for each in config.tasks]
     embed = load_embedder(config.evaluation.embeddings, config.model)
     trained = trained or _load(config, chosen[0])
@@ -158,6 +167,10 @@ def _prepare(
     table = make_table(trained, config.sampling)
     if isinstance(config.algorithm, DiffusionRLConfig):
         config.algorithm.check_steps(int((table.fresh > 0).sum()))
+    if isinstance(config.algorithm, RewardGradientConfig):
+        config.algorithm.check_steps(len(table))
+    if own.needs_reward_gradient:
+        _check_decoder(trained, config, chosen[0])
     if own.needs_reference:
         _check_reference(trained, config)
     if processes.count() > 1 and config.policy.training == "full":
@@ -178,6 +191,16 @@ def _check_reference(policy: Policy, config: TrainConfig) -> None:
             pass
     except UserError as error:
         raise UserError(f"algorithm {config.algorithm.name} leans on the reference model: {error}") from error
+
+
+def _check_decoder(policy: Policy, config: TrainConfig, example: Prompt) -> None:
+    """Raises UserError where no gradient runs from samples to latents, or from latents through the pipeline's edits."""
+    asked = f"algorithm {config.algorithm.name} follows the reward's gradient"
+    if policy.edits:
+        raise UserError(f"{asked}, and this pipeline edits its latents after each step, where none is known: choose another")
+    latents = policy.start([example], [0]).requires_grad_()
+    if not policy.decode(latents, [example], gradient=True).requires_grad:
+        raise UserError(f"{asked}, and this pipeline's decoder passes none on: choose another algorithm (ddpo, nft ...)")
 
 
 def _load(config: TrainConfig, example: Prompt) -> Policy:
@@ -220,7 +243,7 @@ def _load_task(
         reward = load_mixture(settings.reward, config.rewards)
         _require_groups(reward, settings, config)
         sizes = (settings.samples_per_prompt, config.evaluation.samples_per_prompt)
-        _try(reward, prompts, shape, config.rewards.timeout, sizes, rate)
+        _try(reward, prompts, shape, config, sizes, rate, algorithm)
     except UserError as error:
         raise UserError(f"{settings.whose}{error}") from error
     return Task(settings, prompts, reward, copy.deepcopy(algorithm), config)
@@ -230,17 +253,24 @@ def _try(
     reward: Mixture,
     prompts: Sequence[Prompt],
     shape: tuple[int, ...],
-    timeout: float,
+    config: TrainConfig,
     group_sizes: Sequence[int],
     sampling_rate: int | None = None,
+    algorithm: Algorithm | None = None,
 ) -> None:
-    """Raises UserError for a reward that cannot score a few grey images in time; warns of one that does not repeat itself."""
+    """Raises UserError for a reward that cannot score a few grey images in time, or give the gradient that the algorithm that
+    is trained with it asks for; warns of one that does not repeat itself."""
+    timeout, differentiates = config.rewards.timeout, algorithm is not None and algorithm.needs_reward_gradient
+    if differentiates:
+        require_gradient(reward, config.algorithm.name)
     samples = [prompts[0], prompts[-1]]
     texts, metadata = [prompt.text for prompt in samples], metadata_of(samples, sampling_rate)
     unsteady: list[str] = []
     if not within(timeout, lambda: unsteady.extend(try_mixture(reward, shape, texts, metadata, group_sizes))):
         seconds = f"{timeout:g} s (rewards.timeout)"
         raise UserError(f"the reward gave no scores for a few grey images within {seconds}: {', '.join(reward.rewards)}")
+    if differentiates:
+        try_gradient(reward, shape, texts, metadata)
     if unsteady and processes.is_main():
         print(
             f"warning: {', '.join(unsteady)}: the same grey image twice gets different scores, and noise is learned too; "

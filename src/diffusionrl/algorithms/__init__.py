@@ -1,8 +1,10 @@
-"""Algorithms: one file each; what a family shares is in ``policy_gradient.py``, ``forward_process.py`` and ``groups.py``."""
+"""Algorithms: one file each; what a family shares is in ``policy_gradient.py``, ``forward_process.py``, ``reward_gradient.py``
+and ``groups.py``."""
 
 from collections.abc import Callable
 from typing import Any
 
+from diffusionrl.algorithms.alignprop import AlignProp
 from diffusionrl.algorithms.awm import AWM
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.algorithms.crd import CRD
@@ -11,12 +13,16 @@ from diffusionrl.algorithms.ddpo import DDPO
 from diffusionrl.algorithms.dgpo import DGPO
 from diffusionrl.algorithms.diffusionrl import DiffusionRL
 from diffusionrl.algorithms.dpo import DPO
+from diffusionrl.algorithms.draft import DRaFT
+from diffusionrl.algorithms.drtune import DRTune
 from diffusionrl.algorithms.epg import EPG
 from diffusionrl.algorithms.flow_awr import FlowAWR
+from diffusionrl.algorithms.flowbp import FlowBP
 from diffusionrl.algorithms.kto import KTO
 from diffusionrl.algorithms.nft import NFT
 from diffusionrl.algorithms.orw import ORW
 from diffusionrl.algorithms.ram import RAM
+from diffusionrl.algorithms.refl import ReFL
 from diffusionrl.algorithms.rwr import RWR
 from diffusionrl.algorithms.v_grpo import VGRPO
 from diffusionrl.config import TrainConfig
@@ -36,8 +42,13 @@ __all__ = [
     "RWR",
     "VGRPO",
     "Algorithm",
+    "AlignProp",
+    "DRTune",
+    "DRaFT",
     "DiffusionRL",
     "FlowAWR",
+    "FlowBP",
+    "ReFL",
     "make_algorithm",
 ]
 
@@ -55,6 +66,11 @@ _BY_NAME: dict[str, Callable[[Any, float], Algorithm]] = {
     "dgpo": DGPO,
     "crd": CRD,
     "orw": ORW,
+    "draft": DRaFT,
+    "alignprop": AlignProp,
+    "refl": ReFL,
+    "drtune": DRTune,
+    "flowbp": FlowBP,
     "dpo": DPO,
     "kto": KTO,
     "d3po": D3PO,

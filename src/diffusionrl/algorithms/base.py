@@ -57,6 +57,9 @@ class Algorithm(Objective, Protocol):
         """Whether the policy has to keep the model that training began from."""
         ...
 
+    needs_reward_gradient: bool
+    """Whether the reward is differentiated."""
+
     def advantages(self, rollout: Rollout) -> Tensor:
         """One number a sample, (N,), float32. Called once a step: running statistics are updated here."""
         ...

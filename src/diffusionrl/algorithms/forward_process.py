@@ -123,8 +123,7 @@ def noised(
         noises.append(torch.randn(clean.shape[1:], generator=generator))
     places, noise = torch.tensor(rows), torch.stack(noises).to(clean.device)
     levels = grid[places if grid.sigma[0] > grid.sigma[-1] else len(grid) - 1 - places]
-    linear = bool((grid.alpha + grid.sigma - 1).abs().max() < 1e-3)
-    return Noised(Estimate(clean, noise), levels.noisy(clean, noise), levels, prompts, linear)
+    return Noised(Estimate(clean, noise), levels.noisy(clean, noise), levels, prompts, grid.linear)
 
 
 @dataclass(frozen=True)
@@ -162,6 +161,7 @@ class ForwardProcess:
     needs: Needs = "endpoints"
     logprob_reduction: Reduction = "mean"
     sampled_by: str | None = None
+    needs_reward_gradient = False
     leans_on_reference = False
     has_ratio = False
 

@@ -24,6 +24,7 @@ class PolicyGradient:
     needs: Needs = "trajectories"
     sampled_by: str | None = None
     needs_reference = False
+    needs_reward_gradient = False
 
     def __init__(self, config: PolicyGradientConfig, guidance: float, score_function: bool = False) -> None:
         self.settings, self.guidance, self.score_function = config, guidance, score_function

@@ -15,6 +15,8 @@ def check_groups(trainer: Trainer) -> Finding:
     if trainer.tasks[0].judged is not None:
         return Finding("pass", "groups", f"{config.prompts_per_step} judged entries a step, from disk")
     size = f"{config.prompts_per_step} prompts x {config.samples_per_prompt} a step"
+    if trainer.algorithm.needs_reward_gradient:
+        return Finding("pass", "groups", f"{size}, each by its own gradient")
     normalisation = getattr(config.algorithm, "normalisation", "batch")
     if normalisation == "batch":
         if config.samples_per_step > 1:

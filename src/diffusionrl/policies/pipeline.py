@@ -108,7 +108,7 @@ class PipelinePolicy:
         self._trials = Trials(self.asked, self.example, guidance, grid.levels, self.device, dtype == torch.float32)
         self.asked.ways = self._trials.ways()
         self.edits = self._trials.edits()
-        self.sample_shape: tuple[int, ...] = tuple(self._decode(self.start([self.example], [0]), [self.example]).shape[1:])
+        self.sample_shape: tuple[int, ...] = tuple(self.decode(self.start([self.example], [0]), [self.example]).shape[1:])
         self._check_sizes()
         self.sampling_rate: int | None = None
         if len(self.sample_shape) == 2:
@@ -123,6 +123,9 @@ class PipelinePolicy:
         if gradient_checkpointing:
             for network in self._parts().values():
                 save_memory(network, "enable_gradient_checkpointing")
+            for part in pipeline.components.values():  # decoders, of which not all can, and not all are differentiated
+                if hasattr(part, "decode") and getattr(part, "_supports_gradient_checkpointing", False):
+                    part.enable_gradient_checkpointing()
         self.copies, self._start = Copies(self.trainable), Copies(self.trainable)
         if lora is not None and reference == "start":
             self._start.follow("start")
@@ -293,12 +296,10 @@ class PipelinePolicy:
     ) -> Tensor:
         return self.asked.after(y, x, levels, following, prompts, self._guidance).float()
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return torch.cat([self._decode(latents[part], prompts[part]) for part in chunks(len(latents), _DECODE_BATCH)])
-
-    def _decode(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return self.asked.decode(latents, prompts, self._guidance).detach().float()
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt], gradient: bool = False) -> Tensor:
+        with torch.set_grad_enabled(gradient):
+            parts = chunks(len(latents), _DECODE_BATCH)
+            return torch.cat([self.asked.decode(latents[part], prompts[part], self._guidance).float() for part in parts])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ class StableDiffusionPolicy:
         else:
             self.unet.requires_grad_(True)
         if gradient_checkpointing:
-            save_memory(self.unet, "enable_gradient_checkpointing")
+            for network in (self.unet, pipeline.vae):
+                save_memory(network, "enable_gradient_checkpointing")
         # A checkpoint is computed again when the merged weights are gone.
         self._weight_space = bool(self._adapted) and dtype == torch.float32 and not gradient_checkpointing
         if self._weight_space:
@@ -187,12 +188,12 @@ class StableDiffusionPolicy:
     ) -> Tensor:
         return y
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, prompts: Sequence[Prompt] = ()) -> Tensor:
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt] = (), gradient: bool = False) -> Tensor:
         vae = self.pipeline.vae
-        scaled = latents / vae.config.scaling_factor
-        decoded = [vae.decode(scaled[part]).sample for part in chunks(len(scaled), _DECODE_BATCH)]
-        return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+        with torch.set_grad_enabled(gradient):
+            scaled = latents / vae.config.scaling_factor
+            decoded = [vae.decode(scaled[part]).sample for part in chunks(len(scaled), _DECODE_BATCH)]
+            return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -17,21 +17,33 @@ from diffusionrl.config.algorithms.forward_process import (
 )
 from diffusionrl.config.algorithms.policy_gradient import DDPOConfig, DiffusionRLConfig, PolicyGradientConfig
 from diffusionrl.config.algorithms.preference import D3POConfig, DPOConfig, KTOConfig
+from diffusionrl.config.algorithms.reward_gradient import (
+    AlignPropConfig,
+    DRaFTConfig,
+    DRTuneConfig,
+    FlowBPConfig,
+    ReFLConfig,
+    RewardGradientConfig,
+)
 
 __all__ = [
     "ALGORITHMS",
     "AWMConfig",
     "AdvantageConfig",
     "AlgorithmConfig",
+    "AlignPropConfig",
     "CRDConfig",
     "CopySchedule",
     "D3POConfig",
     "DDPOConfig",
     "DGPOConfig",
     "DPOConfig",
+    "DRTuneConfig",
+    "DRaFTConfig",
     "DiffusionRLConfig",
     "EPGConfig",
     "FlowAWRConfig",
+    "FlowBPConfig",
     "ForwardProcessConfig",
     "KTOConfig",
     "NFTConfig",
@@ -39,6 +51,8 @@ __all__ = [
     "PolicyGradientConfig",
     "RAMConfig",
     "RWRConfig",
+    "ReFLConfig",
+    "RewardGradientConfig",
     "VGRPOConfig",
 ]
 
@@ -46,8 +60,9 @@ PolicyGradient = DDPOConfig | DiffusionRLConfig
 ForwardProcess = (
     NFTConfig | AWMConfig | RAMConfig | FlowAWRConfig | VGRPOConfig | EPGConfig | DGPOConfig | CRDConfig | ORWConfig | RWRConfig
 )
+RewardGradient = DRaFTConfig | AlignPropConfig | ReFLConfig | DRTuneConfig | FlowBPConfig
 Preference = DPOConfig | KTOConfig | D3POConfig
-AlgorithmConfig = PolicyGradient | ForwardProcess | Preference
+AlgorithmConfig = PolicyGradient | ForwardProcess | Preference | RewardGradient
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ddpo": DDPOConfig,
     "diffusionrl": DiffusionRLConfig,
@@ -61,6 +76,11 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "dgpo": DGPOConfig,
     "crd": CRDConfig,
     "orw": ORWConfig,
+    "draft": DRaFTConfig,
+    "alignprop": AlignPropConfig,
+    "refl": ReFLConfig,
+    "drtune": DRTuneConfig,
+    "flowbp": FlowBPConfig,
     "dpo": DPOConfig,
     "kto": KTOConfig,
     "d3po": D3POConfig,
