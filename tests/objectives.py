@@ -12,6 +12,7 @@ from diffusionrl.algorithms import (
     DGPO,
     DPO,
     EPG,
+    GRPO,
     KTO,
     NFT,
     ORW,
@@ -22,9 +23,15 @@ from diffusionrl.algorithms import (
     DRTune,
     FlowAWR,
     FlowBP,
+    FlowDPPO,
+    GRPOFast,
+    GRPOGuard,
+    MixGRPO,
     ReFL,
+    TempFlow,
 )
 from diffusionrl.algorithms.forward_process import ForwardProcess
+from diffusionrl.algorithms.policy_gradient import SharedOut
 from diffusionrl.algorithms.reward_gradient import RewardGradient
 from diffusionrl.config import (
     AlignPropConfig,
@@ -38,12 +45,19 @@ from diffusionrl.config import (
     EPGConfig,
     FlowAWRConfig,
     FlowBPConfig,
+    FlowDPPOConfig,
+    GRPOConfig,
+    GRPOFastConfig,
+    GRPOGuardConfig,
     KTOConfig,
+    MixGRPOConfig,
     NFTConfig,
     ORWConfig,
     RAMConfig,
     ReFLConfig,
+    TempFlowConfig,
     VGRPOConfig,
+    WindowConfig,
 )
 from diffusionrl.rewards import differentiable
 
@@ -80,3 +94,17 @@ def lightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[st
 def d3po(**more: Any) -> D3PO:
     """Which looks at trajectories."""
     return D3PO(D3POConfig(**{"micro_batch_size": 3} | more), 2.0)
+
+
+WINDOW = WindowConfig(2, "random")
+SLIDES = WindowConfig(2, "progressive", every=1)
+GUIDANCE = 2.0
+REVERSE: dict[str, Callable[..., SharedOut]] = {
+    "grpo": lambda **more: GRPO(GRPOConfig(**more), GUIDANCE),
+    "grpo-fast": lambda **more: GRPOFast(GRPOFastConfig(**{"window": WINDOW} | more), GUIDANCE),
+    "mixgrpo": lambda **more: MixGRPO(MixGRPOConfig(**{"window": SLIDES} | more), GUIDANCE),
+    "grpo-guard": lambda **more: GRPOGuard(GRPOGuardConfig(**more), GUIDANCE),
+    "flow-dppo": lambda **more: FlowDPPO(FlowDPPOConfig(**more), GUIDANCE),
+    "tempflow": lambda **more: TempFlow(TempFlowConfig(**more), GUIDANCE),
+}
+"""The policy gradients beside DDPO and DiffusionRL, which train on samples drawn with ``GUIDANCE``."""

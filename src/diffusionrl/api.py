@@ -11,7 +11,8 @@ from typing import Any
 
 from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
-from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, DPOConfig, RewardGradientConfig, TaskConfig, TrainConfig
+from diffusionrl.config import MIN_PAIRS, DPOConfig, RewardGradientConfig, TaskConfig, TrainConfig
+from diffusionrl.config.algorithms import PolicyGradientConfig
 from diffusionrl.config.presets import emoji
 from diffusionrl.data.media import one_of_each_size
 from diffusionrl.data.pairs import load_pairs
@@ -165,8 +166,8 @@ def _prepare(
         for prompt in one_of_each_size(some[:_SIZED]):
             trained.start([prompt], [0])  # all latents have one shape
     table = make_table(trained, config.sampling)
-    if isinstance(config.algorithm, DiffusionRLConfig):
-        config.algorithm.check_steps(int((table.fresh > 0).sum()))
+    if isinstance(config.algorithm, PolicyGradientConfig):
+        config.algorithm.check_steps(len(table.stochastic))
     if isinstance(config.algorithm, RewardGradientConfig):
         config.algorithm.check_steps(len(table))
     if own.needs_reward_gradient:

@@ -96,6 +96,16 @@ class SamplerTable:
     def __len__(self) -> int:
         return len(self.grid)
 
+    @property
+    def stochastic(self) -> Tensor:
+        """The rows that have fresh noise, in order."""
+        return (self.fresh > 0).nonzero().flatten()
+
+    def only(self, rows: Tensor) -> "SamplerTable":
+        """The same on these rows, and the ODE on all others."""
+        inside = torch.zeros(len(self), dtype=torch.bool).index_fill(0, rows, True)
+        return SamplerTable(self.grid, self.kept.where(inside, self.grid.sigma_next), self.fresh * inside)
+
     def mean(self, steps: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
         """The mean of x' for each sample at its own step.
 

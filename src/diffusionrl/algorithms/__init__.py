@@ -17,13 +17,19 @@ from diffusionrl.algorithms.draft import DRaFT
 from diffusionrl.algorithms.drtune import DRTune
 from diffusionrl.algorithms.epg import EPG
 from diffusionrl.algorithms.flow_awr import FlowAWR
+from diffusionrl.algorithms.flow_dppo import FlowDPPO
 from diffusionrl.algorithms.flowbp import FlowBP
+from diffusionrl.algorithms.grpo import GRPO
+from diffusionrl.algorithms.grpo_fast import GRPOFast
+from diffusionrl.algorithms.grpo_guard import GRPOGuard
 from diffusionrl.algorithms.kto import KTO
+from diffusionrl.algorithms.mixgrpo import MixGRPO
 from diffusionrl.algorithms.nft import NFT
 from diffusionrl.algorithms.orw import ORW
 from diffusionrl.algorithms.ram import RAM
 from diffusionrl.algorithms.refl import ReFL
 from diffusionrl.algorithms.rwr import RWR
+from diffusionrl.algorithms.tempflow import TempFlow
 from diffusionrl.algorithms.v_grpo import VGRPO
 from diffusionrl.config import TrainConfig
 
@@ -35,6 +41,7 @@ __all__ = [
     "DGPO",
     "DPO",
     "EPG",
+    "GRPO",
     "KTO",
     "NFT",
     "ORW",
@@ -48,7 +55,12 @@ __all__ = [
     "DiffusionRL",
     "FlowAWR",
     "FlowBP",
+    "FlowDPPO",
+    "GRPOFast",
+    "GRPOGuard",
+    "MixGRPO",
     "ReFL",
+    "TempFlow",
     "make_algorithm",
 ]
 
@@ -56,6 +68,12 @@ __all__ = [
 _BY_NAME: dict[str, Callable[[Any, float], Algorithm]] = {
     "ddpo": DDPO,
     "diffusionrl": DiffusionRL,
+    "grpo": GRPO,
+    "grpo-fast": GRPOFast,
+    "mixgrpo": MixGRPO,
+    "grpo-guard": GRPOGuard,
+    "flow-dppo": FlowDPPO,
+    "tempflow": TempFlow,
     "rwr": RWR,
     "nft": NFT,
     "awm": AWM,

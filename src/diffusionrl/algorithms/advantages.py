@@ -101,9 +101,13 @@ class Advantages:
     def __init__(self, config: AdvantageConfig) -> None:
         self.config, self.statistics = config, PromptStatistics(config.buffer_size, config.min_count)
 
-    def of(self, rollout: Rollout) -> Tensor:
-        """Of a step's samples, clamped, (N,)."""
-        keys = [prompt.key for prompt in rollout.prompts]
+    def of(self, rollout: Rollout, keys: Sequence[str] | None = None) -> Tensor:
+        """Of a step's samples, clamped, (N,).
+
+        Args:
+            keys: which samples are compared with each other, one a sample; None: those of one prompt.
+        """
+        keys = keys or [prompt.key for prompt in rollout.prompts]
         if self.config.combine == "advantages" and len(rollout.scores.parts) > 1:
             advantages = self._combined(rollout, keys)
         else:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout
-from diffusionrl.transitions import Reduction
+from diffusionrl.transitions import Reduction, SamplerTable
 
 
 class Objective(Protocol):
@@ -38,8 +38,11 @@ class Algorithm(Objective, Protocol):
     """How a batch of samples becomes losses."""
 
     needs: Needs
-    """What must be collected: whole trajectories with their log-probabilities, or endpoints only."""
+    """What must be collected: whole trajectories with their log-probabilities, those with the means of their steps too, or
+    endpoints only."""
     logprob_reduction: Reduction
+    shared_start: bool
+    """The samples of a group begin alike."""
 
     @property
     def copies(self) -> Mapping[str, Callable[[int], float]]:
@@ -59,6 +62,11 @@ class Algorithm(Objective, Protocol):
 
     needs_reward_gradient: bool
     """Whether the reward is differentiated."""
+
+    def table(self, sampler: SamplerTable, seed: int, step: int) -> SamplerTable:
+        """With what a training step samples: the run's own sampler, or that on some of its rows and the ODE on the others. It
+        depends on its arguments alone."""
+        ...
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """One number a sample, (N,), float32. Called once a step: running statistics are updated here."""

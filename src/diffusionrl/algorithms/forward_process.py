@@ -28,7 +28,7 @@ from diffusionrl.data.prompts import Prompt
 from diffusionrl.devices import in_double
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout
-from diffusionrl.transitions import NoiseLevels, Reduction
+from diffusionrl.transitions import NoiseLevels, Reduction, SamplerTable
 
 BEHAVIOUR = "behaviour"
 """The copy that is the policy as a step began."""
@@ -160,6 +160,7 @@ class ForwardProcess:
 
     needs: Needs = "endpoints"
     logprob_reduction: Reduction = "mean"
+    shared_start = False
     sampled_by: str | None = None
     needs_reward_gradient = False
     leans_on_reference = False
@@ -182,6 +183,9 @@ class ForwardProcess:
     @property
     def needs_reference(self) -> bool:
         return self.leans_on_reference or self.settings.reference_weight > 0
+
+    def table(self, sampler: SamplerTable, seed: int, step: int) -> SamplerTable:
+        return sampler
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return self.statistics.of(rollout)

@@ -107,6 +107,7 @@ class RewardGradient:
 
     needs: Needs = "trajectories"
     logprob_reduction: Reduction = "mean"
+    shared_start = False
     sampled_by: str | None = None
     needs_reward_gradient = True
     ends_chain = True
@@ -119,6 +120,9 @@ class RewardGradient:
     @property
     def needs_reference(self) -> bool:
         return self.settings.reference_weight > 0
+
+    def table(self, sampler: SamplerTable, seed: int, step: int) -> SamplerTable:
+        return sampler
 
     def plan(self, count: int, generator: torch.Generator) -> list[list[int]]:
         """What is made of each sample in an update, a row each; a row begins with the first trained step.

@@ -28,7 +28,7 @@ from diffusionrl.config import RWRConfig
 from diffusionrl.data.prompts import members_of
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout
-from diffusionrl.transitions import Reduction
+from diffusionrl.transitions import Reduction, SamplerTable
 
 
 class RWR:
@@ -36,6 +36,7 @@ class RWR:
 
     needs: Needs = "endpoints"
     logprob_reduction: Reduction = "mean"
+    shared_start = False
     sampled_by: str | None = None
     needs_reference = False
     needs_reward_gradient = False
@@ -44,6 +45,9 @@ class RWR:
         self.config, self.guidance = config, guidance if config.train_guided else None
         self.micro_batch_size = config.micro_batch_size
         self.copies: Mapping[str, Callable[[int], float]] = {}
+
+    def table(self, sampler: SamplerTable, seed: int, step: int) -> SamplerTable:
+        return sampler
 
     def advantages(self, rollout: Rollout) -> Tensor:
         scores = rollout.scores

@@ -16,6 +16,7 @@ from diffusionrl.config.algorithms import (
     ForwardProcessConfig,
     KTOConfig,
     PolicyGradientConfig,
+    SharedOutConfig,
 )
 from diffusionrl.config.model import PolicyConfig, SamplingConfig
 from diffusionrl.config.rewards import RewardsConfig
@@ -206,10 +207,12 @@ class TrainConfig:
         )
         for task in self.all_tasks:
             self._check_groups(task)
-        require(
-            not isinstance(algorithm, PolicyGradientConfig) or (self.sampling.sampler != "ode" and self.sampling.eta > 0),
-            "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
-        )
+        if isinstance(algorithm, PolicyGradientConfig):
+            require(
+                self.sampling.sampler != "ode" and self.sampling.eta > 0,
+                "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
+            )
+            algorithm.window.places(self.sampling.num_steps)
 
     def _check_groups(self, task: TaskConfig) -> None:
         algorithm, drawn = self.algorithm, not self.preferences or bool(task.name)
@@ -218,7 +221,7 @@ class TrainConfig:
             f"{task.whose}algorithm {algorithm.name} compares the samples of one prompt (algorithm.normalisation): "
             "set samples_per_prompt above 1",
         )
-        if isinstance(algorithm, DDPOConfig):
+        if isinstance(algorithm, SharedOutConfig):
             require(
                 task.samples_per_step % algorithm.updates_per_step == 0,
                 f"{task.whose}{task.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut "

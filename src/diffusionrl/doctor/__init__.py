@@ -27,7 +27,7 @@ from diffusionrl.doctor.resources import (
 )
 from diffusionrl.doctor.reward import check_repeats, check_scores, check_variation, normalised
 from diffusionrl.doctor.update import check_update, rows_of_an_update
-from diffusionrl.sampling.rollout import Rollout, collect
+from diffusionrl.sampling.rollout import Rollout, collect, make_table
 from diffusionrl.training.trainer import Trainer
 
 __all__ = ["Finding", "check_groups", "examine"]
@@ -97,6 +97,8 @@ def _tiny_rollout(trainer: Trainer, sampling: SamplingConfig) -> Rollout:
         trainer.algorithm.needs,
         config.rewards.timeout,
         group,
+        trainer.algorithm.table(make_table(trainer.policy, sampling), config.seed, 1),
+        trainer.algorithm.shared_start,
     )
 
 

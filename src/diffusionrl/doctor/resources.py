@@ -190,7 +190,7 @@ def _largest(size: int, fits: Callable[[int], bool]) -> int:
 def _kept(trainer: Trainer, rollout: Rollout) -> int:
     """What a run holds beside its batches: AdamW's moments, the samples of a step (twice, when they are put together) and, in
     memory, two copies of weights and moments for checkpoints."""
-    tensors = [rollout.latents, rollout.log_probs, *([] if rollout.steps is None else [rollout.steps])]
+    tensors = [each for each in (rollout.latents, rollout.log_probs, rollout.steps, rollout.means) if each is not None]
     samples = _bytes_of(trainer, rollout, sum(tensor[0].nbytes for tensor in tensors)) * trainer.config.samples_per_step
     return 2 * samples + _weights(trainer)
 

@@ -14,7 +14,7 @@ from diffusionrl.config import TrainConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.evaluation import recent
 from diffusionrl.policies.base import Policy
-from diffusionrl.sampling.rollout import Rollout, collect
+from diffusionrl.sampling.rollout import Rollout, collect, make_table
 from diffusionrl.training.optimization import Optimization
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.tasks import Task
@@ -106,6 +106,8 @@ class TrainingStep:
             task.algorithm.needs,
             self.config.rewards.timeout,
             task.settings.samples_per_prompt,
+            task.algorithm.table(make_table(self.policy, self.config.sampling), task.seed, step),
+            task.algorithm.shared_start,
         )
 
     def _redraw(self, task: Task, rollout: Rollout, step: int) -> Rollout:

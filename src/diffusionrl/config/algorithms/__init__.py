@@ -15,7 +15,20 @@ from diffusionrl.config.algorithms.forward_process import (
     RWRConfig,
     VGRPOConfig,
 )
-from diffusionrl.config.algorithms.policy_gradient import DDPOConfig, DiffusionRLConfig, PolicyGradientConfig
+from diffusionrl.config.algorithms.policy_gradient import (
+    ClippedConfig,
+    DDPOConfig,
+    DiffusionRLConfig,
+    FlowDPPOConfig,
+    GRPOConfig,
+    GRPOFastConfig,
+    GRPOGuardConfig,
+    MixGRPOConfig,
+    PolicyGradientConfig,
+    SharedOutConfig,
+    TempFlowConfig,
+    WindowConfig,
+)
 from diffusionrl.config.algorithms.preference import D3POConfig, DPOConfig, KTOConfig
 from diffusionrl.config.algorithms.reward_gradient import (
     AlignPropConfig,
@@ -33,6 +46,7 @@ __all__ = [
     "AlgorithmConfig",
     "AlignPropConfig",
     "CRDConfig",
+    "ClippedConfig",
     "CopySchedule",
     "D3POConfig",
     "DDPOConfig",
@@ -44,8 +58,13 @@ __all__ = [
     "EPGConfig",
     "FlowAWRConfig",
     "FlowBPConfig",
+    "FlowDPPOConfig",
     "ForwardProcessConfig",
+    "GRPOConfig",
+    "GRPOFastConfig",
+    "GRPOGuardConfig",
     "KTOConfig",
+    "MixGRPOConfig",
     "NFTConfig",
     "ORWConfig",
     "PolicyGradientConfig",
@@ -53,10 +72,22 @@ __all__ = [
     "RWRConfig",
     "ReFLConfig",
     "RewardGradientConfig",
+    "SharedOutConfig",
+    "TempFlowConfig",
     "VGRPOConfig",
+    "WindowConfig",
 ]
 
-PolicyGradient = DDPOConfig | DiffusionRLConfig
+PolicyGradient = (
+    DDPOConfig
+    | DiffusionRLConfig
+    | GRPOConfig
+    | GRPOFastConfig
+    | MixGRPOConfig
+    | GRPOGuardConfig
+    | FlowDPPOConfig
+    | TempFlowConfig
+)
 ForwardProcess = (
     NFTConfig | AWMConfig | RAMConfig | FlowAWRConfig | VGRPOConfig | EPGConfig | DGPOConfig | CRDConfig | ORWConfig | RWRConfig
 )
@@ -66,6 +97,12 @@ AlgorithmConfig = PolicyGradient | ForwardProcess | Preference | RewardGradient
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ddpo": DDPOConfig,
     "diffusionrl": DiffusionRLConfig,
+    "grpo": GRPOConfig,
+    "grpo-fast": GRPOFastConfig,
+    "mixgrpo": MixGRPOConfig,
+    "grpo-guard": GRPOGuardConfig,
+    "flow-dppo": FlowDPPOConfig,
+    "tempflow": TempFlowConfig,
     "rwr": RWRConfig,
     "nft": NFTConfig,
     "awm": AWMConfig,

@@ -77,6 +77,7 @@ class D3POConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.kl_weight == 0, "algorithm.kl_weight is not for d3po, whose loss holds the reference model already")
         require(self.clip_range < 1, f"algorithm.clip_range must be below 1, not {self.clip_range}")
         require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
         _check_pairs(self)
