@@ -124,7 +124,7 @@ def test_a_reward_for_images_on_sound(model: Path, capsys: pytest.CaptureFixture
         (["--sampling.call", "wings"], "is not KEY=VALUE"),
         (["--policy.lora-targets", "to_z"], "has no layer 'to_z'; its layers' names end in"),
         (["--policy.networks", "unet"], "unet: no such part is called"),
-        (["--pretraining.source", "emoji"], "no call makes latents of an image"),
+        (["--pretraining.source", "emoji"], "FluxPipeline makes no latents of an image that it would decode to the same"),
     ],
 )
 def test_what_a_model_does_not_take(model: Path, given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +157,19 @@ def test_an_image_that_is_missing_or_broken(model: Path, capsys: pytest.CaptureF
     Path("cat_image.png").unlink()
     assert main(["train", *chosen]) == 2
     assert "prompts.jsonl:1: image 'cat_image.png' is no file beside it" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("model", ["sd1_img2img"], indirect=True)
+def test_images_of_two_sizes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which the pipeline makes latents of two shapes of."""
+    Image.new("RGB", (32, 16)).save("dog_image.png")
+    chosen = ["--model", str(model), *tiny.QUICK, *tiny.options_of("sd1_img2img"), *TRAINED, "--prompts", "prompts.jsonl"]
+    assert main(["train", *chosen, "--sampling.sampler", "ddim", "--run-dir", "run"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "latents of 'a dog' (dog_image.png) have the shape (4, 8, 16), and those of 'a cat' (cat_image.png) (4, 8, 8)" in said
+    )
     assert not Path("run").exists()
 
 

@@ -136,6 +136,15 @@ def test_a_quantised_base_is_that_of_a_folder(saved: Any, family: str, no_networ
     torch.testing.assert_close(draw(found, family), draw(expected, family), rtol=0, atol=1e-5)
 
 
+def test_the_lines_of_a_folder_load_what_the_run_had(saved: Any) -> None:
+    about = {"pipeline": "StableDiffusionPipeline", "makes": "image"}
+    for dtype, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        *lines, _, _ = loading_lines({"policy": {"dtype": dtype}}, about, repr(str(saved("sd1")[1])), "'export'", "'a cat'")
+        made: dict[str, Any] = {}
+        exec("\n".join(lines), made)
+        assert made["pipe"].dtype == wanted and ("torch" in "".join(lines)) == (dtype == "bfloat16")
+
+
 def test_a_run_of_a_single_file(
     saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

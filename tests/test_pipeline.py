@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusionrl import TrainConfig, seeds
 from diffusionrl.algorithms import make_algorithm
 from diffusionrl.config import DDPOConfig, OptimizerConfig, SamplingConfig
+from diffusionrl.data.media import open_image
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies import load_pipeline, put_export
@@ -276,3 +277,12 @@ def test_a_full_export_does_not_say_where_the_base_model_was(tmp_path: Path) -> 
     policy.export(tmp_path / "export")
     files = list((tmp_path / "export").rglob("*.json"))
     assert files and not any("secret" in file.read_text() for file in files)
+
+
+def test_an_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.picture(0).save(tmp_path / "cat.png")
+    prompt, opened = Prompt("a cat", media={"image": tmp_path / "cat.png"}), []
+    monkeypatch.setattr("diffusionrl.policies.asking.open_image", lambda medium: opened.append(medium) or open_image(medium))
+    policy = PipelinePolicy(tiny.build("flux_kontext"), prompt, 2, 3.0, tiny.call_of("flux_kontext"))
+    policy.decode(policy.start([prompt], [0]), [prompt])
+    assert opened == [tmp_path / "cat.png"]

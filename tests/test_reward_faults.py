@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objectives import FORWARD, REVERSE
+from objectives import FORWARD, REVERSE, REWARD_GRADIENT, d3po, lightness
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -333,7 +333,7 @@ def resumed_and_whole(make_policy: Any, tmp_path: Path, make: Callable[[], Any],
                 algorithm=DDPOConfig(updates_per_step=2, min_count=1),
                 evaluation=EvaluationConfig(every=0, num_samples=2),
             )
-            train(config, policy=make_policy(), reward=brightness, prompts=["a cat", "a dog"], algorithm=make())
+            train(config, policy=make_policy(), reward=lightness, prompts=["a cat", "a dog"], algorithm=make())
         final.append(load_file(checkpoint.folder_of(tmp_path / name, 4) / "policy.safetensors"))
     return final[0], final[1]
 
@@ -345,6 +345,8 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     "diffusionrl": lambda: DiffusionRL(DiffusionRLConfig(timesteps_per_step=2, normalisation="prompt", min_count=1), 2.0),
     "rwr": lambda: RWR(RWRConfig(updates_per_step=3, batch_size=4), 2.0),
     **FORWARD,
+    **REWARD_GRADIENT,
+    "d3po": d3po,
     **REVERSE,
     "rwr-sparse": lambda: RWR(RWRConfig(variant="sparse", updates_per_step=3, batch_size=4), 2.0),
 }

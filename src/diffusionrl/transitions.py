@@ -43,6 +43,11 @@ class NoiseLevels:
         columns = (self.timesteps, self.alpha, self.sigma)
         return NoiseLevels(*(column[rows] if isinstance(rows, slice) else column.to(rows.device)[rows] for column in columns))
 
+    @property
+    def linear(self) -> bool:
+        """Whether they are a linear flow's, alpha = 1 - sigma."""
+        return bool((self.alpha + self.sigma - 1).abs().max() < 1e-3)
+
     def shaped(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma), where ``like`` is, and shaped to broadcast over it."""
         shape = (-1, *[1] * (like.ndim - 1))

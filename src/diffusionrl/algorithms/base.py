@@ -26,7 +26,7 @@ class Objective(Protocol):
         ...
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row, (R,), with gradient; and figures to log, each (R,), without.
+        """The loss of each row, (R,), with gradient; and figures to log, each (R,), without, NaN where a row has none.
 
         Args:
             weights: what ``weights`` gave for these rows, (R,).
@@ -59,6 +59,9 @@ class Algorithm(Objective, Protocol):
     def needs_reference(self) -> bool:
         """Whether the policy has to keep the model that training began from."""
         ...
+
+    needs_reward_gradient: bool
+    """Whether the reward is differentiated."""
 
     def table(self, sampler: SamplerTable, seed: int, step: int) -> SamplerTable:
         """With what a training step samples: the run's own sampler, or that on some of its rows and the ODE on the others. It

@@ -43,6 +43,8 @@ class DGPO(ForwardProcess):
             old = at.error(self.ask(policy, at, policy.copies.used(BEHAVIOUR), self.guidance)) if self.copies else own
             return torch.stack([own, reference, old], 1)
 
+        if len(rows) == 0:
+            return torch.zeros(0)
         own, reference, old = self.over(rollout, rows, measure).double().unbind(1)
         advantage = advantages[rows[:, 0]].double()
         preference = (self.config.beta * draw_mean(advantage * (own - reference), rows)).sigmoid()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diffusionrl import processes, seeds
 from diffusionrl.algorithms.advantages import Advantages
+from diffusionrl.algorithms.groups import shared_out
 from diffusionrl.config.algorithms import ForwardProcessConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.devices import in_double
@@ -122,8 +123,7 @@ def noised(
         noises.append(torch.randn(clean.shape[1:], generator=generator))
     places, noise = torch.tensor(rows), torch.stack(noises).to(clean.device)
     levels = grid[places if grid.sigma[0] > grid.sigma[-1] else len(grid) - 1 - places]
-    linear = bool((grid.alpha + grid.sigma - 1).abs().max() < 1e-3)
-    return Noised(Estimate(clean, noise), levels.noisy(clean, noise), levels, prompts, linear)
+    return Noised(Estimate(clean, noise), levels.noisy(clean, noise), levels, prompts, grid.linear)
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ class ForwardProcess:
     logprob_reduction: Reduction = "mean"
     shared_start = False
     sampled_by: str | None = None
+    needs_reward_gradient = False
     leans_on_reference = False
     has_ratio = False
 
@@ -192,11 +193,10 @@ class ForwardProcess:
     def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
         """Rows are (sample, part of the grid, seed of the draw); whole groups are shared out among the updates."""
         size, valid = rollout.group_size, rollout.scores.valid
-        order = torch.randperm(len(rollout.prompts) // size, generator=seeds.torch_generator(seed, "update_order", step))
-        for update, groups in enumerate(order.tensor_split(self.settings.updates_per_step)):
+        for update, groups in enumerate(shared_out(rollout, self.settings.updates_per_step, seed, step)):
             rows = [
                 (sample, part, seeds.address(seed, "noising", step, update, group, part))
-                for group in groups.sort().values.tolist()
+                for group in groups
                 for part in range(self.settings.noisings)
                 for sample in range(group * size, (group + 1) * size)
                 if valid[sample]
@@ -225,7 +225,7 @@ class ForwardProcess:
             figures[f"policy/distance_from_{name}"] = distance.detach()
             if name == "reference" and self.settings.reference_weight > 0:
                 losses = losses + self.settings.reference_weight * distance
-        return losses, figures
+        return losses, figures | self.figures(point, weights)
 
     @torch.no_grad()
     def ask(self, policy: Policy, at: Noised, another: AbstractContextManager[None], guidance: float | None) -> Estimate:
@@ -235,6 +235,8 @@ class ForwardProcess:
 
     def over(self, rollout: Rollout, rows: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
         """What a look at all of this process's rows gives, in the micro-batches of the update, joined. Without gradient."""
+        if len(rows) == 0:
+            return torch.zeros(0)
         first = torch.zeros_like(rows[:1])
         first[:, 0] = rollout.own.start
         micro = rollout.micro_batches(rows + first, self.micro_batch_size, processes.index())
@@ -248,6 +250,10 @@ class ForwardProcess:
             weights: what ``weights`` gave, (R,); by default the samples' advantages.
         """
         raise NotImplementedError
+
+    def figures(self, point: Point, weights: Tensor) -> dict[str, Tensor]:
+        """More to log, each (R,), without gradient; NaN where a row has no such figure."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return self.statistics.state_dict()

@@ -52,6 +52,7 @@ class PolicyGradient:
     needs: Needs = "trajectories"
     shared_start = False
     sampled_by: str | None = None
+    needs_reward_gradient = False
 
     def __init__(self, config: PolicyGradientConfig, guidance: float) -> None:
         self.settings, self.guidance = config, guidance
@@ -103,7 +104,7 @@ class PolicyGradient:
             distance = gaussian_kl(mean, reference, std, self.logprob_reduction)
             losses = losses + self.settings.kl_weight * distance
             figures["policy/kl_from_reference"] = distance.detach()
-        return losses * _step_weights(table, self.settings.step_weight_power).to(x.device)[step], figures
+        return losses * step_weights(table, self.settings.step_weight_power).to(x.device)[step], figures
 
     @torch.no_grad()
     def _reference_mean(self, policy: Policy, *arguments: Any) -> Tensor | None:
@@ -174,7 +175,7 @@ def clipped(advantage: Tensor, ratio: Tensor, clip_range: float) -> tuple[Tensor
     return clipped_loss(advantage, ratio, clip_range), (ratio.detach() - 1).abs() > clip_range
 
 
-def _step_weights(table: SamplerTable, power: float) -> Tensor:
+def step_weights(table: SamplerTable, power: float) -> Tensor:
     """(T,), of mean 1 over the stochastic steps."""
     weights = table.fresh**power
     return weights / weights[table.fresh > 0].mean()

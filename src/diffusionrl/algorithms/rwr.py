@@ -39,6 +39,7 @@ class RWR:
     shared_start = False
     sampled_by: str | None = None
     needs_reference = False
+    needs_reward_gradient = False
 
     def __init__(self, config: RWRConfig, guidance: float) -> None:
         self.config, self.guidance = config, guidance if config.train_guided else None

@@ -13,6 +13,8 @@ BUILT_IN_REWARDS = (
     *("incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
+DIFFERENTIABLE_REWARDS = ("aesthetic", "clip-score", "composition", "composition-judge", "preference")
+"""Those of them that have a gradient."""
 ATTRIBUTES = ("emoji-skin-tone", "clip", "ita")
 
 

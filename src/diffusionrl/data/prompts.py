@@ -278,6 +278,26 @@ def _media(entry: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
     return media
 
 
+def load_rows(source: str, setting: str) -> Any:
+    """A ``datasets.Dataset``: of a ``.parquet`` file, or of ``dataset:ID[:SPLIT]``.
+
+    Raises:
+        UserError: ``datasets`` is not installed, or cannot load this; naming the setting.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{setting} {source!r} need the library datasets: pip install datasets") from error
+    datasets.disable_progress_bars()
+    try:
+        if source.startswith("dataset:"):
+            name, _, split = source.removeprefix("dataset:").partition(":")
+            return datasets.load_dataset(name, split=split or "train")
+        return datasets.Dataset.from_parquet(source)
+    except Exception as error:  # the library's own, pyarrow's, the hub's
+        raise UserError(f"{setting} {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 class DatasetPrompts(_Prompts):
     """The prompts of a ``.parquet`` file or of ``dataset:ID[:SPLIT]``; every column but "prompt" is metadata, and
     those of images, sound and the like, which would be decoded for nothing, are left out.
@@ -290,19 +310,7 @@ class DatasetPrompts(_Prompts):
     def __init__(self, source: str, max_broken: int = 0, limit: int | None = None) -> None:
         super().__init__(max_broken)
         self.source = source
-        try:
-            import datasets
-        except ImportError as error:
-            raise UserError(f"prompts {source!r} need the library datasets: pip install datasets") from error
-        datasets.disable_progress_bars()
-        try:
-            if source.startswith("dataset:"):
-                name, _, split = source.removeprefix("dataset:").partition(":")
-                self._rows = datasets.load_dataset(name, split=split or "train")
-            else:
-                self._rows = datasets.Dataset.from_parquet(source)
-        except Exception as error:  # the library's own, pyarrow's, the hub's
-            raise UserError(f"prompts {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        self._rows = load_rows(source, "prompts")
         if "prompt" not in self._rows.column_names:
             raise UserError(f'{source} has no column "prompt", but {self._rows.column_names}')
         media = [name for name, feature in self._rows.features.items() if hasattr(feature, "decode_example")]

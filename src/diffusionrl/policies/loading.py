@@ -19,7 +19,8 @@ from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.policies.quantization import check_quantization, is_quantized, quantization_settings
 from diffusionrl.policies.schedules import kind_of
 from diffusionrl.policies.single_file import SingleFile, find_file, load_file, look_into
-from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder
+from diffusionrl.policies.soundness import check_sound
+from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder, understood
 from diffusionrl.runs.hub import cached_first
 
 _FAST = "StableDiffusionPipeline"  # which has a policy of its own
@@ -52,9 +53,11 @@ def _check_settings(model: str) -> tuple[int, ...] | None:
     """See ``check_model``; of a folder or a hub id."""
     kind = find_class(model)
     if kind.__name__ == _FAST:
-        for name in ("unet/config.json", "vae/config.json"):
+        for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
             file = file_of(model, name)
-        return check_pipeline_folder(file.parent.parent)
+        shape = check_pipeline_folder(file.parent.parent)
+        if shape is not None:
+            return shape
     check_class(kind)
     file = file_of(model, "scheduler/scheduler_config.json")
     try:
@@ -140,7 +143,8 @@ def make_policy(
     """
     sampling = sampling or SamplingConfig()
     plain = not (sampling.arguments or sampling.negative_prompt or networks or (example and example.media))
-    if type(pipeline).__name__ == _FAST and plain and not is_quantized(pipeline.unet):
+    check_untouched(pipeline)
+    if type(pipeline).__name__ == _FAST and plain and not is_quantized(pipeline.unet) and _is_understood(pipeline):
         return StableDiffusionPolicy(pipeline, **settings)
     return PipelinePolicy(
         pipeline,
@@ -152,6 +156,29 @@ def make_policy(
         networks=networks,
         **settings,
     )
+
+
+def _is_understood(pipeline: Any) -> bool:
+    parts = [pipeline.components.get(name) for name in ("unet", "vae", "scheduler")]
+    if any(part is None for part in parts):
+        return False
+    name = {"_class_name": type(pipeline.scheduler).__name__}
+    return understood(pipeline.unet.config, pipeline.vae.config, pipeline.scheduler.config | name) is not None
+
+
+def check_untouched(pipeline: Any) -> None:
+    """Raises UserError where a live pipeline's networks are no longer as they were loaded: with adapters, or fused."""
+    for name, part in pipeline.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        adapters = list(getattr(part, "peft_config", None) or ())
+        if adapters:
+            raise UserError(
+                f"the pipeline's {name} has an adapter ({', '.join(map(str, adapters))}): train it further by its file "
+                "(policy.lora), or make it part of the weights: pipeline.fuse_lora(), then pipeline.unload_lora_weights()"
+            )
+        if any(getattr(module, "fused_projections", False) for module in part.modules()):
+            raise UserError(f"the pipeline's {name} has fused projections: call pipeline.unfuse_qkv_projections() first")
 
 
 def load_policy(
@@ -188,7 +215,7 @@ def load_policy(
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
             save_memory(getattr(pipeline, "vae", None), switch)
-    return make_policy(
+    policy = make_policy(
         pipeline,
         sampling,
         example,
@@ -205,3 +232,6 @@ def load_policy(
         reference=reference,
         offload_text_encoders=offload_text_encoders,
     )
+    steps = sampling.num_steps if sampling else SamplingConfig().num_steps
+    check_sound(policy, pipeline, model, steps, example)
+    return policy

@@ -37,6 +37,10 @@ Kind = Literal["flow", "noise over signal", "alpha-bars"]
 
 def kind_of(name: str, config: Mapping[str, Any]) -> Kind:
     """Of a scheduler by its class and configuration. Raises UserError where it is not known."""
+    if name in _ALPHA_BARS and config.get("prediction_type") == "flow_prediction":
+        raise UserError(
+            f"the pipeline's {name} says flow_prediction, and its steps are none of a flow: give it its own scheduler"
+        )
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return "flow"
     if name in _ALPHA_BARS:

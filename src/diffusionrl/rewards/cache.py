@@ -16,14 +16,15 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError
-from diffusionrl.rewards.base import Reward, Scores, as_scores
+from diffusionrl.rewards.base import Reward, Scores, as_scores, is_differentiable
 
 _NOT_OF_A_SCORE = {"timeout", "max_invalid", "invalid_window", "normalise", "cache"}
 
 
 class CachedReward:
     """A reward before a cache. A sample is known by its pixels in 8 bits (sounds: by their values), its prompt and metadata,
-    the reward's name and settings, and of a function of your own the file that it is in. Invalid scores are not kept.
+    the reward's name and settings, and of a function of your own the file that it is in. Invalid scores are not kept. With
+    gradient, the reward itself is asked.
 
     Attributes:
         counts: the reward's own, and "asked" and "cached" samples.
@@ -35,12 +36,15 @@ class CachedReward:
         self._about = json.dumps([name, settings, _code_of(reward)], default=str, sort_keys=True).encode()
         self._counts = {"asked": 0, "cached": 0}
         self.range = getattr(reward, "range", (-torch.inf, torch.inf))
+        self.differentiable = is_differentiable(reward)
 
     @property
     def counts(self) -> dict[str, float]:
         return {**getattr(self.reward, "counts", {}), **self._counts}
 
     def __call__(self, samples: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        if samples.requires_grad and torch.is_grad_enabled():
+            return as_scores(self.reward(samples, prompts, metadata), prompts, self.range)
         keys = [self._key(*each) for each in zip(samples, prompts, metadata, strict=True)]
         kept = [(self._cache.get(key) or {}).get("score") for key in keys]
         missing = [i for i, score in enumerate(kept) if score is None]

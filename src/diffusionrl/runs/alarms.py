@@ -18,6 +18,9 @@ ROUNDING = 1e-6
 """Relative to the mean: equal float32 scores may seem to differ by as much."""
 IDLE = 0.5
 """Share of prompts without any advantage: beyond it, most of what is sampled and scored teaches nothing."""
+FALLEN = 0.005
+"""Of the denoising loss, or of a log-probability: chosen and rejected samples are both less likely than to the reference model
+once both have lost as much."""
 CLIPPED = 0.5
 """Share of ratios beyond the clip."""
 LONGER = 1.15
@@ -84,6 +87,8 @@ class Watch:
         yield "idle-prompts", PATIENCE, None if constant else self._idle(line)
         if line.get("grad_rms") is not None:
             yield "small-gradient", PATIENCE, None if constant else self._gradient(line["grad_rms"])
+        if line.get("policy/chosen_gain") is not None and line.get("policy/rejected_gain") is not None:
+            yield "both-falling", PATIENCE, self._falling(line)
         several = "ratio/max_gap" in line and getattr(self.config.algorithm, "updates_per_step", 1) > 1
         distance = line.get("eval/kl_per_step", line.get("eval/prediction_distance"))  # an ODE has no KL
         if not several and distance is not None:
@@ -131,6 +136,16 @@ class Watch:
         return (
             f"the gradient's root mean square is {rms:.1e}, below optimizer.epsilon {epsilon:.0e}, which then shortens "
             "every step: lower it, for instance to 1e-15"
+        )
+
+    def _falling(self, line: dict[str, Any]) -> str | None:
+        """A preference is learnt by telling samples apart, which can be done by forgetting both, one faster than the other."""
+        chosen, rejected = line["policy/chosen_gain"], line["policy/rejected_gain"]
+        if max(chosen, rejected) > -FALLEN * line.get("policy/denoising_loss", 1.0):
+            return None
+        return (
+            f"chosen and rejected samples are both less likely than to the reference model (by {-chosen:.2g} and "
+            f"{-rejected:.2g}): raise algorithm.beta, or lower optimizer.learning_rate"
         )
 
     def _ratio(self, gap: float) -> str | None:

@@ -42,6 +42,7 @@ class Rollout:
             None where that is the next latent.
         sampling_rate: of sounds, in Hz.
         reward_weights: of the rewards that the scores are the sum of, by name.
+        reward: what scored them; None where it is not at hand.
         means: of the Gaussians that the steps were drawn from, (n, T, ...); None where they are not needed.
     """
 
@@ -57,6 +58,7 @@ class Rollout:
     steps: Tensor | None = None
     sampling_rate: int | None = None
     reward_weights: Mapping[str, float] = field(default_factory=dict)
+    reward: Mixture | None = None
     means: Tensor | None = None
 
     @property
@@ -71,8 +73,11 @@ class Rollout:
 
     def prompts_of(self, samples: Tensor) -> list[Prompt]:
         """Of samples by their place among those whose tensors are here."""
-        first = self.own.start if len(self.latents) < len(self.prompts) else 0
-        return [self.prompts[first + i] for i in samples.tolist()]
+        return [self.prompts[i] for i in self.among_all(samples).tolist()]
+
+    def among_all(self, samples: Tensor) -> Tensor:
+        """The places among all samples of some whose tensors are here."""
+        return samples + (self.own.start if len(self.latents) < len(self.prompts) else 0)
 
     def step_to(self, samples: Tensor, rows: Tensor) -> Tensor:
         """What the steps of some rows of the table gave, (B, ...)."""
@@ -313,6 +318,7 @@ def collect(
         _joined([each.steps for each in found]),
         policy.sampling_rate,
         mixture.weights,
+        mixture,
         _joined([each.means for each in found]),
     )
     scores = gather_scores(scores, rollout.shares)

@@ -147,7 +147,7 @@ def accumulate_gradient(
     own, mine = rollout.own, shared[processes.index()]
     filler = rows[:1].clone()
     filler[:, 0] = own.start
-    weights = _weights(algorithm, policy, rollout, mine, advantages)
+    weights = _weights(algorithm, policy, rollout, rows, mine, advantages)
     gradient = Sum(policy.trainable().values())
     parts: list[dict[str, Tensor]] = []
     for turn in range(max(map(len, shared))):
@@ -166,12 +166,10 @@ def accumulate_gradient(
 
 @torch.no_grad()
 def _weights(
-    algorithm: Objective, policy: Policy, rollout: Rollout, micro: list[Tensor], advantages: Tensor
+    algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, micro: list[Tensor], advantages: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of each of a process's micro-batches."""
-    if not micro:
-        return ()
-    own, rows = rollout.own, torch.cat(micro)
+    """Of each of a process's micro-batches. A process that has none is asked too: others may wait for what it says."""
+    own, rows = rollout.own, torch.cat([rows[:0], *micro])
     rows[:, 0] -= own.start  # where this process's tensors begin
     weights = algorithm.weights(policy, rollout, rows, advantages[own.start : own.stop])
     return torch.split(weights, [len(each) for each in micro])

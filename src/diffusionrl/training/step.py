@@ -72,8 +72,7 @@ class TrainingStep:
         """One pass through the picture."""
         sampler = task.algorithm.sampled_by
         with self.policy.copies.used(sampler) if sampler is not None else nullcontext():
-            rollout = self._collect(task, task.prompts_of(step), step, "rollout")
-            rollout = self._redraw(task, rollout, step)
+            rollout = self._samples(task, step)
         if samples is not None:
             recent.write_recent(rollout, samples, step, task.name)
         task.check_scores(rollout)
@@ -87,6 +86,12 @@ class TrainingStep:
             "time/reward": rollout.seconds["reward"],
             "time/update": time.perf_counter() - began,
         }
+
+    def _samples(self, task: Task, step: int) -> Rollout:
+        """Drawn and scored, or from disk."""
+        if task.judged is not None:
+            return task.judged.rollout(self.policy, task.seed, step)
+        return self._redraw(task, self._collect(task, task.prompts_of(step), step, "rollout"), step)
 
     def _collect(self, task: Task, prompts: Sequence[Prompt], step: int, purpose: str) -> Rollout:
         return collect(
@@ -137,6 +142,6 @@ class TrainingStep:
             for key, values in figures.items():
                 logged.setdefault(key, []).append(values)
             norms.append(norm)
-        means = {key: torch.cat(values).mean().item() for key, values in logged.items()}
+        means = {key: torch.cat(values).nanmean().item() for key, values in logged.items()}
         norm = sum(norms) / max(1, len(norms))
         return first | means | {"grad_norm": norm, "grad_rms": self.optimization.rms(norm)}

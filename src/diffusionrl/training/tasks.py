@@ -19,6 +19,7 @@ from diffusionrl.data.prompts import Prompt, fingerprint, members_of
 from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.rewards import Mixture
 from diffusionrl.sampling.rollout import Rollout
+from diffusionrl.training.preferences import JudgedImages
 
 
 class Task:
@@ -27,6 +28,7 @@ class Task:
     Args:
         settings: an entry of ``config.all_tasks``; the first task has no name.
         algorithm: an object of its own, as are its statistics.
+        judged: images that are trained on in the place of samples; prompts and reward are then for evaluations.
 
     Attributes:
         seed: the run's for the first task, which draws as if it were alone; derived from it and the name for others.
@@ -35,9 +37,15 @@ class Task:
     """
 
     def __init__(
-        self, settings: TaskConfig, prompts: Sequence[Prompt], reward: Mixture, algorithm: Algorithm, config: TrainConfig
+        self,
+        settings: TaskConfig,
+        prompts: Sequence[Prompt],
+        reward: Mixture,
+        algorithm: Algorithm,
+        config: TrainConfig,
+        judged: JudgedImages | None = None,
     ) -> None:
-        self.settings, self.prompts, self.reward, self.algorithm = settings, prompts, reward, algorithm
+        self.settings, self.prompts, self.reward, self.algorithm, self.judged = settings, prompts, reward, algorithm, judged
         self.name, self.limits, self.config = settings.name, config.rewards, config
         self.seed = seeds.address(config.seed, f"task/{self.name}") if self.name else config.seed
         self.invalid: deque[tuple[int, int]] = deque(maxlen=self.limits.invalid_window)
@@ -86,6 +94,7 @@ class Task:
             **{f"reward/{name}": count for name, count in self._counts().items()},
             "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),
             "advantage/prompts": len(groups),
+            **(self.judged.metrics() if self.judged else {}),
             **({"advantage/redrawn": self.redrawn} if self.config.redraw_queries else {}),
         }
 
@@ -99,6 +108,7 @@ class Task:
             "counts": self._counts(),
             "prompts": self._fingerprint,
             "broken": list(self._broken.items()),
+            "judged": self.judged.capture() if self.judged else None,
         }
 
     def _counts(self) -> dict[str, int]:
@@ -109,7 +119,9 @@ class Task:
         return dict(counts)
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raises UserError where a captured state is of other prompts."""
+        """Raises UserError where a captured state is of other prompts, or of other images."""
+        if self.judged and state["judged"]:
+            self.judged.check(state["judged"])
         if state["prompts"] != self._fingerprint and not self.config.checkpoint.allow_changes:
             raise UserError(
                 f"{self.settings.whose}the prompts are not those that the run began with: choose another --name, "
@@ -118,6 +130,8 @@ class Task:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Be as at ``capture``."""
+        if self.judged and state["judged"]:
+            self.judged.restore(state["judged"])
         self.invalid = deque(map(tuple, state["invalid"]), self.limits.invalid_window)
         self.redrawn = state["redrawn"]
         self.algorithm.load_state_dict(copy.deepcopy(state["algorithm"]))

@@ -11,6 +11,7 @@ from diffusionrl import interruption, processes
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.config import TrainConfig
 from diffusionrl.data.pairs import Pairs
+from diffusionrl.data.preferences import Preferences
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import RunStopped
 from diffusionrl.evaluation import recent
@@ -22,6 +23,7 @@ from diffusionrl.runs.checkpoint import Checkpoint
 from diffusionrl.runs.folder import RunFolder, TrainResult, tell_result
 from diffusionrl.training.monitor import Embed, Monitor
 from diffusionrl.training.optimization import NonFiniteError
+from diffusionrl.training.preferences import JudgedImages
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.state import TrainingState
 from diffusionrl.training.step import AVERAGE, TrainingStep
@@ -30,7 +32,7 @@ from diffusionrl.training.tasks import Task
 
 class Trainer:
     """One run: ``Trainer(...).run(folder)``. Reward, prompts and algorithm are the first task's, ``further`` the other
-    tasks; ``pairs`` are for the pretraining loss."""
+    tasks; ``pairs`` are for the pretraining loss, ``preferences`` take the place of the first task's samples."""
 
     def __init__(
         self,
@@ -43,10 +45,12 @@ class Trainer:
         embed: Embed | None = None,
         further: Sequence[Task] = (),
         pairs: Pairs | None = None,
+        preferences: Preferences | None = None,
     ) -> None:
         self.policy, self.prompts, self.algorithm, self.config = policy, prompts, algorithm, config
         self.reward = as_mixture(reward)
-        self.tasks = [Task(config.all_tasks[0], prompts, self.reward, algorithm, config), *further]
+        judged = JudgedImages(preferences, config) if preferences is not None else None
+        self.tasks = [Task(config.all_tasks[0], prompts, self.reward, algorithm, config, judged), *further]
         self.monitor = Monitor(policy, self.tasks, config, held_out, embed)
         self.pretraining = Pretraining(pairs, config, algorithm.micro_batch_size) if pairs is not None else None
         self.state = TrainingState(policy, self.tasks, config, self.pretraining)

@@ -29,31 +29,49 @@ from diffusionrl.config.algorithms.policy_gradient import (
     TempFlowConfig,
     WindowConfig,
 )
+from diffusionrl.config.algorithms.preference import D3POConfig, DPOConfig, KTOConfig
+from diffusionrl.config.algorithms.reward_gradient import (
+    AlignPropConfig,
+    DRaFTConfig,
+    DRTuneConfig,
+    FlowBPConfig,
+    ReFLConfig,
+    RewardGradientConfig,
+)
 
 __all__ = [
     "ALGORITHMS",
     "AWMConfig",
     "AdvantageConfig",
     "AlgorithmConfig",
+    "AlignPropConfig",
     "CRDConfig",
     "ClippedConfig",
     "CopySchedule",
+    "D3POConfig",
     "DDPOConfig",
     "DGPOConfig",
+    "DPOConfig",
+    "DRTuneConfig",
+    "DRaFTConfig",
     "DiffusionRLConfig",
     "EPGConfig",
     "FlowAWRConfig",
+    "FlowBPConfig",
     "FlowDPPOConfig",
     "ForwardProcessConfig",
     "GRPOConfig",
     "GRPOFastConfig",
     "GRPOGuardConfig",
+    "KTOConfig",
     "MixGRPOConfig",
     "NFTConfig",
     "ORWConfig",
     "PolicyGradientConfig",
     "RAMConfig",
     "RWRConfig",
+    "ReFLConfig",
+    "RewardGradientConfig",
     "SharedOutConfig",
     "TempFlowConfig",
     "VGRPOConfig",
@@ -73,7 +91,9 @@ PolicyGradient = (
 ForwardProcess = (
     NFTConfig | AWMConfig | RAMConfig | FlowAWRConfig | VGRPOConfig | EPGConfig | DGPOConfig | CRDConfig | ORWConfig | RWRConfig
 )
-AlgorithmConfig = PolicyGradient | ForwardProcess
+RewardGradient = DRaFTConfig | AlignPropConfig | ReFLConfig | DRTuneConfig | FlowBPConfig
+Preference = DPOConfig | KTOConfig | D3POConfig
+AlgorithmConfig = PolicyGradient | ForwardProcess | Preference | RewardGradient
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ddpo": DDPOConfig,
     "diffusionrl": DiffusionRLConfig,
@@ -93,4 +113,12 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "dgpo": DGPOConfig,
     "crd": CRDConfig,
     "orw": ORWConfig,
+    "draft": DRaFTConfig,
+    "alignprop": AlignPropConfig,
+    "refl": ReFLConfig,
+    "drtune": DRTuneConfig,
+    "flowbp": FlowBPConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "d3po": D3POConfig,
 }
