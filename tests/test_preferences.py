@@ -507,7 +507,7 @@ def test_a_pipeline_encodes_what_it_decodes(name: str) -> None:
     decoded = policy.decode(latents, [Prompt("a cat")] * 3)
     torch.testing.assert_close(decoded, alone.clamp(0, 1), atol=1e-4, rtol=0)
     assert decoded.std() > 0.02, "not grey"
-    own = policy._decode
-    policy._decode = lambda latents, prompts: own(latents * 1.2, prompts)  # type: ignore[method-assign]
+    own = policy.decode
+    policy.decode = lambda latents, prompts: own(latents * 1.2, prompts)  # type: ignore[method-assign]
     with pytest.raises(UserError, match="makes no latents of an image that it would decode to the same"):
         policy.encode(images)

@@ -322,7 +322,7 @@ class Counting:
 def resumed_and_whole(make_policy: Any, tmp_path: Path, make: Callable[[], Any], needs_groups: bool = False) -> tuple[Any, Any]:
     """The final weights of a run in two halves and of one in one piece."""
     final = []
-    for name, halves in (("whole", (4,)), ("halves", (2, 4))):
+    for name, halves in (("whole", (2,)), ("halves", (1, 2))):
         for steps in halves:
             config = TrainConfig(
                 steps=steps,
@@ -334,7 +334,7 @@ def resumed_and_whole(make_policy: Any, tmp_path: Path, make: Callable[[], Any],
                 evaluation=EvaluationConfig(every=0, num_samples=2),
             )
             train(config, policy=make_policy(), reward=lightness, prompts=["a cat", "a dog"], algorithm=make())
-        final.append(load_file(checkpoint.folder_of(tmp_path / name, 4) / "policy.safetensors"))
+        final.append(load_file(checkpoint.folder_of(tmp_path / name, 2) / "policy.safetensors"))
     return final[0], final[1]
 
 
