@@ -13,7 +13,7 @@ on paths that are no flows.
 Defaults: d = 1e-5 and two updates. Second-hand: the formula and d are from notes on two re-implementations (one takes 1e-6);
 we have not seen the paper. Costs the means of all steps beside their latents, twice the memory of a rollout.
 
-    diffusionrl train --preset emoji-flow --algorithm.name flow-dppo
+    diffusionrl train --preset emoji-flow --algorithm.name flow-dppo --algorithm.divergence 1e-3 --algorithm.step-weight-power 2
 """
 
 import torch

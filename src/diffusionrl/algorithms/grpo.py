@@ -17,7 +17,7 @@ adds is -dt times as much: about a tenth on ten steps. For the code's strength, 
 
 Deviations: whole groups stay in the mean where all scores are equal (their advantages are 0); the code drops them.
 
-    diffusionrl train --preset emoji-flow --algorithm.name grpo
+    diffusionrl train --preset emoji-flow --algorithm.name grpo --algorithm.clip-range 1e-3 --algorithm.step-weight-power 2
 """
 
 from torch import Tensor

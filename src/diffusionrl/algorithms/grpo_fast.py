@@ -10,7 +10,7 @@ guidance.
 Second-hand: the settings are from notes on the code. Deviation: the code draws a window for each batch of a process, here it is
 the same for all of a training step; samples whose advantage is 0 stay in the mean, the code drops them.
 
-    diffusionrl train --preset emoji-flow --algorithm.name grpo-fast
+    diffusionrl train --preset emoji-flow --algorithm.name grpo-fast --algorithm.clip-range 1e-3
 """
 
 from torch import Tensor

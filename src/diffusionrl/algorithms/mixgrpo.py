@@ -14,7 +14,7 @@ moves on, and MixGRPO-Flash, which takes fewer steps of a higher order after the
 A run must be long enough for the window to move: 25 training steps for each place. Shorter ones want a smaller
 ``window.every``.
 
-    diffusionrl train --preset emoji-flow --algorithm.name mixgrpo --algorithm.window.every 3
+    diffusionrl train --preset emoji-flow --algorithm.name mixgrpo --algorithm.window.every 3 --algorithm.clip-range 1e-3
 """
 
 from torch import Tensor

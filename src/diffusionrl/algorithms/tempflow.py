@@ -17,7 +17,7 @@ Deviations: the paper branches at several steps in one training step, here all g
 the shared prefix is computed for each of its branches, so sampling is not cheaper. Advantages are in standard deviations of the
 group; ``normalisation`` "group-mean" takes those of the step.
 
-    diffusionrl train --preset emoji-flow --algorithm.name tempflow
+    diffusionrl train --preset emoji-flow --algorithm.name tempflow --algorithm.clip-range 5e-3
 """
 
 from torch import Tensor
