@@ -20,6 +20,9 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm when it is longer; inf leaves it as it is."""
+    average: float = 0.0
+    """Decay of an exponential average of the trained weights, one step an update, which is what is evaluated and exported; 0:
+    the weights themselves."""
 
     def __post_init__(self) -> None:
         require(0 < self.learning_rate < inf, f"optimizer.learning_rate must be positive and finite, not {self.learning_rate}")
@@ -29,6 +32,7 @@ class OptimizerConfig:
         require(
             0 <= self.weight_decay < inf, f"optimizer.weight_decay must not be negative or infinite, not {self.weight_decay}"
         )
+        require(0 <= self.average < 1, f"optimizer.average must lie in [0, 1), not {self.average}")
         require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
 
 

@@ -10,6 +10,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -41,12 +42,12 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     media: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Of what a model makes of it: prompts of one key are alike to it."""
         if not self.media:
             return self.text
-        named = [(name, str(each) if isinstance(each, Path) else id(each)) for name, each in self.media.items()]
+        named = [(name, str(each) if isinstance(each, Path) else content_of(each)) for name, each in self.media.items()]
         return f"{self.text}\0{named}"
 
 
@@ -88,12 +89,23 @@ def members_of(prompts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Of their texts and metadata: a run that is taken up must have the same."""
+    """Of their texts, metadata and images: a run that is taken up must have the same."""
     known = getattr(prompts, "fingerprint", None)
     if known is not None:
         return str(known)
-    said = json.dumps([[prompt.key, prompt.metadata] for prompt in prompts], sort_keys=True, default=str)
-    return hashlib.sha256(said.encode()).hexdigest()
+    said = [[prompt.text, prompt.metadata, *map(content_of, prompt.media.values())] for prompt in prompts]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def content_of(medium: Any) -> str:
+    """A hash of an image, a file or PIL's. Raises UserError where it cannot be read."""
+    if not isinstance(medium, Path):
+        return hashlib.blake2b(f"{medium.mode}{medium.size}".encode() + medium.tobytes(), digest_size=32).hexdigest()
+    try:
+        with medium.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    except OSError as error:
+        raise UserError(f"image {medium} of a prompt cannot be read: {error}") from error
 
 
 class _Prompts(Sequence[Prompt]):
@@ -101,7 +113,8 @@ class _Prompts(Sequence[Prompt]):
 
     Attributes:
         broken: what is wrong with the broken ones that were found, by their place in the source.
-        fingerprint: of the whole file; of a data set its length, columns, and first and last 1,000 rows.
+        fingerprint: of the whole file, and of the images that the first 1,000 such prompts name; of a data set its length,
+            columns, and first and last 1,000 rows.
     """
 
     def __init__(self, max_broken: int) -> None:
@@ -171,7 +184,17 @@ class PromptFile(_Prompts):
         self._bounds, self.fingerprint = _line_bounds(path, limit)
         self._starts, self._ends = self._bounds[:-1], self._bounds[1:]
         count = min(CHECKED, len(self))
-        good = np.fromiter(self._check(count, self._read), dtype=bool, count=count)
+        images: list[str] = []
+
+        def read(index: int) -> Prompt | None:
+            prompt = self._read(index)
+            if prompt is not None and prompt.media and len(images) < _ROWS:
+                images.append(str([content_of(medium) for medium in prompt.media.values()]))
+            return prompt
+
+        good = np.fromiter(self._check(count, read), dtype=bool, count=count)
+        if images:
+            self.fingerprint = hashlib.sha256("".join([self.fingerprint, *images]).encode()).hexdigest()
         if not good.all():
             kept = np.concatenate([np.flatnonzero(good), np.arange(count, len(self))])
             self._starts, self._ends = self._starts[kept], self._ends[kept]
@@ -255,6 +278,26 @@ def _media(entry: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
     return media
 
 
+def load_rows(source: str, setting: str) -> Any:
+    """A ``datasets.Dataset``: of a ``.parquet`` file, or of ``dataset:ID[:SPLIT]``.
+
+    Raises:
+        UserError: ``datasets`` is not installed, or cannot load this; naming the setting.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{setting} {source!r} need the library datasets: pip install datasets") from error
+    datasets.disable_progress_bars()
+    try:
+        if source.startswith("dataset:"):
+            name, _, split = source.removeprefix("dataset:").partition(":")
+            return datasets.load_dataset(name, split=split or "train")
+        return datasets.Dataset.from_parquet(source)
+    except Exception as error:  # the library's own, pyarrow's, the hub's
+        raise UserError(f"{setting} {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 class DatasetPrompts(_Prompts):
     """The prompts of a ``.parquet`` file or of ``dataset:ID[:SPLIT]``; every column but "prompt" is metadata, and
     those of images, sound and the like, which would be decoded for nothing, are left out.
@@ -267,19 +310,7 @@ class DatasetPrompts(_Prompts):
     def __init__(self, source: str, max_broken: int = 0, limit: int | None = None) -> None:
         super().__init__(max_broken)
         self.source = source
-        try:
-            import datasets
-        except ImportError as error:
-            raise UserError(f"prompts {source!r} need the library datasets: pip install datasets") from error
-        datasets.disable_progress_bars()
-        try:
-            if source.startswith("dataset:"):
-                name, _, split = source.removeprefix("dataset:").partition(":")
-                self._rows = datasets.load_dataset(name, split=split or "train")
-            else:
-                self._rows = datasets.Dataset.from_parquet(source)
-        except Exception as error:  # the library's own, pyarrow's, the hub's
-            raise UserError(f"prompts {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        self._rows = load_rows(source, "prompts")
         if "prompt" not in self._rows.column_names:
             raise UserError(f'{source} has no column "prompt", but {self._rows.column_names}')
         media = [name for name, feature in self._rows.features.items() if hasattr(feature, "decode_example")]

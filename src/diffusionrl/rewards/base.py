@@ -25,7 +25,8 @@ Reward = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
 """Called with images in [0, 1] (float32, (B, 3, H, W), on the CPU), B prompts and B metadata mappings; returns B numbers, or
 ``Scores``. It may have ``range``, (lowest, highest): a score outside is invalid; and ``counts``, a mapping of names to numbers,
 which is logged with the step's metrics. With ``whole_groups = True`` it is called with all the samples of one prompt slot of
-the step (or of the evaluation) at once, B equal prompts, and with nothing else."""
+the step (or of the evaluation) at once, B equal prompts, and with nothing else. With ``differentiable = True`` it carries a
+gradient from the images to the scores, a tensor or ``Scores``; see ``differentiable``."""
 
 REGISTRY: dict[str, Callable[[RewardsConfig], Reward]] = {}
 
@@ -38,6 +39,18 @@ def register(name: str) -> Callable[[Callable[[RewardsConfig], Reward]], Callabl
         return factory
 
     return keep
+
+
+def differentiable(reward: Reward) -> Reward:
+    """Declare that a reward has a gradient: what it returns carries one where the images do. Updates call it too, in the main
+    thread, with a few images at a time."""
+    reward.differentiable = True  # type: ignore[attr-defined]
+    return reward
+
+
+def is_differentiable(reward: Reward) -> bool:
+    """Whether a reward declares a gradient."""
+    return attribute_of(reward, "differentiable", False) is True
 
 
 @dataclass(frozen=True)
@@ -194,7 +207,7 @@ def counts_of(reward: Reward) -> dict[str, float]:
 
 
 def as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]) -> Scores:
-    """What a reward returned, checked. Raises NoScores where it is not a number for each of the prompts."""
+    """What a reward returned, checked; its gradient is kept. Raises NoScores where it is not a number for each prompt."""
     said = returned if isinstance(returned, Scores) else None
     values = _as_floats(said.values if said else returned, len(prompts))
     answered = values.float().isfinite()  # what float32 cannot hold is taken for infinite
@@ -222,7 +235,7 @@ def _as_floats(returned: Any, count: int) -> Tensor:
             returned = torch.from_numpy(returned.astype(np.float64))
         if isinstance(returned, Tensor):
             require(not returned.is_complex(), "complex numbers")
-            values = returned.detach().to_dense().cpu().double()
+            values = returned.to_dense().cpu().double()
         else:
             require(isinstance(returned, list | tuple | np.ndarray), "no list, array or tensor")
             values = torch.tensor([_as_float(value) for value in returned], dtype=torch.float64)

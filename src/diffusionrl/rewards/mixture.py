@@ -17,6 +17,8 @@ from diffusionrl.rewards.base import (
     Reward,
     Scores,
     are_whole,
+    as_scores,
+    attribute_of,
     broken_image,
     counts_of,
     looks_at_groups,
@@ -25,6 +27,7 @@ from diffusionrl.rewards.base import (
     score_groups,
     try_reward,
 )
+from diffusionrl.rewards.cache import AnswerCache, CachedReward
 from diffusionrl.rewards.foreign import within
 from diffusionrl.rewards.loading import load_reward
 
@@ -70,6 +73,15 @@ class Mixture:
         errors = [f"{name}: {scores.error}" for name, scores in found.items() if scores.error]
         broken = broken_image(are_whole(images), prompts)  # through no fault of a reward
         return self._combine(parts, broken or (errors[-1] if errors else None))
+
+    def differentiate(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        """The same scores with gradient, of rewards that have one; what a reward raises is raised."""
+        parts, errors = {}, []
+        for name, reward in self.rewards.items():
+            scores = as_scores(reward(images, prompts, metadata), prompts, attribute_of(reward, "range", (-math.inf, math.inf)))
+            parts[name] = torch.where(scores.valid, scores.values, torch.nan)
+            errors += [f"{name}: {scores.error}"] if scores.error else []
+        return self._combine(parts, errors[-1] if errors else None)
 
     def nothing(self, count: int, error: str) -> Scores:
         """No valid score for ``count`` samples."""
@@ -157,6 +169,11 @@ def load_mixture(names: Sequence[str], config: RewardsConfig | None = None) -> M
             raise UserError(f"reward {name!r} is named twice")
         weights[name] = _finite(name, weight) if equals else 1.0
         rewards[name] = load_reward(name, config)
+    if config is not None and config.cache is not None:
+        cache = AnswerCache(config.cache.expanduser())
+        for name, reward in rewards.items():
+            if not looks_at_groups(reward):
+                rewards[name] = CachedReward(reward, name, config, cache)
     return Mixture(rewards, weights)
 
 

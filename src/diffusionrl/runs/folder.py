@@ -31,7 +31,7 @@ from diffusionrl.runs.trackers import IMAGES, Mirror, check_trackers, close_all,
 _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
 PARTIAL = ".partial"  # what a killed process may leave behind
 _SHOW_AFTER = 30.0  # seconds: the report is no older than that and a step
-SAFE_CHANGES = ("steps", "track", "evaluation.every", "checkpoint.", "guard.")
+SAFE_CHANGES = ("steps", "max_queries", "track", "evaluation.every", "checkpoint.", "guard.")
 """Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
 
 
@@ -119,7 +119,7 @@ class RunFolder:
     def __init__(self, run_dir: Path, config: TrainConfig, report: Callable[[Path], object] | None = None) -> None:
         self.run_dir, self.config, self._report = run_dir, config, report
         self._lock = FileLock(run_dir / "lock")
-        self._progress = Progress(config.steps, config.queries_per_step)
+        self._progress = Progress(config.last_step, config.queries_per_step)
         self.new, self._begun = True, False
         self.finished: str | None = None
         self._shown = time.monotonic()
@@ -188,11 +188,11 @@ class RunFolder:
             marker = self.run_dir / "finished.json"
             ending = json.loads(marker.read_text()) if marker.is_file() else {"steps": 0}
             done = ending["steps"]
-            if done > self.config.steps:
-                raise UserError(f"{self.run_dir} is finished with {done} steps; {self.config.steps} were asked for")
+            if done > self.config.last_step:
+                raise UserError(f"{self.run_dir} is finished with {done} steps; {self.config.last_step} were asked for")
             if "stopped" in ending and self.config.guard.stop:
                 self.finished = f"the guard stopped it at step {done}: {ending['stopped']}. With --guard.no-stop it goes on"
-            elif done == self.config.steps and (self.config.guard.stop or ending.get("exported_step", done) == done):
+            elif done == self.config.last_step and (self.config.guard.stop or ending.get("exported_step", done) == done):
                 self.finished = f"all {done} steps are done"
         elif any(p.name != "lock" and p.suffix != PARTIAL for p in self.run_dir.iterdir()):
             raise UserError(f"{self.run_dir} exists and is no run: choose another --name or --run-dir")
@@ -226,8 +226,8 @@ class RunFolder:
             return None
         checkpoint.clean(self.run_dir)
         found = checkpoint.load_newest(self.run_dir, self.config.checkpoint.exact)
-        if found is not None and found.step > self.config.steps:
-            raise UserError(f"{self.run_dir} has {found.step} steps behind it; {self.config.steps} were asked for")
+        if found is not None and found.step > self.config.last_step:
+            raise UserError(f"{self.run_dir} has {found.step} steps behind it; {self.config.last_step} were asked for")
         return found
 
     def begin(self, step: int | None, device: torch.device, about: dict[str, Any] | None = None) -> None:
