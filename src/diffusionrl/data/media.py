@@ -71,16 +71,37 @@ def stills(samples: Sequence[Tensor] | Tensor) -> list[Image.Image]:
     return [still(sample) for sample in samples]
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB as people see it: turned as its camera was held, on white where it is transparent, 16 bits scaled to 8.
+
+    Raises:
+        UserError: its values are of a kind that has no known range.
+    """
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode == "F":
+        raise UserError("an image of floating-point values has no known range: save it with 8 or 16 bits")
+    if turned.mode.startswith("I"):
+        values = np.asarray(turned).astype(np.int64)
+        levels = ((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8)
+        if "transparency" in turned.info:  # the value that is
+            levels[values == turned.info["transparency"]] = 255
+        return Image.fromarray(levels).convert("RGB")
+    if not turned.has_transparency_data:
+        return turned.convert("RGB")
+    layer = turned.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
 def open_image(medium: Path | Image.Image) -> Image.Image:
-    """Of a prompt, as RGB.
+    """Of a prompt: see ``to_rgb``.
 
     Raises:
         UserError: it is not there, or does not decode.
     """
     if isinstance(medium, Image.Image):
-        return medium.convert("RGB")
+        return to_rgb(medium)
     try:
         with Image.open(medium, formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(image)
     except Exception as error:  # Pillow raises whatever a broken file leads it to
         raise UserError(f"image {medium} of a prompt cannot be read: {type(error).__name__}: {error}") from error

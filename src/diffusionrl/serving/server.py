@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusionrl.config.rewards import ServeConfig
+from diffusionrl.data.media import to_rgb
 from diffusionrl.errors import UserError
 from diffusionrl.rewards import load_reward
 from diffusionrl.rewards.base import Reward, Scores, looks_at_groups, score_groups
@@ -273,7 +274,7 @@ def _parse(body: bytes) -> _Job:
     tensors: list[Tensor] = []
     for index, image in enumerate(opened):
         with _decoding(index):
-            tensors.append(torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32) / 255))
+            tensors.append(torch.from_numpy(np.array(to_rgb(image), dtype=np.float32) / 255))
     return _Job(torch.stack(tensors).permute(0, 3, 1, 2).contiguous(), prompts, metadata)
 
 
