@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from diffusionrl.config.checks import check_values
 from diffusionrl.errors import one_of, require
 
 BUILT_IN_REWARDS = (
@@ -213,6 +214,7 @@ class ServeConfig:
     """What built-in rewards need."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(0 <= self.port <= 65535, f"port must lie between 0 and 65535, not {self.port}")
         require(self.timeout > 0, f"timeout must be positive, not {self.timeout}")
         require(self.wait >= 0, f"wait must not be negative, not {self.wait}")

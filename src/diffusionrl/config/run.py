@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from diffusionrl.config.algorithms import AlgorithmConfig, DDPOConfig, DiffusionRLConfig, RWRConfig
+from diffusionrl.config.checks import check_values
 from diffusionrl.config.model import PolicyConfig, SamplingConfig
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.config.training import (
@@ -23,6 +24,7 @@ from diffusionrl.errors import require
 
 _ROOMS = ("advantage", "eval", "guard", "policy", "pretraining", "prompts", "ratio", "reward", "time")
 """Where metrics of a run's own are: no task may have such a name."""
+_MOST_SAMPLES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class TaskConfig:
         require(len(self.reward) >= 1, f"{self.whose}reward names no reward")
         for what in ("prompts_per_step", "samples_per_prompt"):
             require(getattr(self, what) >= 1, f"{self.whose}{what} must be at least 1, not {getattr(self, what)}")
+        require(
+            self.samples_per_step <= _MOST_SAMPLES,
+            f"{self.whose}{self.samples_per_step:,} samples a step (prompts_per_step * samples_per_prompt) are more than "
+            f"{_MOST_SAMPLES:,}: all of a step are in memory at once",
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,11 @@ class TrainConfig:
         return self.guard.watch or tuple(entry.partition("=")[0] for entry in self.evaluation.held_out)
 
     def __post_init__(self) -> None:
+        check_values(self)
+        require(
+            self.name is None or (re.fullmatch(r"[^/\\\0]{1,200}", self.name) is not None and self.name not in (".", "..")),
+            f"name is that of a folder in runs/, without slashes, not {self.name!r}: --run-dir takes any path",
+        )
         require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         require(self.max_broken_prompts >= 0, f"max_broken_prompts must not be negative, not {self.max_broken_prompts}")
         require(

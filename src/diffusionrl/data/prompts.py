@@ -63,6 +63,10 @@ def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> 
         raise UserError(f"prompts {source!r} cannot be read: {error}") from error
 
 
+def is_built_in(source: str) -> bool:
+    return source in prompt_sets() or (PROMPT_SETS / f"{source}.txt").name in os.listdir(PROMPT_SETS)
+
+
 def keep_newest(known: dict[str, Any], count: int) -> None:
     """Drop what is known of all prompts but those that were entered last: there may be millions of them."""
     for prompt in list(known)[:-count]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusionrl import seeds
 from diffusionrl.errors import UserError
+from diffusionrl.paths import expand
 
 ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj"),
@@ -88,10 +89,23 @@ def add_lora(network: Any, rank: int, targets: Sequence[str], seed: int, purpose
 
 def find_lora(path: Path) -> Path:
     """A safetensors file, or the one that a folder holds under diffusers' name. Raises UserError where there is none."""
+    path = expand(path)
     file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
-    if not file.is_file() or file.suffix != ".safetensors":
-        raise UserError(f"LoRA {path} was not found: give a .safetensors file, or a folder with {LORA_WEIGHT_NAME_SAFE} in it")
-    return file
+    if file.is_file() and file.suffix.lower() == ".safetensors":
+        return file
+    asked = f"give a .safetensors file, or a folder with {LORA_WEIGHT_NAME_SAFE} in it"
+    if file.is_file():
+        raise UserError(
+            f"LoRA {path} is there, and is no .safetensors file: convert it once, if you trust it, by the script in the "
+            "repository's examples/: python convert_to_safetensors.py"
+        )
+    if (path / "config.yaml").is_file():
+        raise UserError(f"LoRA {path} is a run folder: give {path / 'export'}, or the run as the model")
+    if path.is_dir():
+        found = sorted(each.name for each in path.glob("*.safetensors"))
+        said = f"it holds {', '.join(found[:3])}: name the file" if found else "it holds no .safetensors file"
+        raise UserError(f"LoRA {path} is a folder without {LORA_WEIGHT_NAME_SAFE}; {said}")
+    raise UserError(f"LoRA {path} was not found: {asked}")
 
 
 def load_lora(pipeline: Any, file: Path, name: str, networks: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from diffusionrl import devices
-from diffusionrl.config import SamplingConfig
+from diffusionrl.config import PolicyConfig, SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import save_memory
@@ -182,6 +182,22 @@ def load_policy(
     Raises:
         UserError: the model is not there, or cannot be a policy.
     """
+    targets = (lora_targets,) if isinstance(lora_targets, str) else tuple(lora_targets)
+    settings = PolicyConfig(  # which checks them
+        training=training,  # type: ignore[arg-type]
+        networks=networks,
+        lora_rank=lora_rank,
+        lora_targets=targets,
+        lora=lora,
+        reference=reference,  # type: ignore[arg-type]
+        gradient_checkpointing=gradient_checkpointing,
+        vae_slicing=vae_slicing,
+        vae_tiling=vae_tiling,
+        offload_text_encoders=offload_text_encoders,
+        quantization=quantization,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
+        device=device,
+    )
     precision: torch.dtype = getattr(torch, dtype)
     chosen = devices.choose(device)
     check_quantization(quantization, chosen)
@@ -189,13 +205,13 @@ def load_policy(
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
             save_memory(getattr(pipeline, "vae", None), switch)
-    return make_policy(
+    policy = make_policy(
         pipeline,
         sampling,
         example,
         networks,
         lora_rank=lora_rank if training == "lora" else None,
-        lora_targets=lora_targets,
+        lora_targets=targets,
         dtype=precision,
         device=chosen,
         seed=seed,
@@ -206,3 +222,5 @@ def load_policy(
         reference=reference,
         offload_text_encoders=offload_text_encoders,
     )
+    policy.settings = settings
+    return policy
