@@ -13,7 +13,7 @@ from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, TaskConfig, TrainConfig
 from diffusionrl.config.presets import emoji
-from diffusionrl.data.entries import checked, from_entry
+from diffusionrl.data.entries import check_encodes, from_entry
 from diffusionrl.data.pairs import load_pairs
 from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.doctor import Finding, check_groups, examine
@@ -58,7 +58,7 @@ def train(
         Interrupted: a signal asked it to save and stop.
     """
     config, reward, prompts = _settle(config, policy, reward, prompts)
-    run_dir = expand(config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S"))).absolute()
+    run_dir = expand(config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S")))
     processes.start(config.policy.device, config.rewards.timeout)
     with interruption.noted(), RunFolder(run_dir, config, keep_report) if processes.is_main() else NoFolder(config) as folder:
         finished = processes.tell(folder.finished)
@@ -291,5 +291,10 @@ def _described(policy: Policy | None, reward: Reward | Mixture | None, prompts: 
 
 
 def _as_prompt(prompt: Any, index: int) -> Prompt:
+    """Raises UserError for what is no prompt."""
     where = f"prompts[{index}]"
-    return checked(prompt, where) if isinstance(prompt, Prompt) else from_entry(prompt, Path(), where)
+    if isinstance(prompt, str) and prompt.strip():
+        prompt = Prompt(prompt)  # to the letter
+    found = prompt if isinstance(prompt, Prompt) else from_entry(prompt, Path(), where)
+    check_encodes(found.text, where)
+    return found

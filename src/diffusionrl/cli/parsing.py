@@ -1,6 +1,7 @@
 """Options to configurations: preset, then YAML file, then options."""
 
 import dataclasses
+import importlib
 import logging
 import os
 import sys
@@ -152,8 +153,9 @@ def check_reward(name: str) -> None:
         raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function")
     package = name.partition(":")[0].partition(".")[0]
     if ":" in name and package.isidentifier() and "://" not in name:
-        places = [".", *sys.path]
-        if package not in sys.builtin_module_names and PathFinder.find_spec(package, places) is None:
+        importlib.invalidate_caches()
+        places = [os.getcwd(), *sys.path]
+        if package not in {*sys.builtin_module_names, *sys.modules} and PathFinder.find_spec(package, places) is None:
             raise UserError(f"reward {name!r} does not import: there is no module {package!r} here or installed")
 
 

@@ -74,8 +74,8 @@ class TrainConfig:
     """Built-in rewards, or package.module:function of your own, called with (images, prompts, metadata). NAME=WEIGHT where
     several are added up."""
     prompts: str = "ddpo-animals"
-    """A built-in set, a text file (one prompt a line), a JSONL or parquet file ("prompt" and any metadata), or
-    dataset:ID[:SPLIT] of the library datasets."""
+    """A built-in set; a file: a prompt a line, JSON, CSV, TSV or parquet ("prompt" and any metadata); or dataset:ID[:SPLIT] of
+    the library datasets."""
     max_broken_prompts: int = 0
     """Broken lines that are passed over; one more stops the run."""
     steps: int = 200

@@ -125,12 +125,9 @@ def describe(
     **switches: bool,
 ) -> PolicyConfig | None:
     """``Policy.settings`` of what a policy was made with; None where a configuration cannot say it."""
-    given: dict[str, Any] = {
-        "lora_rank": 1 if lora_rank is None else lora_rank,
-        "lora": lora,
-        "reference": reference,
-        **switches,
-    }
+    given: dict[str, Any] = {"lora": lora, "reference": reference, **switches}
+    if lora_rank is not None:
+        given["lora_rank"] = lora_rank
     try:
         return PolicyConfig(
             training="full" if lora_rank is None and lora is None else "lora",

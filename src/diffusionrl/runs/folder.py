@@ -180,7 +180,10 @@ class RunFolder:
         check_trackers(self.config.track)
         self._made = [folder for folder in (self.run_dir, *self.run_dir.parents) if not folder.exists()]
         check_run_dir(self.run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.run_dir} cannot be made: {error}: choose another --run-dir") from error
         self._hold()
         self._identity = _identity_of(self.run_dir)
         self.new = not (self.run_dir / "config.yaml").is_file()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,18 +34,22 @@ def is_held(run_dir: Path) -> bool:
 
 
 def check_run_dir(run_dir: Path) -> None:
-    """Raises UserError where no run can be: it is no folder, cannot be made or written to, or another process is in it."""
-    if is_held(run_dir):
-        raise UserError(f"another process is at work in {run_dir}: choose another --name, or wait for it")
+    """Raises UserError where no run can be: it is no folder, cannot be made, or another process is in it."""
+    if any(len(os.fsencode(part)) > 255 for part in run_dir.parts):
+        raise UserError(f"a name in {run_dir} is too long for a folder: choose another --run-dir")
     if run_dir.is_symlink() and not is_there(run_dir):
         raise UserError(f"{run_dir} is a link to what is not there: choose another --run-dir")
-    if len(os.fsencode(run_dir.name)) > 255:
-        raise UserError(f"the name of {run_dir} is too long for a folder: choose another --run-dir")
     nearest = next(each for each in (run_dir, *run_dir.absolute().parents) if is_there(each))
     if not nearest.is_dir():
         raise UserError(f"{nearest} is {describe(nearest)}, not a folder: choose another --run-dir")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"{nearest} cannot be written to: choose another --run-dir")
+    if is_held(run_dir):
+        raise UserError(f"another process is at work in {run_dir}: choose another --name, or wait for it")
+    if nearest == run_dir:
+        return
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=nearest))
+    except OSError as error:
+        raise UserError(f"{run_dir} cannot be made: {error}: choose another --run-dir") from error
 
 
 def check_model_name(model: str) -> None:
