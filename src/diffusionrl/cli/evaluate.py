@@ -14,7 +14,6 @@ from diffusionrl.config import RewardsConfig, SamplingConfig
 from diffusionrl.errors import UserError, require
 from diffusionrl.paths import expand, is_there
 from diffusionrl.runs.hub import is_single_file
-from diffusionrl.runs.places import check_model_name
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,8 @@ def run(arguments: Sequence[str]) -> None:
     config = dataclasses.replace(config, out=expand(config.out))
     if is_there(config.out):
         raise UserError(f"{config.out} exists: choose another --out")
+    from diffusionrl.runs.places import check_model_name
+
     for model in (config.model, config.baseline):
         if model is not None:
             check_model_name(model)

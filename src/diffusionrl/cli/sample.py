@@ -10,7 +10,6 @@ from diffusionrl.cli.parsing import quiet_libraries, settings_of
 from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError, require
 from diffusionrl.paths import expand, is_there
-from diffusionrl.runs.places import check_model_name
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ def run(arguments: Sequence[str]) -> None:
     out = expand(config.out)
     if is_there(out):
         raise UserError(f"{out} exists: choose another --out")
+    from diffusionrl.runs.places import check_model_name  # which imports NumPy
+
     check_model_name(config.model)
     quiet_libraries()
     from diffusionrl.sampling.samples import sample_images

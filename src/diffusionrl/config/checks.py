@@ -5,6 +5,7 @@ import math
 import types
 import typing
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -24,7 +25,7 @@ def check_values(settings: Any, prefix: str = "") -> None:
     Raises:
         UserError: a value is of another type than its field, no choice of it, or no number to reckon with.
     """
-    hints = typing.get_type_hints(type(settings))
+    hints = _hints(type(settings))  # type: ignore[arg-type]
     for field in dataclasses.fields(settings):
         value, name = getattr(settings, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -42,6 +43,11 @@ def check_values(settings: Any, prefix: str = "") -> None:
             if dataclasses.is_dataclass(each) and not isinstance(each, type):
                 check_values(each, f"{name}.{index}.")
             _check_number(each, name, field.name)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _check_number(value: Any, name: str, last: str) -> None:
