@@ -17,6 +17,9 @@ PINNED = {
 }
 
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+
 def is_single_file(model: str) -> bool:
     """Whether a model's name says one file of weights."""
     return model.endswith(".safetensors")

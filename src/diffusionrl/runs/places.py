@@ -15,7 +15,7 @@ from diffusionrl.config.files import read_yaml
 from diffusionrl.data.prompts import is_built_in
 from diffusionrl.errors import UserError
 from diffusionrl.paths import describe, expand, is_there
-from diffusionrl.runs.hub import is_single_file, local_folder
+from diffusionrl.runs.hub import PICKLES, is_single_file, local_folder
 
 EMBEDDED = ("emoji", "emoji-flow")
 
@@ -54,7 +54,7 @@ def check_run_dir(run_dir: Path) -> None:
 
 def check_model_name(model: str) -> None:
     """Raises UserError where a model's name says a folder or a file that cannot be one; a hub id is not asked for."""
-    if model in EMBEDDED or is_single_file(model):
+    if model in EMBEDDED or is_single_file(model) or model.endswith(PICKLES):  # which are looked into later
         return
     folder = local_folder(model)
     if folder is not None and not any((folder / name).is_file() for name in ("model_index.json", "config.yaml")):
