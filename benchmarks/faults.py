@@ -22,8 +22,8 @@ import tyro
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
-from conftest import build_tiny_pipeline  # noqa: E402
 from faults import finish, flip_bit, kill, spoil_at, start, tiny_run, what_it_made  # noqa: E402, F401
+from shared_fixtures import build_tiny_pipeline  # noqa: E402
 
 from diffusionrl.runs import checkpoint  # noqa: E402
 

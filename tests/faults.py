@@ -21,20 +21,30 @@ from typing import Any
 from safetensors.torch import load_file
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["diffusionrl.cli", "diffusionrl.api", "diffusionrl.report.picture", "faults"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("diffusionrl.cli", "diffusionrl.api", "diffusionrl.report.picture", "faults"),
+        *("diffusers.guiders", "diffusers.schedulers.scheduling_dpmsolver_sde", "preloaded"),  # as loading a pipeline does
+    ]
+)
 TIMES = ("time/", "peak_memory_gb")
 
 
 def _command(arguments: list[str], log: str, prepare: str | None) -> None:
-    """Run the command line with its output in a file; ``prepare`` names a function of this module that plants a fault first."""
+    """Run the command line with its output in a file; ``prepare`` names a function of this module that plants a fault first.
+
+    The last picture is left out: it is drawn after the run, and takes longer than a step.
+    """
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     import torch
 
     from diffusionrl.cli import entry
+    from diffusionrl.report import picture
 
     torch.set_num_threads(1)
+    picture.draw_before_after = lambda run_dir: run_dir
     if prepare is not None:
         name, *options = prepare.split(":")
         globals()[name](*options)
@@ -166,6 +176,18 @@ def fill_disk_at(nth: str, kind: str = "ENOSPC") -> None:
     checkpoint.flush = tracking.checkpoint.flush = full(checkpoint.flush)
     os.fsync = full(os.fsync)
     Image.Image.save = full(Image.Image.save)  # type: ignore[method-assign]
+
+
+def find_modules(folder: str) -> None:
+    """Of a reward, in a folder."""
+    sys.path.insert(0, folder)
+
+
+def lose_terminal() -> None:
+    """What reads the output is gone."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
 
 
 def cut_network() -> None:

@@ -270,7 +270,7 @@ def test_a_reward_that_does_not_repeat_itself_is_told_when_a_run_begins(
         return [None, *[1.0] * (len(images) - 1)]
 
     for name, reward in (("steady", by_prompt), ("unseen", nothing_on_grey), ("rolling", rolling)):
-        _try(as_mixture(reward), [Prompt("a cat"), Prompt("a dog on a chair")], (3, 8, 8), 60.0, (2,))
+        _try(as_mixture(reward), [Prompt("a cat"), Prompt("a dog on a chair")], (3, 8, 8), TrainConfig(), (2,))
         said = capsys.readouterr().err
         assert ("rolling: the same grey image twice gets different scores" in said) == (name == "rolling"), name
 

@@ -10,8 +10,11 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
+from diffusionrl import TrainConfig, diagnose
 from diffusionrl.cli import main
+from diffusionrl.config import DDPOConfig, SamplingConfig
 from diffusionrl.errors import UserError
 from diffusionrl.policies import check_model, load_policy
 from diffusionrl.policies.pipeline import PipelinePolicy
@@ -53,23 +56,51 @@ def test_train_sample_and_evaluate(model: Path, request: Any, capsys: pytest.Cap
     assert json.loads(Path("scores.json").read_text())["settings"]["model"] == "run"
 
 
-@pytest.mark.parametrize("model", ["sd3", "wan"], indirect=True)
-def test_the_doctor_finds_them_healthy(model: Path, request: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("sd3", "decoded, 16 x 16, finite"),
+        ("sdxl", "draws the same images"),
+        ("flux", "the same image twice"),
+        ("flux_kontext", "decoded, 16 x 16, finite"),
+        ("wan", "decoded, 16 x 16, 9 frames each, finite"),
+        ("stable_audio", "decoded, sounds of 7 values, 2 channels, finite, not silent"),
+    ],
+    indirect=["model"],
+)
+def test_the_doctor_finds_them_healthy(model: Path, told: str, request: Any, capsys: pytest.CaptureFixture[str]) -> None:
     name = request.node.callspec.params["model"]
-    chosen = [
-        "--model",
-        str(model),
-        *tiny.QUICK,
-        *tiny.options_of(name),
-        "--prompts",
-        "prompts.jsonl",
-        "--optimizer.learning-rate",
-        "0.01",
-    ]
-    assert main(["doctor", *chosen, *TRAINED]) == 0, capsys.readouterr().out
-    said = capsys.readouterr().out
-    assert "plain diffusers draws the same images" in said and " 0 failed" in said
-    assert ("frames each" in said) == (name == "wan")
+    kind = {"wan": "video", "stable_audio": "sound"}.get(name, "image")
+    reward = "sounds:loudness" if kind == "sound" else "compressibility"
+    chosen = ["--model", str(model), *tiny.QUICK, *tiny.options_of(name), "--prompts", "prompts.jsonl", "--reward", reward]
+    assert main(["doctor", *chosen, *TRAINED, "--optimizer.learning-rate", "0.01"]) == 0, capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert told in said and " 0 to look at, 0 failed" in said
+    assert f"plain diffusers draws the same {kind}s" in said and f"the same {kind} twice gets the same score" in said
+    assert ("image" in said.replace(" images 8 decoded", "")) == (kind == "image")
+
+
+def test_the_doctor_sees_what_is_wrong_with_a_reward_for_sound() -> None:
+    """One that ignores its sounds, and one that has no score for them the second time."""
+    policy = PipelinePolicy(tiny.build("stable_audio"), steps=2, arguments=tiny.call_of("stable_audio"))
+    sampling = SamplingConfig(num_steps=2, sampler="cps", eta=0.7)
+    config = TrainConfig(prompts_per_step=2, samples_per_prompt=4, sampling=sampling, algorithm=DDPOConfig(updates_per_step=1))
+
+    def constant(sounds: Tensor, prompts: Any, metadata: Any) -> list[float]:
+        return [1.0] * len(sounds)
+
+    asked = [0]
+
+    def once(sounds: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        assert all(each["sampling_rate"] == policy.sampling_rate for each in metadata)
+        asked[0] += len(sounds) * bool(sounds.any())  # silent ones are tried before
+        return sounds.mean((1, 2)) * (1 if asked[0] <= 8 else torch.nan)
+
+    def found(reward: Any, check: str) -> str:
+        return next(each.said for each in diagnose(config, policy, reward, ["a cat", "a dog"]) if each.check == check)
+
+    assert "all 8 sounds score 1, and so do silence, constant sounds and noise" in found(constant, "variation")
+    assert found(once, "repeatable").startswith("8 of 8 sounds have a score once, and none the next time")
 
 
 # What cannot be had is said at once
@@ -93,7 +124,7 @@ def test_a_reward_for_images_on_sound(model: Path, capsys: pytest.CaptureFixture
         (["--sampling.call", "wings"], "is not KEY=VALUE"),
         (["--policy.lora-targets", "to_z"], "has no layer 'to_z'; its layers' names end in"),
         (["--policy.networks", "unet"], "unet: no such part is called"),
-        (["--pretraining.source", "emoji"], "no call makes latents of an image"),
+        (["--pretraining.source", "emoji"], "FluxPipeline makes no latents of an image that it would decode to the same"),
     ],
 )
 def test_what_a_model_does_not_take(model: Path, given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +157,19 @@ def test_an_image_that_is_missing_or_broken(model: Path, capsys: pytest.CaptureF
     Path("cat_image.png").unlink()
     assert main(["train", *chosen]) == 2
     assert "prompts.jsonl:1: image 'cat_image.png' is no file beside it" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("model", ["sd1_img2img"], indirect=True)
+def test_images_of_two_sizes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which the pipeline makes latents of two shapes of."""
+    Image.new("RGB", (32, 16)).save("dog_image.png")
+    chosen = ["--model", str(model), *tiny.QUICK, *tiny.options_of("sd1_img2img"), *TRAINED, "--prompts", "prompts.jsonl"]
+    assert main(["train", *chosen, "--sampling.sampler", "ddim", "--run-dir", "run"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "latents of 'a dog' (dog_image.png) have the shape (4, 8, 16), and those of 'a cat' (cat_image.png) (4, 8, 8)" in said
+    )
     assert not Path("run").exists()
 
 
@@ -201,7 +245,6 @@ def test_models_that_cannot_be_asked(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["sd1"], indirect=True)
 def test_stable_diffusion_takes_the_general_road_where_more_is_asked(model: Path) -> None:
-    from diffusionrl.config import SamplingConfig
     from diffusionrl.policies import StableDiffusionPolicy
 
     assert isinstance(load_policy(str(model)), StableDiffusionPolicy)

@@ -27,6 +27,8 @@ from diffusionrl.policies import StableDiffusionPolicy, load_trained
 from diffusionrl.runs import card
 from diffusionrl.runs.card import make_card
 
+pytestmark = pytest.mark.xdist_group("card")  # a fixture made once
+
 VERSIONS = {"diffusionrl": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1"}
 ENVIRONMENT = {"command": ["/opt/bin/diffusionrl", "train", "--steps", "2"], "versions": VERSIONS}
 METRICS = [
@@ -130,7 +132,7 @@ def test_paths_in_settings_lose_their_folders() -> None:
     assert "bob" not in text and "model: mine" in text and "prompts: prompts.txt" in text and "pipe.unet = " in text
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=4))
 def test_no_prompt_can_break_the_card(prompts: list[str]) -> None:
     plain = make_card(config_of(), ENVIRONMENT, METRICS, ["a cat"] * len(prompts), full=False)

@@ -73,7 +73,7 @@ def test_ratio_is_exactly_one_where_cut_alike(make_policy: Any, targets: str) ->
     policy = make_policy(lora_targets=targets)
     rollout, algorithm = rollout_of(policy), DiffusionRL(SETTINGS, 3.0)
     for rows in algorithm.updates(rollout, torch.ones(6), 0, 1):
-        _, figures = algorithm.losses(policy, rollout, rows, torch.ones(6))
+        _, figures = algorithm.losses(policy, rollout, rows, torch.ones(len(rows)))
         assert figures["ratio_gap"].max() == 0
 
 
@@ -101,8 +101,9 @@ def test_the_loss_of_a_pair_is_ddpos(make_policy: Any) -> None:
     settings = {"clip_range": 1e-3, "step_weight_power": 2.0}
     algorithm = DiffusionRL(DiffusionRLConfig(**settings), 3.0)  # type: ignore[arg-type]
     rows = next(algorithm.updates(rollout, advantages, 0, 1))
-    found, _ = algorithm.losses(policy, rollout, rows, advantages)
-    expected, _ = DDPO(DDPOConfig(**settings), 3.0).losses(policy, rollout, rows, advantages)  # type: ignore[arg-type]
+    weights = algorithm.weights(policy, rollout, rows, advantages)
+    found, _ = algorithm.losses(policy, rollout, rows, weights)
+    expected, _ = DDPO(DDPOConfig(**settings), 3.0).losses(policy, rollout, rows, weights)  # type: ignore[arg-type]
     assert torch.equal(found, expected)
 
 

@@ -380,6 +380,17 @@ def test_an_export_that_drops_a_layer(tiny: Callable[..., StableDiffusionPolicy]
     assert verdicts(found) == {"export": "fail"} and "draws other images" in found["export"].said
 
 
+def test_a_second_model_that_does_not_fit(tiny: Callable[..., StableDiffusionPolicy], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny()
+    monkeypatch.setattr("diffusionrl.doctor.export.used_bytes", lambda device: 10_000_000)
+    monkeypatch.setattr("diffusionrl.doctor.export.limit_bytes", lambda device: 10_100_000)
+    found = found_in(CONFIG, policy, until="export")["export"]
+    assert found.verdict == "warn" and "loaded a second time for it, 0.0 GB, and 0.0 GB are free" in found.said
+    weights = sum(w.numel() for part in ("unet", "vae", "text_encoder") for w in getattr(policy.pipeline, part).parameters())
+    monkeypatch.setattr("diffusionrl.doctor.export.limit_bytes", lambda device: 10_000_000 + 4 * weights)
+    assert found_in(CONFIG, policy, until="export")["export"].verdict == "pass"
+
+
 def test_an_export_that_does_not_load(tiny: Callable[..., StableDiffusionPolicy]) -> None:
     policy = tiny()
     policy.export = lambda folder: None  # type: ignore[method-assign]

@@ -25,6 +25,8 @@ from diffusionrl.evaluation.intervals import (
 )
 from diffusionrl.rewards import Mixture
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # a fixture made once
+
 NAN = math.nan
 
 # Intervals

@@ -24,12 +24,15 @@ from diffusionrl.evaluation.fixed_seed import evaluate, mean_and_error
 from diffusionrl.evaluation.guard import Verdict, judge
 from diffusionrl.evaluation.measures import distance_from_reference, diversity, image_statistics, mean_distance, vendi_score
 from diffusionrl.policies import StableDiffusionPolicy
+from diffusionrl.report.picture import draw_before_after
 from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.runs import checkpoint
 from diffusionrl.runs.lines import read_lines, read_metrics
 from diffusionrl.sampling.rollout import Rollout, predict
 from diffusionrl.training.monitor import compare, paired, read_samples
 from diffusionrl.transitions import SAMPLERS, NoiseLevels, variance_preserving_grid
+
+pytestmark = pytest.mark.xdist_group("processes")  # forked from one server
 
 # Measures
 
@@ -366,6 +369,7 @@ def test_the_guard_stops_a_run_and_exports_its_best(tiny_folder: Path, tmp_path:
     assert sum(w.double().square().sum() for w in kept) == sum(w.double().square().sum() for w in exported)
     said = log.read_text()
     assert f"export/ holds step {best}" in said
+    assert draw_before_after(run_dir).is_file(), "which such a run draws as well"
     made = what_it_made(run_dir)
     assert finish(command, log) == 0
     assert f"is finished: the guard stopped it at step {stopped_at}" in log.read_text()

@@ -1,5 +1,6 @@
 """Going on from a LoRA that is there already: its rank and alpha are kept; the reference is the model with it or without."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusionrl import UserError
-from diffusionrl.config import SamplingConfig
+from diffusionrl import TrainConfig, UserError, load_policy, train
+from diffusionrl.config import (
+    CheckpointConfig,
+    CLIPScoreConfig,
+    DDPOConfig,
+    EvaluationConfig,
+    PolicyConfig,
+    SamplingConfig,
+)
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies import StableDiffusionPolicy, make_policy
 from diffusionrl.policies.adapters import without_part
@@ -121,3 +129,30 @@ def test_keys_have_a_part() -> None:
         return torch.softmax(keys(tokens) @ query, -1) @ values
 
     assert without_part({"keys": keys, "idle": idle}, run) == ["idle"]
+
+
+def test_a_run_notices_another_lora_in_the_place_of_its_own(tiny_folder: Path, tmp_path: Path) -> None:
+    first = load_policy(str(tiny_folder), lora_rank=2)
+    first.export(tmp_path / "lora")
+    config = TrainConfig(
+        model=str(tiny_folder),
+        run_dir=tmp_path / "run",
+        steps=1,
+        prompts_per_step=1,
+        samples_per_prompt=2,
+        sampling=SamplingConfig(num_steps=2),
+        evaluation=EvaluationConfig(num_samples=2, embeddings=CLIPScoreConfig(model="none")),
+        algorithm=DDPOConfig(updates_per_step=1, normalisation="group"),
+        policy=PolicyConfig(lora=tmp_path / "lora"),
+    )
+
+    def brightness(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    train(config, reward=brightness, prompts=["a cat"])
+    move(first, 0)
+    first.export(tmp_path / "lora")
+    longer = replace(config, steps=2)
+    with pytest.raises(UserError, match=r"policy\.lora is not the one that the run began with"):
+        train(longer, reward=brightness, prompts=["a cat"])
+    train(replace(longer, checkpoint=CheckpointConfig(allow_changes=True)), reward=brightness, prompts=["a cat"])

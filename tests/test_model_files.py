@@ -6,6 +6,7 @@ import runpy
 import shutil
 import socket
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError
 from diffusionrl.policies import StableDiffusionPolicy, check_model, load_pipeline, load_policy
 from diffusionrl.policies.files import fetch
+from diffusionrl.policies.quantization import is_quantized
 from diffusionrl.policies.single_file import look_into
 from diffusionrl.runs.usage import loading_lines
+
+pytestmark = pytest.mark.xdist_group("model_files")  # a fixture made once
 
 QUICK = [
     *("--sampling.num-steps", "2", "--sampling.guidance", "2", "--sampling.batch-size", "2", "--steps", "1"),
@@ -118,6 +122,27 @@ def test_precision_is_that_of_a_folder(saved: Any) -> None:
     precisions = {name: {weight.dtype for weight in part.parameters()} for name, part in networks.items()}
     assert precisions.pop("vae") == {torch.float32}
     assert len(precisions) == 3 and all(each == {torch.bfloat16} for each in precisions.values())
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed: pip install 'diffusionrl[int8]'")
+@pytest.mark.parametrize("family", ["sd1", "sd3", "flux", "flux_whole"])
+def test_a_quantised_base_is_that_of_a_folder(saved: Any, family: str, no_network: None) -> None:
+    """Whether the network is in the file with all the others or alone."""
+    file, folder = saved(family)
+    found = load_pipeline(str(file), config=str(folder), quantization="int8")
+    expected = load_pipeline(str(folder), quantization="int8")
+    quantised = [{name for name, part in each.components.items() if is_quantized(part)} for each in (found, expected)]
+    assert quantised[0] == quantised[1] and len(quantised[0]) == 1
+    torch.testing.assert_close(draw(found, family), draw(expected, family), rtol=0, atol=1e-5)
+
+
+def test_the_lines_of_a_folder_load_what_the_run_had(saved: Any) -> None:
+    about = {"pipeline": "StableDiffusionPipeline", "makes": "image"}
+    for dtype, wanted in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        *lines, _, _ = loading_lines({"policy": {"dtype": dtype}}, about, repr(str(saved("sd1")[1])), "'export'", "'a cat'")
+        made: dict[str, Any] = {}
+        exec("\n".join(lines), made)
+        assert made["pipe"].dtype == wanted and ("torch" in "".join(lines)) == (dtype == "bfloat16")
 
 
 def test_a_run_of_a_single_file(

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ PICTURES: list[tuple[str, Callable[[], Any], dict[tuple[int, int], tuple[int, in
 @pytest.mark.parametrize(("suffix", "make", "seen"), PICTURES)
 def test_what_people_see(tmp_path: Path, suffix: str, make: Callable[[], Any], seen: dict[Any, Any]) -> None:
     """In pairs, in prompts, and by the reward server."""
-    from diffusionrl.serving.server import _parse
+
+    from diffusionrl.serving.requests import parse
 
     made = make()
     image, options = made if isinstance(made, tuple) else (made, {})
@@ -78,8 +80,9 @@ def test_what_people_see(tmp_path: Path, suffix: str, make: Callable[[], Any], s
     found = [FolderPairs(tmp_path).draw(0)[0], open_image(file)]
     if suffix == "png":
         asked = {"images": [base64.b64encode(file.read_bytes()).decode()], "prompts": ["a cat"], "metadata": [{}]}
-        tensor = _parse(json.dumps(asked).encode()).images[0]
-        found.append(Image.fromarray((tensor * 255).round().byte().permute(1, 2, 0).numpy()))
+        request = parse(json.dumps(asked).encode())
+        request.decode(threading.Lock())
+        found.append(Image.fromarray(request.images[0].numpy()))
     for each in found:
         assert each.mode == "RGB"
         assert {place: each.getpixel(place) for place in seen} == seen
@@ -119,7 +122,7 @@ def test_any_mode_on_white(mode: str, level: int, alpha: int, kind: str) -> None
     ("content", "said"),
     [
         ("file_name,text\n0.png,a cat, red\n", r"metadata\.csv:2: 3 columns, and the first line names 2 .*double quotes"),
-        ("image,caption\n0.png,a cat\n", r"no column \"file_name\" in its first line, but \['image', 'caption'\]"),
+        ("image,caption\n0.png,a cat\n", r"metadata\.csv:2 has no file_name \(it has \['caption', 'image'\]\)"),
         ("file_name,text\n0.png\n", r"metadata\.csv:2: 1 columns"),
         ("file_name,text\n0.png,\n", r"metadata\.csv:2 has no text"),
         ("file_name,text,text\n0.png,a,b\n", "two columns 'text'"),

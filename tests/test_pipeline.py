@@ -14,9 +14,10 @@ from torch import Tensor
 from diffusionrl import TrainConfig, seeds
 from diffusionrl.algorithms import make_algorithm
 from diffusionrl.config import DDPOConfig, OptimizerConfig, SamplingConfig
+from diffusionrl.data.media import open_image
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
-from diffusionrl.policies import put_export
+from diffusionrl.policies import load_pipeline, put_export
 from diffusionrl.policies.memory import bytes_in
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.runs import checkpoint
@@ -247,3 +248,41 @@ def test_what_is_kept_of_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
         again = [policy.denoise(x, levels, [prompt], GUIDANCE)[0] for prompt in texts]
     assert list(kept) == ["an owl", "a fox"]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in tiny.NAMES if tiny.examples(name)[0]]
+    + [("controlnet", torch.float16), ("flux_kontext", torch.float16), ("hunyuan_video", torch.bfloat16)],
+)
+def test_images_in_prompts_and_few_bits(name: str, dtype: torch.dtype) -> None:
+    """Networks in few bits, and an autoencoder that is not, take what a pipeline hands from one to the other; what can go in
+    one call goes in one."""
+    prompts, found, ways = prompts_for(name), [], []
+    for precision in (torch.float32, dtype):
+        policy = policy_of(name, steps=2, dtype=precision)
+        x, levels = policy.start(prompts, [0, 1]), policy.grid(2).levels[torch.tensor([0, 0])]
+        with torch.no_grad():
+            found.append([x, *policy.denoise(x, levels, prompts, GUIDANCE), policy.decode(x, prompts)])
+        ways.append(policy.about["calls"])
+    assert ways[0] == ways[1]
+    for exact, near in zip(*found, strict=True):
+        assert near.dtype == torch.float32
+        assert (near - exact).abs().mean() < 0.1 * exact.std()
+
+
+def test_a_full_export_does_not_say_where_the_base_model_was(tmp_path: Path) -> None:
+    tiny.build("sd3").save_pretrained(tmp_path / "secret")
+    policy = PipelinePolicy(load_pipeline(str(tmp_path / "secret")), None, 2, 3.0, tiny.call_of("sd3"), lora_rank=None)
+    policy.export(tmp_path / "export")
+    files = list((tmp_path / "export").rglob("*.json"))
+    assert files and not any("secret" in file.read_text() for file in files)
+
+
+def test_an_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.picture(0).save(tmp_path / "cat.png")
+    prompt, opened = Prompt("a cat", media={"image": tmp_path / "cat.png"}), []
+    monkeypatch.setattr("diffusionrl.policies.asking.open_image", lambda medium: opened.append(medium) or open_image(medium))
+    policy = PipelinePolicy(tiny.build("flux_kontext"), prompt, 2, 3.0, tiny.call_of("flux_kontext"))
+    policy.decode(policy.start([prompt], [0]), [prompt])
+    assert opened == [tmp_path / "cat.png"]

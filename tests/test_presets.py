@@ -13,6 +13,8 @@ from diffusionrl.cli import main, parse_train
 from diffusionrl.config import TrainConfig, to_yaml
 from diffusionrl.config.presets import PRESETS
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 FAMILIES = {
     "sd3.5-medium": "sd3",
     "sdxl": "sdxl",

@@ -13,6 +13,8 @@ from diffusionrl.cli import main
 from diffusionrl.data.prompts import load_prompts
 from diffusionrl.rewards import load_reward, score
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 SMALL = [
     *("--prompts-per-step", "2", "--samples-per-prompt", "2", "--evaluation.num-samples", "2"),
     *("--evaluation.every", "0", "--evaluation.embeddings.model", "none"),
@@ -68,11 +70,11 @@ def test_an_algorithm(algorithm: str, tiny_folder: Path, reward: str, monkeypatc
     assert_alike(found, expected)
 
 
-@pytest.mark.parametrize("model", ["sd3", "flux_kontext", "wan", "stable_audio"], indirect=True)
+@pytest.mark.parametrize("model", ["flux_kontext", "wan"], indirect=True)
 def test_a_pipeline(model: Path, reward: str, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = request.node.callspec.params["model"]
     options = ["--model", str(model), *tiny.QUICK, *tiny.options_of(name), "--prompts", "prompts.jsonl", *CLIPPED]
-    options += ["--reward", "sounds:loudness" if name == "stable_audio" else reward, "--steps", "1"]
+    options += ["--reward", reward, "--steps", "1"]
     expected = train("cpu", *options)
     with pretend.best_device(monkeypatch):
         found = train("there", *options)

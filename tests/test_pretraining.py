@@ -110,12 +110,12 @@ def test_it_is_the_closed_form(make_policy: Any) -> None:
     torch.testing.assert_close(batch.latents[:, 0], clean)
     for i in range(3):
         generator = torch.Generator().manual_seed(90 + i)
-        t = torch.randint(1000, (1,), generator=generator)
+        t = 999 - (1000 * torch.rand((), generator=generator)).long().view(1)  # 0 is the noisy end
         noise = torch.randn(1, *policy.latent_shape, generator=generator)
         x = pipeline.scheduler.add_noise(clean[i : i + 1], noise, t)
         with torch.no_grad():
             output = policy.unet(x, t, policy.embed([batch.prompts[i].text])).sample
-        found, _ = pretraining.losses(policy, batch, torch.tensor([[i, 90 + i]]), torch.ones(3))
+        found, _ = pretraining.losses(policy, batch, torch.tensor([[i, 90 + i]]), torch.ones(1))
         assert found.item() == pytest.approx((output - noise).square().mean().item(), rel=1e-4)
 
 

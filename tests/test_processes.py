@@ -29,16 +29,19 @@ from diffusionrl.rewards import as_mixture
 from diffusionrl.runs.checkpoint import load_newest
 from diffusionrl.runs.lines import read_metrics
 from diffusionrl.sampling.rollout import Rollout
-from diffusionrl.training.optimization import Optimization, micro_batches
+from diffusionrl.training.optimization import Optimization
 from diffusionrl.training.state import TrainingState
 from diffusionrl.training.tasks import Task
 
-pytestmark = pytest.mark.timeout(400)  # starts of several processes on what may be a busy machine
+pytestmark = [
+    pytest.mark.xdist_group("processes"),  # forked from one server
+    pytest.mark.timeout(400),  # starts of several processes on what may be a busy machine
+]
 
 SMALL = (
     *("--model", "./tiny", "--policy.device", "cpu", "--steps", "3", "--prompts-per-step", "4", "--samples-per-prompt", "2"),
-    *("--sampling.num-steps", "3", "--sampling.batch-size", "4", "--evaluation.num-samples", "8"),
-    *("--evaluation.held-out", "clip-score", "--checkpoint.every", "1"),
+    *("--sampling.num-steps", "2", "--sampling.batch-size", "4", "--evaluation.num-samples", "8"),
+    *("--checkpoint.every", "1"),
 )
 REWARD = """
 import os, signal
@@ -122,8 +125,8 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_two_processes_make_the_run_of_one(folder: Path) -> None:
-    run(folder, 1, "--run-dir", "one")
-    run(folder, 2, "--run-dir", "two")
+    for count, name in ((1, "one"), (2, "two")):
+        run(folder, count, "--evaluation.held-out", "clip-score", "--run-dir", name)
     one, two = folder / "one", folder / "two"
     assert torch.equal(weights(one), weights(two))
     assert samples(one) == samples(two)
@@ -145,6 +148,15 @@ def test_two_processes_make_the_joint_run_of_one(folder: Path) -> None:
     compare_metrics(one, two)
     last = read_metrics(two)[-1]
     assert last["pretraining/loss"] > 0 and last["people/policy/approx_kl"] > 0, "all three were trained on"
+
+
+def test_two_processes_make_one_run_of_what_compares_whole_groups(folder: Path) -> None:
+    """CRD: centred within groups, with two older copies and the reference model."""
+    options = ["--algorithm.name", "crd", "--algorithm.noisings", "2", "--algorithm.micro-batch-size", "3", "--steps", "2"]
+    for count, name in ((1, "one"), (2, "two")):
+        run(folder, count, *options, "--run-dir", name)
+    assert apart(weights(folder / "one"), weights(folder / "two")) < 1e-5
+    compare_metrics(folder / "one", folder / "two")
 
 
 def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
@@ -250,10 +262,10 @@ def test_micro_batches_are_the_same_on_any_number_of_processes(count: int, size:
     rows = torch.randint(0, 32, (50, 2), generator=torch.Generator().manual_seed(seed))
     empty = torch.zeros(32, 1)
     rollout = Rollout(None, [Prompt("")] * 32, empty, empty, empty, None, {}, batch_size=8)  # type: ignore[arg-type]
-    alone = micro_batches(rollout, rows, size, 0)
+    alone = rollout.micro_batches(rows, size, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "count", lambda: count)
-        shared = [micro for process in range(count) for micro in micro_batches(rollout, rows, size, process)]
+        shared = [micro for process in range(count) for micro in rollout.micro_batches(rows, size, process)]
     assert [micro.tolist() for micro in shared] == [micro.tolist() for micro in alone]
     assert sorted(row for micro in alone for row in micro.tolist()) == sorted(rows.tolist())
     assert all(len(micro) <= size for micro in alone)

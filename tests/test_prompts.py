@@ -184,3 +184,19 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     assert fingerprint(load_prompts(str(tmp_path / "q.txt"))) == first
     (tmp_path / "p.txt").write_text("a cat\nan ant\n")
     assert fingerprint(load_prompts(str(tmp_path / "p.txt"))) != first
+
+
+def test_the_fingerprint_is_of_images_too(tmp_path: Path) -> None:
+    """Of their content: a file that was written anew alike is the same, and so is an image from memory."""
+
+    def found(shade: int) -> str:
+        Image.new("RGB", (4, 4), (shade, 0, 0)).save(tmp_path / "cat.png")
+        (tmp_path / "p.jsonl").write_text('{"prompt": "make it snow", "image": "cat.png"}\n')
+        return fingerprint(load_prompts(str(tmp_path / "p.jsonl")))
+
+    assert found(1) == found(1) != found(2)
+    first, same, other = (
+        [Prompt("make it snow", media={"image": Image.new("RGB", (4, 4), (shade, 0, 0))})] for shade in (1, 1, 2)
+    )
+    assert fingerprint(first) == fingerprint(same) != fingerprint(other)
+    assert first[0].key == same[0].key != other[0].key

@@ -57,7 +57,7 @@ def test_the_conditional_prediction_alone_can_be_trained(make_policy) -> None:  
     """Figure 10: samples are drawn with guidance, the loss is that of a policy without."""
     policy = make_policy()
     rollout = endpoints(policy)
-    weights = torch.ones(len(rollout.prompts))
+    weights = torch.ones(2)
     rows = torch.tensor([[0, 11], [3, 12]])
     conditional, _ = RWR(RWRConfig(train_guided=False), SAMPLING.guidance).losses(policy, rollout, rows, weights)
     unguided, _ = RWR(RWRConfig(), 1.0).losses(policy, rollout, rows, weights)
@@ -110,11 +110,11 @@ def test_the_loss_is_the_weighted_denoising_loss_of_diffusers(make_policy, predi
     algorithm = RWR(RWRConfig(), 3.0)
     weights = algorithm.advantages(rollout)
     rows = next(algorithm.updates(rollout, weights, 0, 1))[:5]
-    losses, _ = algorithm.losses(policy, rollout, rows, weights)
+    losses, _ = algorithm.losses(policy, rollout, rows, weights[rows[:, 0]])
     scheduler, unet = policy.pipeline.scheduler, policy.unet
     for row, found in zip(rows.tolist(), losses, strict=True):
         generator = torch.Generator().manual_seed(row[1])
-        t = torch.randint(1000, (1,), generator=generator)
+        t = 999 - (1000 * torch.rand((), generator=generator)).long().view(1)  # 0 is the noisy end
         noise = torch.randn(1, *policy.latent_shape, generator=generator)
         x = scheduler.add_noise(rollout.latents[row[0], -1][None], noise, t)
         with torch.no_grad():
@@ -161,7 +161,7 @@ def test_training_raises_the_likelihood_of_what_scored_well(make_policy, tmp_pat
 
     def loss() -> float:
         with torch.no_grad():
-            return algorithm.losses(policy, rollout, rows, weights)[0].mean().item()
+            return algorithm.losses(policy, rollout, rows, weights[rows[:, 0]])[0].mean().item()
 
     before = loss()
     metrics = trainer.step(1)

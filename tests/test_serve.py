@@ -29,6 +29,8 @@ from diffusionrl.rewards.http import MAX_REPLY_BYTES, BadAnswer, JSONClient
 from diffusionrl.serving import server as server_module
 from diffusionrl.serving.server import RewardServer
 
+pytestmark = pytest.mark.xdist_group("processes")  # forked from one server
+
 IMAGES = (torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # as a PNG holds them
 PROMPTS, NOTHING = ["a", "b", "c", "d", "e"], [{"i": i} for i in range(5)]
 QUICK = RemoteConfig(batch_size=2, timeout=5.0, retries=0, backoff=0.01)
@@ -196,7 +198,7 @@ PNG = base64.b64encode(to_png(IMAGES[0])).decode()
         (body(images=[PNG, PNG[:60]]), {}, 400, "image 1 does not decode"),
         (body(images=[PNG, base64.b64encode(to_png(torch.zeros(3, 4, 4))).decode()]), {}, 400, "one size"),
         (body(), {"Content_Type": "text/plain"}, 415, "application/json"),
-        (body(prompts=["a" * 200_000, "b"]), {}, 413, "more than 100000"),
+        (body(prompts=["a" * 200_000, "b"]), {}, 413, "longer than 100000"),
     ],
 )
 def test_bad_requests_are_refused(
@@ -211,7 +213,140 @@ def test_bad_requests_are_refused(
 def test_large_images_in_small_files_are_refused(serving: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "MAX_PIXELS", 100)
     status, answer = post(serving(brightness), body())
-    assert status == 413 and "128 pixels together" in answer["error"]
+    assert status == 413 and "the request has 128 pixels, more than 100" in answer["error"]
+
+
+def test_requests_share_one_budget_of_pixels(serving: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: the second one does not fit beside the first, and does after it."""
+    monkeypatch.setattr(server_module, "MAX_PIXELS", 200)
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slow(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        asked.set()
+        assert go_on.wait(5)
+        return brightness(images, prompts, metadata)
+
+    server = serving(slow)
+    first = threading.Thread(target=post, args=(server, body()))
+    first.start()
+    assert asked.wait(5)
+    status, answer = post(server, body())
+    assert status == 503 and "too many pixels at the moment" in answer["error"]
+    go_on.set()
+    first.join()
+    assert post(server, body())[0] == 200
+
+
+def test_too_many_images_and_absurd_lengths_are_refused(serving: Callable[..., RewardServer]) -> None:
+    server = serving(brightness)
+    many = body(images=[PNG] * 1025, prompts=["a"] * 1025, metadata=[{}] * 1025)
+    assert post(server, many)[0] == 413
+    with socket.create_connection(("127.0.0.1", server.server_port), 5) as connection:
+        head = "POST /score HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: "
+        connection.sendall(f"{head}{'9' * 5000}\r\n\r\n".encode())
+        assert b" 413 " in connection.recv(1000)
+
+
+def test_strangers_take_no_place(serving: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token and the name that is asked for are looked at first: whoever has neither is told so although all is taken."""
+    monkeypatch.setenv("DIFFUSIONRL_REWARD_TOKEN", "secret")
+    server = serving(brightness, max_requests=1)
+    assert server.places.acquire(blocking=False)
+    knows = {"Authorization": "Bearer secret"}
+    assert post(server, body())[0] == 401
+    assert post(server, body(), Host="evil.example", **knows)[0] == 421
+    assert post(server, body(), **knows)[0] == 503
+    server.places.release()
+    assert post(server, body(), Host="localhost:99", **knows)[0] == 200
+
+
+def test_health_needs_the_token_too(serving: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSIONRL_REWARD_TOKEN", "secret")
+    server = serving(brightness)
+    for headers, status in (({}, 401), ({"Authorization": "Bearer secret"}, 200)):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+        connection.request("GET", "/health", headers=headers)
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+def test_nothing_is_scored_for_those_who_have_gone(serving: Callable[..., RewardServer]) -> None:
+    calls: list[int] = []
+
+    def slow(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        calls.append(len(images))
+        time.sleep(0.2)
+        return brightness(images, prompts, metadata)
+
+    server = serving(slow, batch_size=1, timeout=0.3)
+    many = body(images=[PNG] * 50, prompts=["a"] * 50, metadata=[{}] * 50)
+    assert post(server, many)[0] == 503
+    time.sleep(0.3)
+    seen = len(calls)
+    assert seen < 6
+    assert post(server, body(images=[PNG], prompts=["a"], metadata=[{}]))[0] == 200, "the next one has its turn at once"
+    assert len(calls) == seen + 1
+
+
+def test_idle_connections_are_bounded_and_given_back(serving: Callable[..., RewardServer]) -> None:
+    server = serving(brightness, max_requests=2)
+    idle = [socket.create_connection(("127.0.0.1", server.server_port), 5) for _ in range(8)]
+    time.sleep(0.2)
+    with socket.create_connection(("127.0.0.1", server.server_port), 5) as one_more:
+        assert one_more.recv(10) == b""
+    for each in idle:
+        each.close()
+    time.sleep(0.2)
+    assert post(server, body())[0] == 200
+
+
+def test_a_reply_is_one_packet_and_shows_nothing_of_our_own(serving: Callable[..., RewardServer]) -> None:
+    server = serving(brightness)
+    sent = body(images=[PNG, "AAAA"])
+    with socket.create_connection(("127.0.0.1", server.server_port), 5) as connection:
+        head = f"POST /score HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
+        connection.sendall(head.encode() + b"\r\n\r\n" + sent)
+        reply = connection.recv(65536)
+    assert b" 400 " in reply and reply.endswith(b'{"error": "image 1 does not decode as PNG"}')
+
+
+def test_a_secret_is_sent_without_its_newline_and_never_shown(
+    serving: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFUSIONRL_REWARD_TOKEN", "s3cret")
+    server = serving(brightness)
+    monkeypatch.setenv("DIFFUSIONRL_REWARD_TOKEN", "s3cret\n")
+    assert ask(server).valid.all()
+    monkeypatch.setenv("DIFFUSIONRL_REWARD_TOKEN", "s3\ncret")
+    with pytest.raises(UserError, match="DIFFUSIONRL_REWARD_TOKEN holds what is no token") as raised:
+        ask(server)
+    assert "cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "drips", [b"H", b"HTTP/1.1 200 OK\r\nX-A: b", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0"]
+)
+def test_a_server_that_drips_is_given_up_on_time(drips: bytes) -> None:
+    """Status, headers, or the size of a chunk: one deadline for the whole exchange."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        over = threading.Event()
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(drips)
+                while not over.wait(0.05):
+                    connection.sendall(b"0")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        began = time.monotonic()
+        client = JSONClient(f"http://127.0.0.1:{listening.getsockname()[1]}", 1, 0.5, 0, 0.01, "NO_TOKEN", "an answer")
+        with pytest.raises(BadAnswer, match="no answer within"):
+            client.post(b"{}", "1")
+        assert time.monotonic() - began < 2
+        over.set()
+        thread.join()
 
 
 def test_a_client_that_drips_is_hung_up_on(serving: Callable[..., RewardServer]) -> None:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -14,6 +15,7 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusionrl.errors import UserError
 from diffusionrl.policies.schedules import Schedule
 from diffusionrl.transitions import (
     SAMPLERS,
@@ -195,3 +197,21 @@ def test_densities_are_those_of_torch() -> None:
     expected = torch.distributions.kl_divergence(p, q)
     torch.testing.assert_close(gaussian_kl(mean, other, std, "sum"), expected.sum((1, 2)))
     assert math.isclose(gaussian_kl(mean, mean, std).sum(), 0)
+
+
+@pytest.mark.parametrize("kind", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_preconditioned_outputs_mean_what_their_scheduler_makes_of_them(kind: str, prediction: str) -> None:
+    native = getattr(diffusers, kind)(prediction_type=prediction, sigma_data=1.0)
+    native.set_timesteps(5)
+    schedule = Schedule(native)
+    grid = schedule.grid()
+    x, output = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    for row in range(5):
+        alpha, sigma = grid.alpha[row], grid.sigma[row]
+        clean, noise = schedule.split(output[row], x[row], alpha, sigma)
+        theirs = native.precondition_outputs(x[row] / alpha, output[row], native.sigmas[row])
+        torch.testing.assert_close(clean, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alpha * clean + sigma * noise, x[row], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="is of no kind that is known here"):
+        Schedule(getattr(diffusers, kind)(sigma_data=0.5))

@@ -114,7 +114,8 @@ def gemma(width: int, layers: int, head: int, window: int = 16) -> Any:
 
 def kl(**settings: Any) -> Any:
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
-    return d.AutoencoderKL(**{"block_out_channels": [32, 64], "latent_channels": 4, "sample_size": 32, **blocks, **settings})
+    shape = {"block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4, "sample_size": 32}
+    return d.AutoencoderKL(**shape | blocks | settings)
 
 
 def flat_kl(channels: int, blocks: int = 1) -> Any:

@@ -11,10 +11,13 @@ from typing import Any
 
 from diffusionrl import devices, interruption, processes
 from diffusionrl.algorithms import Algorithm, make_algorithm
-from diffusionrl.config import MIN_PAIRS, DiffusionRLConfig, TaskConfig, TrainConfig
+from diffusionrl.config import MIN_PAIRS, DPOConfig, RewardGradientConfig, TaskConfig, TrainConfig
+from diffusionrl.config.algorithms import PolicyGradientConfig
 from diffusionrl.config.presets import emoji
 from diffusionrl.data.entries import check_encodes, from_entry
+from diffusionrl.data.media import one_of_each_size
 from diffusionrl.data.pairs import load_pairs
+from diffusionrl.data.preferences import Preferences, load_preferences
 from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
@@ -23,7 +26,16 @@ from diffusionrl.policies import check_model, check_quantization, load_policy
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.trained import begin_from_run
 from diffusionrl.report.run_page import keep_report
-from diffusionrl.rewards import Mixture, Reward, as_mixture, load_mixture, try_mixture, within
+from diffusionrl.rewards import (
+    Mixture,
+    Reward,
+    as_mixture,
+    load_mixture,
+    require_gradient,
+    try_gradient,
+    try_mixture,
+    within,
+)
 from diffusionrl.rewards.base import grey
 from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.runs.folder import NoFolder, RunFolder, TrainResult, tell_result
@@ -32,6 +44,8 @@ from diffusionrl.runs.places import located
 from diffusionrl.sampling.rollout import make_table, metadata_of
 from diffusionrl.training.tasks import Task
 from diffusionrl.training.trainer import Trainer
+
+_SIZED = 1000  # prompts at most whose images are looked at before a run starts
 
 
 def train(
@@ -124,6 +138,9 @@ def _prepare(
         raise UserError("there is no prompt to train on: prompts is empty")
     _check_shares(config)
     pairs = load_pairs(config.pretraining)
+    preferences = load_preferences(config.preferences, config.max_broken_preferences)
+    if preferences is not None:
+        _check_preferences(preferences, config)
     if policy is None:
         check_quantization(config.policy.quantization, devices.choose(config.policy.device))
     shape = check_model(config.model, config.model_config) if policy is None else policy.sample_shape
@@ -134,25 +151,59 @@ def _prepare(
         trained = _load(config, chosen[0])
         shape = trained.sample_shape
     rate = None if trained is None else trained.sampling_rate
+    own = algorithm or make_algorithm(config)
     mixture = load_mixture(config.reward, config.rewards) if reward is None else as_mixture(reward)
     held_out = load_mixture(config.evaluation.held_out, config.rewards) if config.evaluation.held_out else None
     _check_groups(config, mixture, held_out)
     sizes = (config.samples_per_prompt, config.evaluation.samples_per_prompt)
-    _try(mixture, chosen, shape, config.rewards.timeout, sizes, rate)
+    _try(mixture, chosen, shape, config, sizes, rate, own)
     if held_out is not None:
-        _try(held_out, chosen, shape, config.rewards.timeout, sizes[1:], rate)
-    own = algorithm or make_algorithm(config)
+        _try(held_out, chosen, shape, config, sizes[1:], rate)
     further = [_load_task(each, config, own, shape, rate) for each in config.tasks]
     embed = load_embedder(config.evaluation.embeddings, config.model)
     trained = trained or _load(config, chosen[0])
-    if pairs is not None:
+    if pairs is not None or preferences is not None:
         trained.encode(grey(shape)[None])  # which not every policy can
+    for some in (chosen, *(task.prompts for task in further)):
+        for prompt in one_of_each_size(some[:_SIZED]):
+            trained.start([prompt], [0])  # all latents have one shape
     table = make_table(trained, config.sampling)
-    if isinstance(config.algorithm, DiffusionRLConfig):
-        config.algorithm.check_steps(int((table.fresh > 0).sum()))
+    if isinstance(config.algorithm, PolicyGradientConfig):
+        config.algorithm.check_steps(len(table.stochastic))
+    if isinstance(config.algorithm, RewardGradientConfig):
+        config.algorithm.check_steps(len(table))
+    if own.needs_reward_gradient:
+        _check_decoder(trained, config, chosen[0])
+    if own.needs_reference:
+        _check_reference(trained, config)
     if processes.count() > 1 and config.policy.training == "full":
         trained.shard()
-    return Trainer(trained, mixture, chosen, own, config, held_out, embed, further, pairs)
+    return Trainer(trained, mixture, chosen, own, config, held_out, embed, further, pairs, preferences)
+
+
+def _check_preferences(preferences: Preferences, config: TrainConfig) -> None:
+    """Raises UserError where the algorithm cannot learn from them."""
+    if preferences.size == 1 and isinstance(config.algorithm, DPOConfig):
+        raise UserError(f"preferences {config.preferences!r} are single images with a label: choose --algorithm.name kto")
+
+
+def _check_reference(policy: Policy, config: TrainConfig) -> None:
+    """Raises UserError where the algorithm leans on a reference model that the policy does not keep."""
+    try:
+        with policy.reference():
+            pass
+    except UserError as error:
+        raise UserError(f"algorithm {config.algorithm.name} leans on the reference model: {error}") from error
+
+
+def _check_decoder(policy: Policy, config: TrainConfig, example: Prompt) -> None:
+    """Raises UserError where no gradient runs from samples to latents, or from latents through the pipeline's edits."""
+    asked = f"algorithm {config.algorithm.name} follows the reward's gradient"
+    if policy.edits:
+        raise UserError(f"{asked}, and this pipeline edits its latents after each step, where none is known: choose another")
+    latents = policy.start([example], [0]).requires_grad_()
+    if not policy.decode(latents, [example], gradient=True).requires_grad:
+        raise UserError(f"{asked}, and this pipeline's decoder passes none on: choose another algorithm (ddpo, nft ...)")
 
 
 def _load(config: TrainConfig, example: Prompt) -> Policy:
@@ -171,7 +222,9 @@ def _load(config: TrainConfig, example: Prompt) -> Policy:
 
 
 def _check_shares(config: TrainConfig) -> None:
-    """Raises UserError where there is too little for each process to have a part of it."""
+    """Raises UserError where there is too little for each process to have a part of it, or what they cannot share."""
+    if config.redraw_queries and processes.count() > 1:
+        raise UserError("redraw_queries works on one process: the samples of a group stay where they were drawn")
     for task in config.all_tasks:
         processes.share(task.prompts_per_step * task.samples_per_prompt, task.samples_per_prompt)
     evaluation = config.evaluation
@@ -193,7 +246,7 @@ def _load_task(
         reward = load_mixture(settings.reward, config.rewards)
         _require_groups(reward, settings, config)
         sizes = (settings.samples_per_prompt, config.evaluation.samples_per_prompt)
-        _try(reward, prompts, shape, config.rewards.timeout, sizes, rate)
+        _try(reward, prompts, shape, config, sizes, rate, algorithm)
     except UserError as error:
         raise UserError(f"{settings.whose}{error}") from error
     return Task(settings, prompts, reward, copy.deepcopy(algorithm), config)
@@ -203,17 +256,24 @@ def _try(
     reward: Mixture,
     prompts: Sequence[Prompt],
     shape: tuple[int, ...],
-    timeout: float,
+    config: TrainConfig,
     group_sizes: Sequence[int],
     sampling_rate: int | None = None,
+    algorithm: Algorithm | None = None,
 ) -> None:
-    """Raises UserError for a reward that cannot score a few grey images in time; warns of one that does not repeat itself."""
+    """Raises UserError for a reward that cannot score a few grey images in time, or give the gradient that the algorithm that
+    is trained with it asks for; warns of one that does not repeat itself."""
+    timeout, differentiates = config.rewards.timeout, algorithm is not None and algorithm.needs_reward_gradient
+    if differentiates:
+        require_gradient(reward, config.algorithm.name)
     samples = [prompts[0], prompts[-1]]
     texts, metadata = [prompt.text for prompt in samples], metadata_of(samples, sampling_rate)
     unsteady: list[str] = []
     if not within(timeout, lambda: unsteady.extend(try_mixture(reward, shape, texts, metadata, group_sizes))):
         seconds = f"{timeout:g} s (rewards.timeout)"
         raise UserError(f"the reward gave no scores for a few grey images within {seconds}: {', '.join(reward.rewards)}")
+    if differentiates:
+        try_gradient(reward, shape, texts, metadata)
     if unsteady and processes.is_main():
         print(
             f"warning: {', '.join(unsteady)}: the same grey image twice gets different scores, and noise is learned too; "

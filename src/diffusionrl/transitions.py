@@ -43,6 +43,11 @@ class NoiseLevels:
         columns = (self.timesteps, self.alpha, self.sigma)
         return NoiseLevels(*(column[rows] if isinstance(rows, slice) else column.to(rows.device)[rows] for column in columns))
 
+    @property
+    def linear(self) -> bool:
+        """Whether they are a linear flow's, alpha = 1 - sigma."""
+        return bool((self.alpha + self.sigma - 1).abs().max() < 1e-3)
+
     def shaped(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma), where ``like`` is, and shaped to broadcast over it."""
         shape = (-1, *[1] * (like.ndim - 1))
@@ -90,6 +95,16 @@ class SamplerTable:
 
     def __len__(self) -> int:
         return len(self.grid)
+
+    @property
+    def stochastic(self) -> Tensor:
+        """The rows that have fresh noise, in order."""
+        return (self.fresh > 0).nonzero().flatten()
+
+    def only(self, rows: Tensor) -> "SamplerTable":
+        """The same on these rows, and the ODE on all others."""
+        inside = torch.zeros(len(self), dtype=torch.bool).index_fill(0, rows, True)
+        return SamplerTable(self.grid, self.kept.where(inside, self.grid.sigma_next), self.fresh * inside)
 
     def mean(self, steps: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
         """The mean of x' for each sample at its own step.

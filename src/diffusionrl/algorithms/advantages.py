@@ -5,27 +5,31 @@ Everywhere: population standard deviation; invalid samples leave the statistics 
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusionrl.data.prompts import Prompt, keep_newest, members_of
+from diffusionrl.config.algorithms import AdvantageConfig
+from diffusionrl.data.prompts import keep_newest, members_of
 from diffusionrl.rewards.base import Scores
+from diffusionrl.sampling.rollout import Rollout
 
 EPSILON = 1e-6
 _REMEMBERED = 65_536  # prompts; at 32 rewards each, about 100 MB
 
 
-def standardise(values: Tensor, reference: Tensor) -> Tensor:
-    """(values - mean) / (std + 1e-6) with the statistics of ``reference``; zeros where there is nothing to compare with.
+def standardise(values: Tensor, reference: Tensor, spread: Tensor | None = None) -> Tensor:
+    """(values - mean) / (std + 1e-6) with the statistics of ``reference``, or the deviation of ``spread`` where it is given;
+    zeros where there is nothing to compare with.
 
     In double precision: the rounding of a float32 mean can exceed the epsilon, which would tell equal scores apart.
     """
     if len(reference) == 0:
         return torch.zeros_like(values)
     values, reference = values.double(), reference.double()
-    return ((values - reference.mean()) / (reference.std(correction=0) + EPSILON)).float()
+    deviation = (reference if spread is None else spread.double()).std(correction=0)
+    return ((values - reference.mean()) / (deviation + EPSILON)).float()
 
 
 def batch_advantages(scores: Scores) -> Tensor:
@@ -33,12 +37,28 @@ def batch_advantages(scores: Scores) -> Tensor:
     return standardise(scores.values, scores.values[scores.valid]) * scores.valid
 
 
-def group_advantages(scores: Scores, prompts: Sequence[str]) -> Tensor:
-    """Relative to the valid samples of the same prompt in this step. Returns (N,)."""
+def group_advantages(scores: Scores, prompts: Sequence[str], common_scale: bool = False) -> Tensor:
+    """Relative to the valid samples of the same prompt in this step. Returns (N,).
+
+    Args:
+        common_scale: from a prompt's mean as many standard deviations of the whole step, not of the prompt's samples
+            ("global_std" of Flow-GRPO's code): prompts whose samples hardly differ count little.
+    """
     advantages = torch.zeros_like(scores.values)
+    spread = scores.values[scores.valid] if common_scale else None
     for members in members_of(prompts).values():
         reference = scores.values[members][scores.valid[members]]
-        advantages[members] = standardise(scores.values[members], reference)
+        advantages[members] = standardise(scores.values[members], reference, spread)
+    return advantages * scores.valid
+
+
+def centred_advantages(scores: Scores, prompts: Sequence[str]) -> Tensor:
+    """Less the mean of the valid samples of the same prompt in this step, in units of the reward. Returns (N,)."""
+    advantages = torch.zeros_like(scores.values)
+    for members in members_of(prompts).values():
+        reference = scores.values[members][scores.valid[members]].double()
+        if len(reference):
+            advantages[members] = (scores.values[members].double() - reference.mean()).float()
     return advantages * scores.valid
 
 
@@ -75,15 +95,49 @@ class PromptStatistics:
         self._buffers = {prompt: deque(rewards, maxlen=self.buffer_size) for prompt, rewards in state.items()}
 
 
-def relative(
-    scores: Scores,
-    prompts: Sequence[Prompt],
-    normalisation: Literal["prompt", "batch", "group"],
-    statistics: PromptStatistics,
-) -> Tensor:
-    """By name: to a prompt's recent rewards, which ``statistics`` remembers, to the whole step, or to the samples of one prompt
-    in it. Returns (N,)."""
-    keys = [prompt.key for prompt in prompts]
-    if normalisation == "prompt":
-        return statistics.advantages(scores, keys)
-    return group_advantages(scores, keys) if normalisation == "group" else batch_advantages(scores)
+class Advantages:
+    """Advantages as an algorithm's settings say, and what has to be remembered for them."""
+
+    def __init__(self, config: AdvantageConfig) -> None:
+        self.config, self.statistics = config, PromptStatistics(config.buffer_size, config.min_count)
+
+    def of(self, rollout: Rollout, keys: Sequence[str] | None = None) -> Tensor:
+        """Of a step's samples, clamped, (N,).
+
+        Args:
+            keys: which samples are compared with each other, one a sample; None: those of one prompt.
+        """
+        keys = keys or [prompt.key for prompt in rollout.prompts]
+        if self.config.combine == "advantages" and len(rollout.scores.parts) > 1:
+            advantages = self._combined(rollout, keys)
+        else:
+            advantages = self._relative(rollout.scores, keys)
+        return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+
+    def _combined(self, rollout: Rollout, keys: Sequence[str]) -> Tensor:
+        """The weighted sum of each reward's own advantages, scaled to a standard deviation of 1 over the step. A sample counts
+        where all rewards are valid."""
+        scores, total = rollout.scores, torch.zeros_like(rollout.scores.values)
+        for name, part in scores.parts.items():
+            own = Scores(part.nan_to_num(0.0, 0.0, 0.0), scores.valid)
+            total += rollout.reward_weights.get(name, 1.0) * self._relative(own, keys)
+        spread = total[scores.valid].double().std(correction=0).item() if scores.valid.any() else 0.0
+        return total / (spread + EPSILON)
+
+    def _relative(self, scores: Scores, keys: Sequence[str]) -> Tensor:
+        match self.config.normalisation:
+            case "prompt":
+                return self.statistics.advantages(scores, keys)
+            case "batch":
+                return batch_advantages(scores)
+            case "group":
+                return group_advantages(scores, keys)
+            case "group-mean":
+                return group_advantages(scores, keys, common_scale=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whatever must survive a restart, as plain JSON values."""
+        return {"prompt_statistics": self.statistics.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.statistics.load_state_dict(state["prompt_statistics"])

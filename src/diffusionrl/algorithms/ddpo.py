@@ -17,44 +17,25 @@ Where the paper is silent or its code departs from it, this file follows the cod
 Where its code shuffles the samples and cuts them into updates, every ``updates_per_step`` samples in a row are shared out at
 random here, one to each update: so each has its part of every prompt's samples, and of every process's.
 
-An option that is not in the paper: ``step_weight_power`` weighs denoising steps by a power of their fresh noise (1 as in
-TempFlow-GRPO). A step's gradient is residual / fresh^2 * dmean, about as long as 1 / fresh, so on coarse grids the noise of the
-last steps drowns the rest.
+Options that are not in the paper: ``kl_weight`` above 0 is DPOK's anchor (arXiv 2305.16381); ``window`` trains a few
+denoising steps in a row, the others being the ODE's; ``step_weight_power`` weighs denoising steps by a power of their fresh
+noise (1 as in TempFlow-GRPO). A step's gradient is residual / fresh^2 * dmean, about as long as 1 / fresh, so on coarse grids
+the noise of the last steps drowns the rest.
 """
 
-from collections.abc import Iterator
-
-import torch
 from torch import Tensor
 
-from diffusionrl import seeds
-from diffusionrl.algorithms.policy_gradient import PolicyGradient
+from diffusionrl.algorithms.policy_gradient import SharedOut, Taken, clipped
 from diffusionrl.config import DDPOConfig
-from diffusionrl.sampling.rollout import Rollout
 
 
-class DDPO(PolicyGradient):
+class DDPO(SharedOut):
     """DDPO-IS and DDPO-SF."""
 
     def __init__(self, config: DDPOConfig, guidance: float) -> None:
-        super().__init__(config, guidance, score_function=config.variant == "sf")
+        super().__init__(config, guidance)
         self.config = config
 
-    def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
-        total, count = len(rollout.prompts), self.config.updates_per_step
-        blocks = -(-total // count)
-        draws = torch.rand(blocks, count, generator=seeds.torch_generator(seed, "update_order", step)).argsort(1)
-        for part in (torch.arange(blocks)[:, None] * count + draws).unbind(1):
-            part = part[part < total]
-            yield self.pairs(rollout, part[rollout.scores.valid[part]], seed, step)
-
-    def pairs(self, rollout: Rollout, samples: Tensor, seed: int, step: int) -> Tensor:
-        """The (sample, denoising step) pairs that an update on these samples runs over, (P, 2)."""
-        stochastic = (rollout.table.fresh > 0).nonzero().flatten()
-        count = max(1, round(self.config.train_fraction * len(stochastic)))
-        pairs = []
-        for sample in samples.tolist():
-            drawn = torch.randperm(len(stochastic), generator=seeds.torch_generator(seed, "trained_steps", step, sample))
-            chosen = stochastic[drawn[:count]].sort().values
-            pairs.append(torch.stack([torch.full_like(chosen, sample), chosen], 1))
-        return torch.cat(pairs) if pairs else torch.zeros(0, 2, dtype=torch.long)
+    def loss(self, taken: Taken, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        losses, beyond = clipped(advantage, taken.ratio, self.config.clip_range)
+        return (-advantage * taken.log_prob if self.config.variant == "sf" else losses), beyond

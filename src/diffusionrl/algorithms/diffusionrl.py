@@ -21,7 +21,7 @@ Where the paper and its released code differ, or this file from either:
 - the code samples with weights from before its last pretraining step; here the policy samples as it is: the first ratio is 1;
 - steps whose fresh noise is 0 carry no log-probability and are not drawn.
 
-Not in the paper: ``normalisation`` and ``step_weight_power``, as in DDPO.
+Not in the paper: ``normalisation``, ``kl_weight``, ``window`` and ``step_weight_power``, as in DDPO.
 
     diffusionrl train --algorithm.name diffusionrl
 """
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.algorithms.policy_gradient import PolicyGradient
+from diffusionrl.algorithms.policy_gradient import PolicyGradient, Taken, clipped
 from diffusionrl.config import DiffusionRLConfig
 from diffusionrl.sampling.rollout import Rollout
 
@@ -44,9 +44,12 @@ class DiffusionRL(PolicyGradient):
         super().__init__(config, guidance)
         self.config = config
 
+    def loss(self, taken: Taken, advantage: Tensor) -> tuple[Tensor, Tensor]:
+        return clipped(advantage, taken.ratio, self.config.clip_range)
+
     def updates(self, rollout: Rollout, advantages: Tensor, seed: int, step: int) -> Iterator[Tensor]:
         """Raises UserError where fewer steps have fresh noise than are to be trained."""
-        stochastic = (rollout.table.fresh > 0).nonzero().flatten()
+        stochastic = rollout.table.stochastic
         self.config.check_steps(len(stochastic))
         order = torch.randperm(len(stochastic), generator=seeds.torch_generator(seed, "trained_steps", step))
         valid = rollout.scores.valid.nonzero().flatten()

@@ -11,9 +11,11 @@ from diffusionrl.errors import one_of, require
 
 BUILT_IN_REWARDS = (
     *("aesthetic", "clip-score", "composition", "composition-judge", "compressibility", "emoji-gold", "emoji-judge"),
-    *("incompressibility", "parity", "parity-sp", "parity-squared", "preference", "vlm-bertscore", "vlm-yes"),
+    *("incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
+DIFFERENTIABLE_REWARDS = ("aesthetic", "clip-score", "composition", "composition-judge", "preference")
+"""Those of them that have a gradient."""
 ATTRIBUTES = ("emoji-skin-tone", "clip", "ita")
 
 
@@ -172,6 +174,8 @@ class RewardsConfig:
     invalid_window: int = 3
     frames: int = 8
     """Frames of a video that rewards for images score, spread evenly; their mean counts. 0: all."""
+    cache: Path | None = None
+    """A file in which scores are kept by sample, prompt and reward settings: what is there is not asked again."""
     normalise: bool = False
     """Take each reward relative to its mean and in units of its standard deviation over the evaluation before training."""
     clip_score: CLIPScoreConfig = field(default_factory=CLIPScoreConfig)
@@ -186,6 +190,9 @@ class RewardsConfig:
         require(0 <= self.max_invalid <= 1, f"rewards.max_invalid must lie in [0, 1], not {self.max_invalid}")
         require(self.frames >= 0, f"rewards.frames must not be negative, not {self.frames}")
         require(self.invalid_window >= 1, f"rewards.invalid_window must be at least 1, not {self.invalid_window}")
+
+
+_A_DAY = 86_400
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         check_values(self)
         require(0 <= self.port <= 65535, f"port must lie between 0 and 65535, not {self.port}")
-        require(self.timeout > 0, f"timeout must be positive, not {self.timeout}")
-        require(self.wait >= 0, f"wait must not be negative, not {self.wait}")
+        require(0 < self.timeout <= _A_DAY, f"timeout must lie between 0 and {_A_DAY} seconds, not {self.timeout}")
+        require(0 <= self.wait <= _A_DAY, f"wait must lie between 0 and {_A_DAY} seconds, not {self.wait}")
         for what in ("batch_size", "max_bytes", "max_requests"):
             require(getattr(self, what) >= 1, f"{what} must be at least 1, not {getattr(self, what)}")

@@ -8,7 +8,16 @@ from typing import Any, Literal
 
 import yaml
 
-from diffusionrl.config.algorithms import AlgorithmConfig, DDPOConfig, DiffusionRLConfig, RWRConfig
+from diffusionrl.config.algorithms import (
+    AlgorithmConfig,
+    D3POConfig,
+    DDPOConfig,
+    DPOConfig,
+    ForwardProcessConfig,
+    KTOConfig,
+    PolicyGradientConfig,
+    SharedOutConfig,
+)
 from diffusionrl.config.checks import check_values
 from diffusionrl.config.model import PolicyConfig, SamplingConfig
 from diffusionrl.config.rewards import RewardsConfig
@@ -22,7 +31,7 @@ from diffusionrl.config.training import (
 )
 from diffusionrl.errors import require
 
-_ROOMS = ("advantage", "eval", "guard", "policy", "pretraining", "prompts", "ratio", "reward", "time")
+_ROOMS = ("advantage", "eval", "guard", "policy", "preferences", "pretraining", "prompts", "ratio", "reward", "time")
 """Where metrics of a run's own are: no task may have such a name."""
 _MOST_SAMPLES = 10_000_000
 
@@ -76,6 +85,13 @@ class TrainConfig:
     prompts: str = "ddpo-animals"
     """A built-in set; a file: a prompt a line, JSON, CSV, TSV or parquet ("prompt" and any metadata); or dataset:ID[:SPLIT] of
     the library datasets."""
+    preferences: str = ""
+    """Judged images from disk in the place of samples, for the algorithms dpo and kto; see docs/preference.md. A folder with
+    metadata.jsonl or metadata.csv (columns chosen, rejected, prompt; or file_name, label, prompt), a parquet file with
+    Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption), or dataset:ID[:SPLIT] with them. A step takes prompts_per_step pairs
+    or labelled images; reward and prompts are then for evaluations alone, and samples_per_prompt is not used."""
+    max_broken_preferences: int = 0
+    """Pairs or labelled images that may turn out not to decode; they are passed over, and one more stops the run."""
     max_broken_prompts: int = 0
     """Broken lines that are passed over; one more stops the run."""
     steps: int = 200
@@ -83,6 +99,11 @@ class TrainConfig:
     prompts_per_step: int = 256
     samples_per_prompt: int = 1
     """Samples a step are prompts_per_step * samples_per_prompt."""
+    redraw_queries: int = 0
+    """Samples that a step may draw beyond these, in the place of groups whose samples all score alike, which teach nothing: new
+    prompts take their place (DAPO's dynamic sampling)."""
+    max_queries: int | None = None
+    """The run ends before it would score more samples for training than this, however many steps are left."""
     seed: int = 0
     """Every random number of the run follows from it."""
     name: str | None = None
@@ -117,8 +138,15 @@ class TrainConfig:
 
     @property
     def queries_per_step(self) -> int:
-        """Samples a step of all tasks."""
-        return sum(task.samples_per_step for task in self.all_tasks)
+        """Samples a step that are scored, of all tasks; judged images need no score."""
+        return sum(task.samples_per_step for task in (self.tasks if self.preferences else self.all_tasks))
+
+    @property
+    def last_step(self) -> int:
+        """``steps``, or as many as ``max_queries`` pays for."""
+        if self.max_queries is None:
+            return self.steps
+        return min(self.steps, self.max_queries // (self.queries_per_step + self.redraw_queries * len(self.all_tasks)))
 
     @property
     def watched(self) -> tuple[str, ...]:
@@ -137,9 +165,12 @@ class TrainConfig:
             self.push_to_hub is None or re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.push_to_hub) is not None,
             f"push_to_hub must be OWNER/NAME, not {self.push_to_hub!r}",
         )
+        require(
+            self.max_broken_preferences >= 0, f"max_broken_preferences must not be negative, not {self.max_broken_preferences}"
+        )
         self._check_tasks()
-        if not isinstance(self.algorithm, RWRConfig):
-            self._check_policy_gradient(self.algorithm)
+        self._check_queries()
+        self._check_algorithm()
         self._check_guard()
 
     def _check_tasks(self) -> None:
@@ -154,6 +185,22 @@ class TrainConfig:
         for task in self.all_tasks:
             task.check()
 
+    def _check_queries(self) -> None:
+        require(
+            not self.preferences or (self.redraw_queries == 0 and self.max_queries is None),
+            "preferences need no score: leave redraw_queries and max_queries out, and set steps",
+        )
+        require(self.redraw_queries >= 0, f"redraw_queries must not be negative, not {self.redraw_queries}")
+        require(
+            self.redraw_queries == 0 or self.samples_per_prompt > 1,
+            "redraw_queries replaces groups whose samples score alike: set samples_per_prompt above 1",
+        )
+        require(
+            self.last_step >= 1,
+            f"max_queries is {self.max_queries}, and a step takes {self.queries_per_step} samples, with redraw_queries as many "
+            "again as that allows: raise it, or lower prompts_per_step",
+        )
+
     def _check_guard(self) -> None:
         held_out = [entry.partition("=")[0] for entry in self.evaluation.held_out]
         for name in self.guard.watch:
@@ -164,35 +211,59 @@ class TrainConfig:
             f"evaluation.num_samples to at least {MIN_PAIRS}",
         )
 
-    def _check_policy_gradient(self, algorithm: DDPOConfig | DiffusionRLConfig) -> None:
+    def _check_algorithm(self) -> None:
+        algorithm = self.algorithm
+        require(
+            not self.preferences or isinstance(algorithm, DPOConfig | KTOConfig),
+            f"preferences are learnt from by --algorithm.name dpo and kto, not by {algorithm.name}",
+        )
         for task in self.all_tasks:
+            self._check_groups(task)
+        if isinstance(algorithm, PolicyGradientConfig):
             require(
-                isinstance(algorithm, DiffusionRLConfig) or task.samples_per_step % algorithm.updates_per_step == 0,
+                self.sampling.sampler != "ode" and self.sampling.eta > 0,
+                "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
+            )
+            algorithm.window.places(self.sampling.num_steps)
+
+    def _check_groups(self, task: TaskConfig) -> None:
+        algorithm, drawn = self.algorithm, not self.preferences or bool(task.name)
+        require(
+            not (drawn and algorithm.compares_groups) or task.samples_per_prompt > 1,
+            f"{task.whose}algorithm {algorithm.name} compares the samples of one prompt (algorithm.normalisation): "
+            "set samples_per_prompt above 1",
+        )
+        if isinstance(algorithm, SharedOutConfig):
+            require(
+                task.samples_per_step % algorithm.updates_per_step == 0,
                 f"{task.whose}{task.samples_per_step} samples a step (prompts_per_step * samples_per_prompt) cannot be cut "
                 f"into algorithm.updates_per_step = {algorithm.updates_per_step} equal updates",
             )
+        if drawn and isinstance(algorithm, DPOConfig | D3POConfig):
             require(
-                algorithm.normalisation != "group" or task.samples_per_prompt > 1,
-                f"{task.whose}algorithm.normalisation 'group' compares the samples of one prompt: "
-                "set samples_per_prompt above 1",
+                2 * algorithm.pairs_per_group <= task.samples_per_prompt,
+                f"{task.whose}{task.samples_per_prompt} samples of a prompt (samples_per_prompt) do not make "
+                f"algorithm.pairs_per_group = {algorithm.pairs_per_group} pairs",
             )
-        require(
-            self.sampling.sampler != "ode" and self.sampling.eta > 0,
-            "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
-        )
+        if isinstance(algorithm, ForwardProcessConfig | D3POConfig):
+            require(
+                algorithm.updates_per_step <= task.prompts_per_step,
+                f"{task.whose}prompts_per_step is {task.prompts_per_step}, fewer than algorithm.updates_per_step = "
+                f"{algorithm.updates_per_step}: a prompt's samples belong to one update",
+            )
 
 
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as YAML that ``--config`` reads back, but for the run folder, which is where it lies, and the
     repository, which another run should not overwrite."""
     own = {"name": None, "run_dir": None, "push_to_hub": None}
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)) | own, sort_keys=False)
+    return yaml.safe_dump(plain(dataclasses.asdict(config)) | own, sort_keys=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples as lists and paths as strings, which is what YAML knows."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value

@@ -19,6 +19,9 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm when it is longer; inf leaves it as it is."""
+    average: float = 0.0
+    """Decay of an exponential average of the trained weights, one step an update, which is what is evaluated and exported; 0:
+    the weights themselves."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
@@ -26,6 +29,7 @@ class OptimizerConfig:
         require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
         require(self.epsilon >= 0, f"optimizer.epsilon must not be negative, not {self.epsilon}")
         require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+        require(0 <= self.average < 1, f"optimizer.average must lie in [0, 1), not {self.average}")
         require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
 
 

@@ -1,8 +1,10 @@
 """One prompt: what a line, a row or an entry of a file says, and whether it can be meant."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,24 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     media: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Of what a model makes of it: prompts of one key are alike to it."""
         if not self.media:
             return self.text
-        named = [(name, str(each) if isinstance(each, Path) else id(each)) for name, each in self.media.items()]
+        named = [(name, str(each) if isinstance(each, Path) else content_of(each)) for name, each in self.media.items()]
         return f"{self.text}\0{named}"
+
+
+def content_of(medium: Any) -> str:
+    """A hash of an image, a file or PIL's. Raises UserError where it cannot be read."""
+    if not isinstance(medium, Path):
+        return hashlib.blake2b(f"{medium.mode}{medium.size}".encode() + medium.tobytes(), digest_size=32).hexdigest()
+    try:
+        with medium.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+    except OSError as error:
+        raise UserError(f"image {medium} of a prompt cannot be read: {error}") from error
 
 
 def from_text(text: str, where: str) -> Prompt:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusionrl.data.captions import read_captions
+from diffusionrl.data.folders import captions_in
 from diffusionrl.data.tables import DELIMITERS, cells_of, read_utf8, rows_of
 from diffusionrl.errors import UserError
 
@@ -95,7 +95,7 @@ def read_entries(path: Path, kind: Format, limit: int | None) -> list[tuple[str,
         UserError: it cannot be read.
     """
     if kind == "captions":
-        entries = read_captions(path)
+        entries = captions_in(path, "prompts")
         return [(str(path / name), {"prompt": text, "file_name": name}) for name, text in islice(entries, limit)]
     if path.stat().st_size > _WHOLE:
         raise UserError(f"{path} is larger than {_WHOLE >> 20} MB: JSON lines (.jsonl) may hold as much as there is")
@@ -105,7 +105,7 @@ def read_entries(path: Path, kind: Format, limit: int | None) -> list[tuple[str,
 
 
 def _rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    for line, row in rows_of(text, path, ["prompt"]) if text.strip() else ():
+    for line, row in rows_of(text, path, ["prompt"], needed=["prompt"]) if text.strip() else ():
         yield f"{path}:{line}", row
 
 

@@ -1,15 +1,18 @@
 """Samples to files, and images that a prompt names: pictures, clips that play, and sound with a picture of its wave."""
 
+import io
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffusionrl.data.entries import Prompt
 from diffusionrl.data.images import to_pil
 from diffusionrl.errors import UserError
 
@@ -18,6 +21,11 @@ FRAME_RATE = 16
 """Frames a second of a clip that is written."""
 _WAVE = (256, 96)  # pixels of the picture of a wave
 _INPUT = 512  # longest side
+
+
+def kind_of(sample_shape: Sequence[int]) -> str:
+    """ "sound", "image" or "video"."""
+    return {2: "sound", 3: "image", 4: "video"}[len(sample_shape)]
 
 
 def still(sample: Tensor) -> Image.Image:
@@ -90,6 +98,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return turned.convert("RGB")
     layer = turned.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def one_of_each_size(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Of prompts that name images, the first of each size of theirs. Only the images' headers are read."""
+    found: dict[Any, Prompt] = {}
+    for prompt in prompts:
+        if prompt.media:
+            found.setdefault(str([_size(medium) for medium in prompt.media.values()]), prompt)
+    return list(found.values())
+
+
+def _size(medium: Path | Image.Image) -> tuple[int, int]:
+    if isinstance(medium, Image.Image):
+        return medium.size
+    try:
+        with Image.open(medium, formats=FORMATS) as image:
+            return image.size
+    except Exception as error:  # Pillow raises whatever a broken file leads it to
+        raise UserError(f"image {medium} of a prompt cannot be read: {type(error).__name__}: {error}") from error
+
+
+def decode(image: Path | bytes) -> Image.Image:
+    """See ``to_rgb``. Raises whatever a broken file leads Pillow to."""
+    if isinstance(image, Path) and not image.is_file():  # a pipe would be waited for
+        raise FileNotFoundError("there is no such file")
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+        return to_rgb(opened)
 
 
 def open_image(medium: Path | Image.Image) -> Image.Image:

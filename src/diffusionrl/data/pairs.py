@@ -8,11 +8,14 @@ from typing import Protocol
 from PIL import Image
 
 from diffusionrl.config import PretrainingConfig
-from diffusionrl.data.captions import read_captions
-from diffusionrl.data.media import FORMATS, to_rgb
+from diffusionrl.data.folders import captions_in, check_broken, is_file
+from diffusionrl.data.media import decode
 from diffusionrl.emoji.scenes import draw_scene
 from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.paths import expand
+
+MAX_BROKEN = "pretraining.max_broken"
+"""The setting."""
 
 
 class Pairs(Protocol):
@@ -55,9 +58,8 @@ class ScenePairs:
 
 
 class FolderPairs:
-    """A folder of images with captions, as ``read_captions`` reads them. Images are JPEG, PNG or WebP.
-
-    In the place of an image that does not decode stands the next that does.
+    """A folder of images with captions, as ``captions_in`` reads them. In the place of an image that does not decode stands the
+    next that does.
 
     Raises:
         UserError: as in ``load_pairs``.
@@ -66,9 +68,7 @@ class FolderPairs:
     def __init__(self, folder: Path, max_broken: int = 0) -> None:
         self.folder, self.max_broken = folder, max_broken
         self.broken: dict[int, str] = {}
-        if not folder.is_dir():
-            raise UserError(f'pretraining.source {str(folder)!r}: no such folder; give one of images and captions, or "emoji"')
-        self._entries = read_captions(folder)
+        self._entries = captions_in(folder, "pretraining.source")
         self.fingerprint = hashlib.sha256(json.dumps(self._entries).encode()).hexdigest()
         try:
             self._check_files()
@@ -78,7 +78,7 @@ class FolderPairs:
 
     def _check_files(self) -> None:
         """Raises RunStopped where more than ``max_broken`` are not there, before the run needs them."""
-        missing = {place: name for place, (name, _) in enumerate(self._entries) if not _is_file(self.folder / name)}
+        missing = {place: name for place, (name, _) in enumerate(self._entries) if not is_file(self.folder / name)}
         if len(missing) > self.max_broken:
             raise RunStopped(
                 f"{len(missing)} images in {self.folder} are not there, or no files, more than pretraining.max_broken = "
@@ -91,27 +91,8 @@ class FolderPairs:
             place = (address + further) % len(self._entries)
             name, caption = self._entries[place]
             try:
-                if not _is_file(self.folder / name):  # a pipe would be waited for
-                    raise FileNotFoundError("there is no such file")
-                with Image.open(self.folder / name, formats=FORMATS) as image:
-                    return to_rgb(image), caption
+                return decode(self.folder / name), caption
             except Exception as error:  # Pillow raises whatever a broken file leads it to
                 self.broken[place] = f"{self.folder / name} ({type(error).__name__}: {error})"
-                check_broken(self.broken, self.max_broken)
+                check_broken(self.broken, self.max_broken, MAX_BROKEN)
         raise RunStopped(f"no image in {self.folder} decodes")
-
-
-def check_broken(broken: dict[int, str], limit: int) -> None:
-    """Raises RunStopped where there are more."""
-    if len(broken) > limit:
-        raise RunStopped(
-            f"{len(broken)} images do not decode as JPEG, PNG or WebP, more than pretraining.max_broken = {limit}: "
-            f"{'; '.join(list(broken.values())[:3])}"
-        )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # no name for a file
-        return False

@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 
 from diffusionrl.data.entries import Prompt as Prompt
-from diffusionrl.data.entries import checked, from_entry, from_json, from_text
+from diffusionrl.data.entries import checked, content_of, from_entry, from_json, from_text
 from diffusionrl.data.formats import Format, read_entries, recognise
 from diffusionrl.emoji.vocabulary import prompt_sets
 from diffusionrl.errors import RunStopped, UserError
@@ -82,12 +82,12 @@ def members_of(prompts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Of their texts and metadata: a run that is taken up must have the same."""
+    """Of their texts, metadata and images: a run that is taken up must have the same."""
     known = getattr(prompts, "fingerprint", None)
     if known is not None:
         return str(known)
-    said = json.dumps([[prompt.key, prompt.metadata] for prompt in prompts], sort_keys=True, default=str)
-    return hashlib.sha256(said.encode()).hexdigest()
+    said = [[prompt.text, prompt.metadata, *map(content_of, prompt.media.values())] for prompt in prompts]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class _Prompts(Sequence[Prompt]):
@@ -95,7 +95,8 @@ class _Prompts(Sequence[Prompt]):
 
     Attributes:
         broken: what is wrong with the broken ones that were found, by their place in the source.
-        fingerprint: of the whole file; of a data set its length, columns, and first and last 1,000 rows.
+        fingerprint: of the whole file, and of the images that the first 1,000 such prompts name; of a data set its length,
+            columns, and first and last 1,000 rows.
     """
 
     def __init__(self, max_broken: int) -> None:
@@ -166,7 +167,17 @@ class PromptFile(_Prompts):
         self._bounds, self.fingerprint = _line_bounds(path, limit)
         self._starts, self._ends = self._bounds[:-1], self._bounds[1:]
         count = min(CHECKED, len(self))
-        good = np.fromiter(self._check(count, self._read), dtype=bool, count=count)
+        images: list[str] = []
+
+        def read(index: int) -> Prompt | None:
+            prompt = self._read(index)
+            if prompt is not None and prompt.media and len(images) < _ROWS:
+                images.append(str([content_of(medium) for medium in prompt.media.values()]))
+            return prompt
+
+        good = np.fromiter(self._check(count, read), dtype=bool, count=count)
+        if images:
+            self.fingerprint = hashlib.sha256("".join([self.fingerprint, *images]).encode()).hexdigest()
         if not good.all():
             kept = np.concatenate([np.flatnonzero(good), np.arange(count, len(self))])
             self._starts, self._ends = self._starts[kept], self._ends[kept]
@@ -253,10 +264,18 @@ class EntryPrompts(_Prompts):
         super().__init__(max_broken)
         self._folder = path.parent
         self._entries = read_entries(path, kind, limit)
-        said = json.dumps([entry for _, entry in self._entries], default=str)
-        self.fingerprint = hashlib.sha256(said.encode()).hexdigest()
-        if sum(self._check(len(self), self._read)) == 0:  # all of them are looked at
+        images: list[str] = []
+
+        def read(index: int) -> Prompt | None:
+            prompt = self._read(index)
+            if prompt is not None:
+                images.extend(content_of(medium) for medium in prompt.media.values())
+            return prompt
+
+        if sum(self._check(len(self), read)) == 0:  # all of them are looked at
             raise UserError(f"{path} holds no prompt")
+        said = json.dumps([[entry for _, entry in self._entries], images], default=str)
+        self.fingerprint = hashlib.sha256(said.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -266,6 +285,26 @@ class EntryPrompts(_Prompts):
         if isinstance(entry, UserError):
             raise entry
         return from_entry(entry, self._folder, where)
+
+
+def load_rows(source: str, setting: str) -> Any:
+    """A ``datasets.Dataset``: of a ``.parquet`` file, or of ``dataset:ID[:SPLIT]``.
+
+    Raises:
+        UserError: ``datasets`` is not installed, or cannot load this; naming the setting.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{setting} {source!r} need the library datasets: pip install datasets") from error
+    datasets.disable_progress_bars()
+    try:
+        if source.startswith("dataset:"):
+            name, _, split = source.removeprefix("dataset:").partition(":")
+            return datasets.load_dataset(name, split=split or "train")
+        return datasets.Dataset.from_parquet(source)
+    except Exception as error:  # the library's own, pyarrow's, the hub's
+        raise UserError(f"{setting} {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 class DatasetPrompts(_Prompts):
@@ -280,19 +319,7 @@ class DatasetPrompts(_Prompts):
     def __init__(self, source: str, max_broken: int = 0, limit: int | None = None) -> None:
         super().__init__(max_broken)
         self.source = source
-        try:
-            import datasets
-        except ImportError as error:
-            raise UserError(f"prompts {source!r} need the library datasets: pip install datasets") from error
-        datasets.disable_progress_bars()
-        try:
-            if source.startswith("dataset:"):
-                name, _, split = source.removeprefix("dataset:").partition(":")
-                self._rows = datasets.load_dataset(name, split=split or "train")
-            else:
-                self._rows = datasets.Dataset.from_parquet(source)
-        except Exception as error:  # the library's own, pyarrow's, the hub's
-            raise UserError(f"prompts {source!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        self._rows = load_rows(source, "prompts")
         if "prompt" not in self._rows.column_names:
             raise UserError(f'{source} has no column "prompt", but {self._rows.column_names}')
         media = [name for name, feature in self._rows.features.items() if hasattr(feature, "decode_example")]

@@ -45,15 +45,17 @@ def columns_of(header: str, wanted: Sequence[str]) -> tuple[str, list[str]]:
     return best, found[best]
 
 
-def rows_of(text: str, file: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, str] | UserError]]:
+def rows_of(
+    text: str, file: Path, wanted: Sequence[str], needed: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str] | UserError]]:
     """Line numbers and rows by column, or what is wrong with a row; blank ones are left out.
 
     Raises:
-        UserError: a column is missing or twice there, or quotes do not close.
+        UserError: a column that is needed is missing, one is twice there, or quotes do not close.
     """
     header = next((line for line in text.splitlines() if line.strip()), "")
     delimiter, columns = columns_of(header, wanted)
-    for name in wanted:
+    for name in needed:
         if name not in columns:
             raise UserError(f'{file} has no column "{name}" in its first line, but {columns}: name the column so')
     twice = [name for name in columns if name and columns.count(name) > 1]

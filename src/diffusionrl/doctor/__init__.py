@@ -27,7 +27,7 @@ from diffusionrl.doctor.resources import (
 )
 from diffusionrl.doctor.reward import check_repeats, check_scores, check_variation, normalised
 from diffusionrl.doctor.update import check_update, rows_of_an_update
-from diffusionrl.sampling.rollout import Rollout, collect
+from diffusionrl.sampling.rollout import Rollout, collect, make_table
 from diffusionrl.training.trainer import Trainer
 
 __all__ = ["Finding", "check_groups", "examine"]
@@ -61,6 +61,7 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
         yield check_repeats(trainer, rollout)
         yield check_variation(trainer, rollout)
     rollout = normalised(trainer, rollout)
+    trainer.training.follow(0)
     rollout, advantages = _something_to_learn(trainer, rollout)
     rows = rows_of_an_update(trainer, rollout, advantages)
     update = measure_update(trainer, rollout, rows, advantages)
@@ -77,10 +78,12 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
 
 
 def _tiny_rollout(trainer: Trainer, sampling: SamplingConfig) -> Rollout:
-    """Eight samples: as many of one prompt as the run takes, at most four. Two whole groups for a reward that looks at them."""
+    """Eight samples: as many of one prompt as the run takes, at most four, or two in the place of judged images, which cost the
+    same. Two whole groups for a reward that looks at them."""
     config = trainer.config
     grouped = bool(trainer.reward.grouped)
-    group = config.samples_per_prompt if grouped else min(config.samples_per_prompt, 4)
+    least = 1 if trainer.tasks[0].judged is None else 2
+    group = config.samples_per_prompt if grouped else max(least, min(config.samples_per_prompt, 4))
     prompts: list[Prompt] = (list(trainer.prompts) * _SAMPLES)[: 2 if grouped else _SAMPLES // group]
     return collect(
         trainer.policy,
@@ -94,6 +97,8 @@ def _tiny_rollout(trainer: Trainer, sampling: SamplingConfig) -> Rollout:
         trainer.algorithm.needs,
         config.rewards.timeout,
         group,
+        trainer.algorithm.table(make_table(trainer.policy, sampling), config.seed, 1),
+        trainer.algorithm.shared_start,
     )
 
 
@@ -102,5 +107,5 @@ def _something_to_learn(trainer: Trainer, rollout: Rollout) -> tuple[Rollout, Te
     advantages = trainer.algorithm.advantages(rollout)
     if advantages.any():
         return rollout, advantages
-    scores = replace(rollout.scores, valid=torch.ones_like(rollout.scores.valid))
-    return replace(rollout, scores=scores), torch.tensor([1.0, -1.0]).repeat(len(advantages))[: len(advantages)]
+    good = torch.tensor([1.0, -1.0]).repeat(len(advantages))[: len(advantages)]
+    return replace(rollout, scores=replace(rollout.scores, values=good, valid=torch.ones_like(rollout.scores.valid))), good

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
+from diffusionrl.data.media import kind_of
+from diffusionrl.doctor.costs import limit_bytes, used_bytes
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
 from diffusionrl.policies import Policy, load_pipeline, make_policy, put_export
 from diffusionrl.policies.adapters import find_lora
+from diffusionrl.policies.quantization import is_quantized
 from diffusionrl.sampling.rollout import Rollout, draw_noise, sample_trajectories
 from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import ode
@@ -24,17 +27,19 @@ _FINE, _COARSE = 0.01, 0.25  # of what was trained: in float32 on the CPU, and o
 
 def check_images(rollout: Rollout) -> Finding:
     """Finite, and showing something."""
-    images = rollout.images
+    images, kind = rollout.images, kind_of(rollout.images.shape[1:])
     if not images.isfinite().all():
         remedy = "the decoder overflows: run it in float32, or try another checkpoint of the model"
         return Finding("fail", "images", "the decoder gives NaN or infinity", remedy)
     if not images.flatten(1).std(1).max() > 1 / 255:
-        kind = "sounds are silent" if images.ndim == 3 else "images are blank"
-        return Finding("fail", "images", f"all {kind}", "look at more of them: diffusionrl sample --model ...")
+        said = "all sounds are silent" if kind == "sound" else f"all {kind}s are blank"
+        return Finding("fail", "images", said, "look at more of them: diffusionrl sample --model ...")
     size = " x ".join(map(str, images.shape[-2:]))
-    if images.ndim == 5:
+    if kind == "video":
         size += f", {images.shape[1]} frames each"
-    return Finding("pass", "images", f"{len(images)} decoded, {size}, finite, not blank")
+    if kind == "sound":
+        size = f"sounds of {images.shape[-1]} values, {images.shape[1]} channels"
+    return Finding("pass", "images", f"{len(images)} decoded, {size}, finite, not {'silent' if kind == 'sound' else 'blank'}")
 
 
 @torch.no_grad()
@@ -43,6 +48,10 @@ def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
     policy, sampling, quantization = trainer.policy, trainer.config.sampling, trainer.config.policy.quantization
     if quantization != "none" and policy.about["format"] != "lora":
         return Finding("warn", "export", "not tried: it is no LoRA file", "try it with policy.quantization none")
+    second, free = _second_model(policy), limit_bytes(policy.device) - used_bytes(policy.device)
+    if second > free:
+        told = f"not tried: the model is loaded a second time for it, {second / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return Finding("warn", "export", told, "draw from the run's first export/ by the lines in its README.md")
     prompts, table = (rollout.prompts * 2)[:2], ode(policy.grid(_STEPS))
     start, noise = draw_noise(policy, table, prompts, trainer.config.seed, "doctor", 2, [0, 1])
 
@@ -73,7 +82,14 @@ def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
     except Exception as error:  # whatever it raises is the answer
         return Finding("fail", "export", f"does not load in plain diffusers: {type(error).__name__}: {error}", _REMEDY)
     exact = trainer.config.policy.dtype == "float32" and policy.device.type == "cpu"
-    return _compare((theirs - ours).abs(), (ours - base).abs().mean().item(), exact)
+    return _compare((theirs - ours).abs(), (ours - base).abs().mean().item(), exact, kind_of(rollout.images.shape[1:]))
+
+
+def _second_model(policy: Policy) -> int:
+    """Bytes of its weights in float32, or in a byte each where they are quantised."""
+    components = getattr(getattr(policy, "pipeline", None), "components", {})
+    networks = [part for part in components.values() if isinstance(part, torch.nn.Module)]
+    return sum(weight.numel() * (1 if is_quantized(part) else 4) for part in networks for weight in part.parameters())
 
 
 _REMEDY = "the weights that are trained are not those that are exported: compare policy.trainable() with policy.export()"
@@ -99,13 +115,15 @@ def _levels(images: Tensor) -> Tensor:
     return (images.float().cpu() * 255).round()
 
 
-def _compare(gap: Tensor, effect: float, exact: bool) -> Finding:
+def _compare(gap: Tensor, effect: float, exact: bool, kind: str) -> Finding:
     """The gap in levels against what the weights change, ``effect`` on average."""
     if effect == 0:
-        return Finding("warn", "export", "the trained weights change no image", "look at policy.trainable()")
+        return Finding("warn", "export", f"the trained weights change no {kind}", "look at policy.trainable()")
     close = gap.max() <= _LEVELS and gap.mean() <= _FINE * effect
     if close or (not exact and gap.mean() <= _COARSE * effect):
-        told = f"plain diffusers draws the same images, at most {gap.max():.0f} of 255 levels off ({gap.mean():.1g} on average)"
+        told = (
+            f"plain diffusers draws the same {kind}s, at most {gap.max():.0f} of 255 levels off ({gap.mean():.1g} on average)"
+        )
         return Finding("pass", "export", told)
-    told = f"plain diffusers draws other images: {gap.mean():.2g} of 255 levels off; what was trained changes {effect:.2g}"
+    told = f"plain diffusers draws other {kind}s: {gap.mean():.2g} of 255 levels off; what was trained changes {effect:.2g}"
     return Finding("fail", "export", told, _REMEDY)

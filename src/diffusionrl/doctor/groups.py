@@ -12,7 +12,11 @@ _FEW, _MOST = 0.1, 0.5  # shares of samples
 def check_groups(trainer: Trainer) -> Finding:
     """Group size against the normalisation, over the run's own prompts."""
     config = trainer.config
+    if trainer.tasks[0].judged is not None:
+        return Finding("pass", "groups", f"{config.prompts_per_step} judged entries a step, from disk")
     size = f"{config.prompts_per_step} prompts x {config.samples_per_prompt} a step"
+    if trainer.algorithm.needs_reward_gradient:
+        return Finding("pass", "groups", f"{size}, each by its own gradient")
     normalisation = getattr(config.algorithm, "normalisation", "batch")
     if normalisation == "batch":
         if config.samples_per_step > 1:

@@ -151,7 +151,7 @@ def check_memory(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: 
     smaller_batch = _largest(batch, lambda n: max(sampling(n), evaluation(n)) <= _FULL * limit)
     smaller_micro = _largest(micro, lambda n: update(n) <= _FULL * limit)
     if evaluation(1) > _FULL * limit >= sampling(1):
-        remedy = "all images of an evaluation are held until it ends: lower evaluation.num_samples"
+        remedy = "all samples of an evaluation are held until it ends: lower evaluation.num_samples"
         return Finding("fail" if need > limit else "warn", "memory", told, remedy)
     options = _savings(trainer, costs, need, when, embedding, batch)
     if not (smaller_batch and smaller_micro) or embedding > _FULL * limit:
@@ -190,7 +190,7 @@ def _largest(size: int, fits: Callable[[int], bool]) -> int:
 def _kept(trainer: Trainer, rollout: Rollout) -> int:
     """What a run holds beside its batches: AdamW's moments, the samples of a step (twice, when they are put together) and, in
     memory, two copies of weights and moments for checkpoints."""
-    tensors = [rollout.latents, rollout.log_probs, *([] if rollout.steps is None else [rollout.steps])]
+    tensors = [each for each in (rollout.latents, rollout.log_probs, rollout.steps, rollout.means) if each is not None]
     samples = _bytes_of(trainer, rollout, sum(tensor[0].nbytes for tensor in tensors)) * trainer.config.samples_per_step
     return 2 * samples + _weights(trainer)
 
@@ -229,19 +229,19 @@ def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Co
     waiting = max(score * min(config.sampling.batch_size, config.samples_per_step), reward - sampling)
     step = sampling + waiting + update
     every = config.evaluation.every
-    evaluations = 1 + (config.steps // every + (config.steps % every > 0) if every else 1)
-    run = config.steps * step + evaluations * evaluation
+    evaluations = 1 + (config.last_step // every + (config.last_step % every > 0) if every else 1)
+    run = config.last_step * step + evaluations * evaluation
     of_it = f"sampling {_clock(sampling)}, waiting for the reward {_clock(waiting)}, updates {_clock(update)}"
     told = (
         f"about {_clock(step)} a step ({of_it}), {_clock(evaluation)} an evaluation; "
-        f"{_clock(run)} for {config.steps} steps and {evaluations} evaluations"
+        f"{_clock(run)} for {config.last_step} steps and {evaluations} evaluations"
     )
     return _speed(trainer, score, waiting / step), Finding("pass", "time", told)
 
 
 def _speed(trainer: Trainer, score: float, share: float) -> Finding:
     config = trainer.config
-    told = f"{score * 1000:.3g} ms an image; a step waits for it {share:.0%} of its time"
+    told = f"{score * 1000:.3g} ms a sample; a step waits for it {share:.0%} of its time"
     call = score * min(config.sampling.batch_size, config.samples_per_step)
     if call > config.rewards.timeout:
         remedy = f"raise rewards.timeout above {call:.0f}, or lower sampling.batch_size"

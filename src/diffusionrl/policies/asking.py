@@ -23,6 +23,7 @@ from diffusionrl.transitions import Grid, NoiseLevels
 
 REMEMBERED = 2048  # prompts at most: there may be millions of them
 REMEMBERED_BYTES = 2 << 30  # of what was made of them, on the device
+_IMAGES = 64  # decoded, of the newest prompts
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 _ENCODERS = ("encode_prompt", "_encode_prompt")
 
@@ -91,6 +92,7 @@ class AskedPipeline:
         self._started: Any = None
         self._kept: dict[str, dict[Any, Any]] = {}
         self._layouts: dict[Any, Layout] = {}
+        self._images: dict[str, dict[str, Any]] = {}
         self._override()
 
     def _override(self) -> None:
@@ -188,7 +190,7 @@ class AskedPipeline:
         texts = [prompt.text for prompt in prompts]
         if "prompt" in self.parameters:
             arguments["prompt"] = texts if self.lists else texts[0]
-        arguments |= {name: open_image(medium) for name, medium in prompts[0].media.items()}  # then all rows are of one prompt
+        arguments |= self._opened(prompts[0])  # then all rows are of one prompt
         if not self.lists and len(prompts) > 1:
             assert self.count_argument is not None
             arguments[self.count_argument] = len(prompts)
@@ -203,6 +205,13 @@ class AskedPipeline:
         with suppress(Enough):
             return self.plain_call(self.pipeline, **arguments)[0]
         return None
+
+    def _opened(self, prompt: Prompt) -> dict[str, Any]:
+        """The images of a prompt, decoded once."""
+        if prompt.media and prompt.key not in self._images:
+            self._images[prompt.key] = {name: open_image(medium) for name, medium in prompt.media.items()}
+            keep_newest(self._images, _IMAGES)
+        return self._images[prompt.key] if prompt.media else {}
 
     @property
     def _embeds_guidance(self) -> bool:

@@ -27,7 +27,7 @@ class Policy(Protocol):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What env.json says of it, as JSON values: see ``runs.usage``."""
+        """What env.json says of it, as JSON values: see ``runs.usage``; "lora" is a hash of the file that it went on from."""
         ...
 
     sample_shape: tuple[int, ...]
@@ -77,8 +77,12 @@ class Policy(Protocol):
         """
         ...
 
-    def decode(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """Samples, float32, (B, *sample_shape): images and videos in [0, 1], without gradient."""
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt], gradient: bool = False) -> Tensor:
+        """Samples, float32, (B, *sample_shape): images and videos in [0, 1].
+
+        Args:
+            gradient: from the samples to the latents; else there is none.
+        """
         ...
 
     def encode(self, images: Tensor) -> Tensor:

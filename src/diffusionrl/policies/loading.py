@@ -9,9 +9,10 @@ import torch
 
 from diffusionrl import devices
 from diffusionrl.config import PolicyConfig, SamplingConfig
+from diffusionrl.data.entries import content_of
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
-from diffusionrl.policies.adapters import save_memory
+from diffusionrl.policies.adapters import find_lora, save_memory
 from diffusionrl.policies.asking import check_class
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.files import fetch, file_of, find_class, find_networks, left_out, load_network, read_index
@@ -19,7 +20,8 @@ from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.policies.quantization import check_quantization, is_quantized, quantization_settings
 from diffusionrl.policies.schedules import kind_of
 from diffusionrl.policies.single_file import SingleFile, find_file, load_file, look_into
-from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder
+from diffusionrl.policies.soundness import check_sound
+from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder, understood
 from diffusionrl.runs.hub import cached_first
 
 _FAST = "StableDiffusionPipeline"  # which has a policy of its own
@@ -52,9 +54,11 @@ def _check_settings(model: str) -> tuple[int, ...] | None:
     """See ``check_model``; of a folder or a hub id."""
     kind = find_class(model)
     if kind.__name__ == _FAST:
-        for name in ("unet/config.json", "vae/config.json"):
+        for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
             file = file_of(model, name)
-        return check_pipeline_folder(file.parent.parent)
+        shape = check_pipeline_folder(file.parent.parent)
+        if shape is not None:
+            return shape
     check_class(kind)
     file = file_of(model, "scheduler/scheduler_config.json")
     try:
@@ -86,8 +90,6 @@ def _open(model: str, dtype: torch.dtype, config: str | None, quantization: str)
     file = _look(model, config)
     source = file.config if file else model
     _check_settings(source)
-    if file and quantization != "none":
-        raise UserError("policy.quantization needs a folder: load the file in diffusers, and save_pretrained writes one")
     try:
         return cached_first(_load, source, file=file, dtype=dtype, quantization=quantization)
     except UserError as error:
@@ -122,7 +124,7 @@ def _load(
     about = {"variants": {name: variant for name, variant in variants.items() if variant}}
     if file is None:
         return kind.from_pretrained(str(folder), **parts), about
-    return load_file(kind, file, folder, parts, dtype), about | {"single_file": file.about}
+    return load_file(kind, file, folder, parts, dtype, quantized), about | {"single_file": file.about}
 
 
 def make_policy(
@@ -142,7 +144,8 @@ def make_policy(
     """
     sampling = sampling or SamplingConfig()
     plain = not (sampling.arguments or sampling.negative_prompt or networks or (example and example.media))
-    if type(pipeline).__name__ == _FAST and plain and not is_quantized(pipeline.unet):
+    check_untouched(pipeline)
+    if type(pipeline).__name__ == _FAST and plain and not is_quantized(pipeline.unet) and _is_understood(pipeline):
         return StableDiffusionPolicy(pipeline, **settings)
     return PipelinePolicy(
         pipeline,
@@ -154,6 +157,29 @@ def make_policy(
         networks=networks,
         **settings,
     )
+
+
+def _is_understood(pipeline: Any) -> bool:
+    parts = [pipeline.components.get(name) for name in ("unet", "vae", "scheduler")]
+    if any(part is None for part in parts):
+        return False
+    name = {"_class_name": type(pipeline.scheduler).__name__}
+    return understood(pipeline.unet.config, pipeline.vae.config, pipeline.scheduler.config | name) is not None
+
+
+def check_untouched(pipeline: Any) -> None:
+    """Raises UserError where a live pipeline's networks are no longer as they were loaded: with adapters, or fused."""
+    for name, part in pipeline.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        adapters = list(getattr(part, "peft_config", None) or ())
+        if adapters:
+            raise UserError(
+                f"the pipeline's {name} has an adapter ({', '.join(map(str, adapters))}): train it further by its file "
+                "(policy.lora), or make it part of the weights: pipeline.fuse_lora(), then pipeline.unload_lora_weights()"
+            )
+        if any(getattr(module, "fused_projections", False) for module in part.modules()):
+            raise UserError(f"the pipeline's {name} has fused projections: call pipeline.unfuse_qkv_projections() first")
 
 
 def load_policy(
@@ -201,6 +227,7 @@ def load_policy(
     precision: torch.dtype = getattr(torch, dtype)
     chosen = devices.choose(device)
     check_quantization(quantization, chosen)
+    began = {} if lora is None else {"lora": content_of(find_lora(lora))}
     pipeline, files = _open(model, precision, model_config, quantization)
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
@@ -216,11 +243,13 @@ def load_policy(
         device=chosen,
         seed=seed,
         source=model,
-        files=files,
+        files=files | began,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
         reference=reference,
         offload_text_encoders=offload_text_encoders,
     )
     policy.settings = settings
+    steps = sampling.num_steps if sampling else SamplingConfig().num_steps
+    check_sound(policy, pipeline, model, steps, example)
     return policy

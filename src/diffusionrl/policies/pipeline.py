@@ -7,7 +7,6 @@ parts it loads LoRA files, those among them. Adapters run beside their layers, a
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from diffusionrl import processes, seeds
+from diffusionrl.data.media import kind_of
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import (
@@ -36,12 +35,14 @@ from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks, describe
 from diffusionrl.policies.distilled import distillation
 from diffusionrl.policies.encoders import WaitingEncoders, encoders_of
-from diffusionrl.policies.quantization import cast_inputs, is_quantized
+from diffusionrl.policies.precision import set_precision
 from diffusionrl.policies.trials import Trials
 from diffusionrl.transitions import Grid, NoiseLevels
 
 ADAPTER = "adapter_model.safetensors"  # peft's name
 _DECODE_BATCH = 16
+_SAME_PIXEL = 1e-3  # in [0, 1]
+_OF_A_CALL = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
 _SIZES = ("height", "width", "num_frames")
 _FINE = 200  # steps of the grid that losses draw from
 
@@ -98,7 +99,7 @@ class PipelinePolicy:
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
-                self._set_precision(part if name in waiting else part.to(self.device))
+                set_precision(part if name in waiting else part.to(self.device), dtype, self.device)
         encoders = WaitingEncoders(waiting, self.device)
         self.asked = AskedPipeline(pipeline, steps, arguments or {}, negative_prompt, encoders)
         self._grids: dict[int, Grid] = {}
@@ -106,10 +107,10 @@ class PipelinePolicy:
         grid, first, called = self._first_call()
         self._grids[steps] = grid
         self.latent_shape: tuple[int, ...] = tuple(first.shape[1:])
-        self._trials = Trials(self.asked, self.example, guidance, grid.levels, self.device)
+        self._trials = Trials(self.asked, self.example, guidance, grid.levels, self.device, dtype == torch.float32)
         self.asked.ways = self._trials.ways()
         self.edits = self._trials.edits()
-        self.sample_shape: tuple[int, ...] = tuple(self._decode(self.start([self.example], [0]), [self.example]).shape[1:])
+        self.sample_shape: tuple[int, ...] = tuple(self.decode(self.start([self.example], [0]), [self.example]).shape[1:])
         self._check_sizes()
         self.sampling_rate: int | None = None
         if len(self.sample_shape) == 2:
@@ -124,30 +125,12 @@ class PipelinePolicy:
         if gradient_checkpointing:
             for network in self._parts().values():
                 save_memory(network, "enable_gradient_checkpointing")
+            for part in pipeline.components.values():  # decoders, of which not all can, and not all are differentiated
+                if hasattr(part, "decode") and getattr(part, "_supports_gradient_checkpointing", False):
+                    part.enable_gradient_checkpointing()
         self.copies, self._start = Copies(self.trainable), Copies(self.trainable)
         if lora is not None and reference == "start":
             self._start.follow("start")
-
-    def _set_precision(self, part: torch.nn.Module) -> None:
-        """Networks in ``dtype``, but for autoencoders; what they give is float32."""
-        wanted = torch.float32 if hasattr(part, "decode") else self.dtype
-        if not is_quantized(part) and any(weight.dtype != wanted for weight in part.parameters()):
-            part.to(wanted)
-        if wanted == torch.float32:
-            return
-        if is_quantized(part):
-            cast_inputs(part, wanted)
-        forward = part.forward
-
-        @wraps(forward)
-        def precise(*given: Any, **named: Any) -> Any:
-            with torch.autocast(self.device.type, self.dtype):
-                result = forward(*given, **named)
-            return tree_map(
-                lambda each: each.float() if isinstance(each, Tensor) and each.is_floating_point() else each, result
-            )
-
-        part.forward = precise
 
     # What the pipeline can do, found by trying
 
@@ -156,7 +139,7 @@ class PipelinePolicy:
             return self.asked.run_through(self.example, self._guidance)
         except (UserError, torch.OutOfMemoryError):
             raise
-        except (ValueError, TypeError, RuntimeError) as error:  # of its own check of what it is given, or for want of one
+        except _OF_A_CALL as error:  # of its own check of what it is given, or for want of one
             given = ", ".join(f"{name} {value!r}" for name, value in self.asked.arguments.items()) or "no arguments"
             raise UserError(
                 f"{type(self.pipeline).__name__} refuses a call with {given} (sampling.height, width, num_frames, call): "
@@ -243,7 +226,7 @@ class PipelinePolicy:
             "arguments": self.asked.arguments,
             "distilled": distillation(self.pipeline, self.source),
             **self._files,
-            "makes": {2: "sound", 3: "image", 4: "video"}[len(self.sample_shape)],
+            "makes": kind_of(self.sample_shape),
         }
 
     @property
@@ -262,8 +245,25 @@ class PipelinePolicy:
         return self._grids[num_steps]
 
     def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
+        """Raises UserError where latents have another shape than those of the example, which names the prompts."""
         draws = [seeds.address(each, "start") for each in addresses]
-        return self.asked.start(prompts, draws, self._guidance, self.device).float()
+        try:
+            made = self.asked.start(prompts, draws, self._guidance, self.device).float()
+        except RuntimeError:  # which do not fit together either
+            for prompt, draw in zip(prompts, draws, strict=True):
+                self._check_shape(self.asked.start([prompt], [draw], self._guidance, self.device), prompt)
+            raise
+        self._check_shape(made, prompts[0])
+        return made
+
+    def _check_shape(self, latents: Tensor, prompt: Prompt) -> None:
+        shape = tuple(latents.shape[1:])
+        if shape != self.latent_shape:
+            named = [f"{each.text!r} ({', '.join(map(str, each.media.values()))})" for each in (prompt, self.example)]
+            raise UserError(
+                f"latents of {named[0]} have the shape {shape}, and those of {named[1]} {self.latent_shape}, as their images "
+                "differ in size: give images of one size, or sampling.height and sampling.width where the pipeline takes them"
+            )
 
     def denoise(
         self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float | None
@@ -298,17 +298,35 @@ class PipelinePolicy:
     ) -> Tensor:
         return self.asked.after(y, x, levels, following, prompts, self._guidance).float()
 
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt], gradient: bool = False) -> Tensor:
+        with torch.set_grad_enabled(gradient):
+            parts = chunks(len(latents), _DECODE_BATCH)
+            return torch.cat([self.asked.decode(latents[part], prompts[part], self._guidance).float() for part in parts])
+
     @torch.no_grad()
-    def decode(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return torch.cat([self._decode(latents[part], prompts[part]) for part in chunks(len(latents), _DECODE_BATCH)])
-
-    def _decode(self, latents: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        return self.asked.decode(latents, prompts, self._guidance).detach().float()
-
     def encode(self, images: Tensor) -> Tensor:
-        raise UserError(
-            f"{type(self.pipeline).__name__} is asked by calling it, and no call makes latents of an image: the pretraining "
-            "loss needs Stable Diffusion 1.x or 2.x, not quantised"
+        """The mean of the VAE's posterior, shifted and scaled as the VAE's settings say. No call of a pipeline makes latents of
+        an image, so this is believed only where the pipeline decodes them to what the VAE alone makes of the mean."""
+        vae: Any = getattr(self.pipeline, "vae", None)
+        scale = getattr(getattr(vae, "config", None), "scaling_factor", None)
+        if scale is None or len(self.sample_shape) != 3:
+            raise self._cannot_encode()
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        scaled = 2 * images.to(self.device) - 1
+        try:
+            means = torch.cat([vae.encode(scaled[part])[0].mean for part in chunks(len(scaled), _DECODE_BATCH)])
+            latents = (means - shift) * scale
+            alone, own = vae.decode(means[:1])[0] / 2 + 0.5, self.decode(latents[:1], [self.example])
+        except (AttributeError, TypeError, RuntimeError, ValueError) as error:  # another kind of VAE, or of layout
+            raise self._cannot_encode() from error
+        if own.shape != alone.shape or (own - alone.clamp(0, 1)).abs().max() > _SAME_PIXEL:
+            raise self._cannot_encode()
+        return latents
+
+    def _cannot_encode(self) -> UserError:
+        return UserError(
+            f"{type(self.pipeline).__name__} makes no latents of an image that it would decode to the same: its VAE, or the "
+            "layout of its latents, is not of the kind of Stable Diffusion's or SD3's. Images from disk need them"
         )
 
     def shard(self) -> None:
@@ -324,6 +342,7 @@ class PipelinePolicy:
         folder.mkdir(parents=True, exist_ok=True)
         if not self._adapted:
             for name, network in self._parts().items():
+                network.register_to_config(_name_or_path="")  # else the base model's folder on this machine is written down
                 network.save_pretrained(folder / name)
             return
         save = getattr(type(self.pipeline), "save_lora_weights", None)

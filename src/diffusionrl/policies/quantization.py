@@ -48,13 +48,6 @@ def is_quantized(part: Any) -> bool:
     return bool(getattr(part, "is_quantized", False))
 
 
-def cast_inputs(network: torch.nn.Module, dtype: torch.dtype) -> None:
-    """What autocast does for linear layers, but not for quantised ones: they take their input in ``dtype``, and give that."""
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.register_forward_pre_hook(lambda layer, given: (given[0].to(dtype), *given[1:]))
-
-
 def _config(quantization: str, dtype: torch.dtype) -> Any:
     if quantization == "nf4":
         return diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)

@@ -6,6 +6,8 @@ A scheduler's class and configuration tell its kind:
   and negates what the network says);
 - noise over signal (Euler, DPM++, UniPC ...): s = sigma / alpha, so alpha = 1 / sqrt(1 + s^2). Latents are kept at unit scale,
   alpha^2 + sigma^2 = 1, where ``scale_model_input`` is the identity;
+  EDM's, preconditioned to data of deviation 1, make x0 = alpha x - sigma v of it; where their configuration says "epsilon",
+  what the network says is -v;
 - alpha-bars (DDIM, DDPM, PNDM): alpha = sqrt(abar).
 
 Its grid is taken as it is. Only the step is ours, of first order: a second visit of a time (Heun, PNDM) is left out.
@@ -26,6 +28,7 @@ _SIGMAS = (
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"),
     *("SASolverScheduler", "EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"),
 )
+_PRECONDITIONED = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
 _FIRST_ORDER = ("FlowMatchEulerDiscreteScheduler", "EulerDiscreteScheduler", "DDIMScheduler", "DDIMParallelScheduler")
 
 
@@ -34,11 +37,15 @@ Kind = Literal["flow", "noise over signal", "alpha-bars"]
 
 def kind_of(name: str, config: Mapping[str, Any]) -> Kind:
     """Of a scheduler by its class and configuration. Raises UserError where it is not known."""
+    if name in _ALPHA_BARS and config.get("prediction_type") == "flow_prediction":
+        raise UserError(
+            f"the pipeline's {name} says flow_prediction, and its steps are none of a flow: give it its own scheduler"
+        )
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return "flow"
     if name in _ALPHA_BARS:
         return "alpha-bars"
-    if name in _SIGMAS and not (name.startswith("EDM") and config.get("sigma_data") != 1):
+    if name in _SIGMAS and not (name in _PRECONDITIONED and config.get("sigma_data") != 1):
         return "noise over signal"
     known = ", ".join(["FlowMatchEulerDiscreteScheduler", *_ALPHA_BARS, *_SIGMAS])
     raise UserError(
@@ -61,6 +68,9 @@ class Schedule:
         config, self.name = scheduler.config, type(scheduler).__name__
         self.scheduler, self.kind, self.inverted = scheduler, kind_of(self.name, config), bool(config.get("invert_sigmas"))
         self.prediction: Prediction = "flow" if self.kind == "flow" else config.get("prediction_type", "epsilon")
+        self._negated = self.inverted
+        if self.name in _PRECONDITIONED and self.prediction == "epsilon":
+            self.prediction, self._negated = "v_prediction", True
         self.first_order = self.name in _FIRST_ORDER
 
     def grid(self) -> Grid:
@@ -94,4 +104,4 @@ class Schedule:
 
     def split(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The (x0, noise) that a network's output implies."""
-        return to_x0_and_noise(self.prediction, -output if self.inverted else output, x, alpha, sigma)
+        return to_x0_and_noise(self.prediction, -output if self._negated else output, x, alpha, sigma)

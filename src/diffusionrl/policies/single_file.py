@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,7 +27,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from diffusionrl.errors import UserError
-from diffusionrl.policies.files import find_class, find_networks, folder_of, left_out, listed, read_index, variants_in
+from diffusionrl.policies.files import (
+    find_class,
+    find_networks,
+    folder_of,
+    left_out,
+    listed,
+    load_network,
+    read_index,
+    variants_in,
+)
 from diffusionrl.runs.hub import PICKLES, cached_first, is_single_file
 
 _SETTINGS = ["*.json", "*.txt", "*.model"]  # of a repository, all but the weights
@@ -202,17 +212,25 @@ def _check(name: str, network: Any, headers: Mapping[str, _Header]) -> None:
         raise UserError(f"the file holds weights that the {name} has no place for: {listed(surplus)}")
 
 
-def load_file(kind: Any, file: SingleFile, folder: Path, parts: dict[str, Any], dtype: torch.dtype) -> Any:
+def load_file(
+    kind: Any, file: SingleFile, folder: Path, parts: dict[str, Any], dtype: torch.dtype, quantized: Mapping[str, Any]
+) -> Any:
     """The pipeline of a file.
 
     Args:
         folder: of its configuration.
         parts: of the pipeline that are not taken from the file.
+        quantized: see ``quantization_settings``.
     """
     settings = {"config": str(folder), "local_files_only": True}
-    if "vae" in file.inside:  # which stays in float32
-        load_vae = file.inside["vae"].from_single_file
-        parts["vae"] = load_vae(str(file.path), subfolder="vae", torch_dtype=torch.float32, **settings)
+    precisions = dict.fromkeys(quantized, dtype) | {"vae": torch.float32}  # where it stays
+    for name in precisions.keys() & file.inside:
+        load = file.inside[name].from_single_file
+        parts[name] = load(str(file.path), subfolder=name, torch_dtype=precisions[name], **settings)
+        if name in quantized:  # not by from_single_file, which takes the weights for quantised ones
+            with TemporaryDirectory() as written:
+                parts[name].save_pretrained(written)
+                parts[name], _ = load_network(file.inside[name], Path(written), name, dtype, quantized[name])
     pipeline = kind.from_single_file(str(file.path), torch_dtype=dtype, **settings, **parts)
     for name in file.mended:
         getattr(pipeline, name).eval().tie_weights()

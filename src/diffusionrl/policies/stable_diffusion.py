@@ -107,7 +107,8 @@ class StableDiffusionPolicy:
         else:
             self.unet.requires_grad_(True)
         if gradient_checkpointing:
-            save_memory(self.unet, "enable_gradient_checkpointing")
+            for network in (self.unet, pipeline.vae):
+                save_memory(network, "enable_gradient_checkpointing")
         # A checkpoint is computed again when the merged weights are gone.
         self._weight_space = bool(self._adapted) and dtype == torch.float32 and not gradient_checkpointing
         if self._weight_space:
@@ -189,12 +190,12 @@ class StableDiffusionPolicy:
     ) -> Tensor:
         return y
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, prompts: Sequence[Prompt] = ()) -> Tensor:
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt] = (), gradient: bool = False) -> Tensor:
         vae = self.pipeline.vae
-        scaled = latents / vae.config.scaling_factor
-        decoded = [vae.decode(scaled[part]).sample for part in chunks(len(scaled), _DECODE_BATCH)]
-        return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+        with torch.set_grad_enabled(gradient):
+            scaled = latents / vae.config.scaling_factor
+            decoded = [vae.decode(scaled[part]).sample for part in chunks(len(scaled), _DECODE_BATCH)]
+            return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -272,28 +273,41 @@ def _refuse_media(prompts: Sequence[Prompt]) -> None:
             raise UserError(f"this model takes no {', '.join(prompt.media)}, which the prompt {prompt.text!r} names")
 
 
-def check_pipeline_folder(folder: Path) -> tuple[int, ...]:
-    """Whether a folder holds a pipeline of this family, from its JSON alone. Returns the shape of an image.
+_BEHAVIOUR = {
+    "unet": ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"),
+    "scheduler": ("thresholding", "use_flow_sigmas"),
+}
+"""Settings that change what a network is asked, or what is made of its answer, beyond what this policy does."""
+_PREDICTIONS = (None, "epsilon", "v_prediction", "sample")
+
+
+def understood(unet: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of an image where this policy follows all that these configurations say; None where the pipeline has to be
+    asked itself."""
+    plain = not any(unet.get(key) for key in _BEHAVIOUR["unet"]) and not any(
+        scheduler.get(key) for key in _BEHAVIOUR["scheduler"]
+    )
+    channels = {unet.get("in_channels"), unet.get("out_channels", 4), vae.get("latent_channels", 4)}
+    size, blocks = unet.get("sample_size"), vae.get("block_out_channels")
+    flow = str(scheduler.get("_class_name", "")).startswith("FlowMatch")
+    known = scheduler.get("prediction_type") in _PREDICTIONS and not flow
+    if not (plain and known and len(channels) == 1 and isinstance(size, int) and isinstance(blocks, list | tuple)):
+        return None
+    return (3, *[size * 2 ** (len(blocks) - 1)] * 2)
+
+
+def check_pipeline_folder(folder: Path) -> tuple[int, ...] | None:
+    """``understood`` of a folder, from its JSON alone.
 
     Raises:
-        UserError: it does not; the message says what was found and what is supported.
+        UserError: a configuration is not there, or cannot be read.
     """
-    supported = "Supported: Stable Diffusion 1.x and 2.x text-to-image pipelines in diffusers' folder format."
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{folder} is no diffusers pipeline: it has no model_index.json. {supported}")
-    try:
-        found = json.loads(index.read_text())["_class_name"]
-        if found != "StableDiffusionPipeline":
-            raise UserError(f"{folder} holds a {found}. {supported}")
-        unet = json.loads((folder / "unet" / "config.json").read_text())
-        vae = json.loads((folder / "vae" / "config.json").read_text())
-        taken, made = unet["in_channels"], vae.get("latent_channels", 4)
-        size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is no complete diffusers pipeline: {error!r}. {supported}") from error
-    if taken != made:
-        raise UserError(
-            f"{folder} is an inpainting or depth model: its UNet takes {taken} channels, its VAE makes {made}. {supported}"
-        )
-    return (3, int(size), int(size))
+    found = []
+    for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        try:
+            found.append(json.loads((folder / name).read_text(encoding="utf-8-sig")))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder} is no complete diffusers pipeline: {name} cannot be read ({type(error).__name__}: {error})"
+            ) from error
+    return understood(*found)

@@ -11,7 +11,9 @@ from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.listener import outputs_counted
 from diffusionrl.transitions import NoiseLevels
 
-_CLOSE = 1e-3  # two ways of asking that are meant to be the same, relative to the spread of the answer
+# Two ways of asking that are meant to be the same: their mean gap, relative to the spread of the answer. In few bits it is
+# rounding, which differs by batch and is multiplied by guidance; of other rows or times it is as large as the spread.
+_CLOSE, _NEAR = 1e-3, 0.1
 
 
 class Trials:
@@ -19,12 +21,14 @@ class Trials:
 
     Args:
         levels: of a call of the pipeline.
+        exact: whether networks run in float32.
     """
 
     def __init__(
-        self, asked: AskedPipeline, example: Prompt, guidance: float, levels: NoiseLevels, device: torch.device
+        self, asked: AskedPipeline, example: Prompt, guidance: float, levels: NoiseLevels, device: torch.device, exact: bool
     ) -> None:
         self._asked, self._prompts, self._guidance, self._levels, self._device = asked, [example], guidance, levels, device
+        self._tolerance = _CLOSE if exact else _NEAR
         self._repeats: dict[float, int] = {}
         self._plain: float | None = None
 
@@ -44,7 +48,7 @@ class Trials:
             asked.ways = (way,)
             try:
                 found = asked.denoise(x, both, prompts, self._guidance)
-                if _close(found, expected):
+                if self._close(found, expected):
                     working.append(way)
             except torch.OutOfMemoryError:
                 raise
@@ -80,7 +84,7 @@ class Trials:
                 raise
             except Exception:  # a pipeline that takes one time alone raises whatever it does
                 continue
-            if _close(found, expected):
+            if self._close(found, expected):
                 return repeats
         return 0
 
@@ -105,6 +109,6 @@ class Trials:
         ends = [self._levels[:1], self._levels[-1:]]
         return torch.stack([self._asked.denoise(x, each, self._prompts, self._guidance) for each in ends])
 
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= _CLOSE * expected.std())
+    def _close(self, found: Tensor, expected: Tensor) -> bool:
+        alike = found.shape == expected.shape
+        return alike and bool((found - expected).abs().mean() <= self._tolerance * expected.std())

@@ -1,7 +1,8 @@
 """Rewards: one file each. ``load_reward`` finds them by name."""
 
-from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, parity, preference, vlm
-from diffusionrl.rewards.base import REGISTRY, Reward, Scores, register, score, try_reward
+from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, noise, parity, preference, vlm
+from diffusionrl.rewards.base import REGISTRY, Reward, Scores, differentiable, register, score, try_reward
+from diffusionrl.rewards.gradient import require_gradient, try_gradient
 from diffusionrl.rewards.loading import load_reward
 from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture
 from diffusionrl.rewards.worker import RewardCall, RewardQueue, within
@@ -17,14 +18,18 @@ __all__ = [
     "as_mixture",
     "clip",
     "composition",
+    "differentiable",
     "emoji",
     "jpeg",
     "load_mixture",
     "load_reward",
+    "noise",
     "parity",
     "preference",
     "register",
+    "require_gradient",
     "score",
+    "try_gradient",
     "try_mixture",
     "try_reward",
     "vlm",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError
-from diffusionrl.rewards.base import Reward, register
+from diffusionrl.rewards.base import Reward, differentiable, register
 from diffusionrl.rewards.clip import CLIP, EMBEDDED_CLIP
 
 EMBEDDED_HEAD = EMBEDDED_CLIP.parent / "aesthetic_head.safetensors"
@@ -65,6 +65,7 @@ def aesthetic(config: RewardsConfig) -> Reward:
     clip = CLIP(settings.model, settings.revision)
     head = load_head(Path(head_file), clip.model.config.projection_dim)
 
+    @differentiable
     def aesthetic(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         return head(clip.embed_images(images))[:, 0]
 

@@ -17,7 +17,8 @@ Reward = Callable[[Tensor, Sequence[str], Sequence[dict[str, Any]]], Any]
 """Called with images in [0, 1] (float32, (B, 3, H, W), on the CPU), B prompts and B metadata mappings; returns B numbers, or
 ``Scores``. It may have ``range``, (lowest, highest): a score outside is invalid; and ``counts``, a mapping of names to numbers,
 which is logged with the step's metrics. With ``whole_groups = True`` it is called with all the samples of one prompt slot of
-the step (or of the evaluation) at once, B equal prompts, and with nothing else."""
+the step (or of the evaluation) at once, B equal prompts, and with nothing else. With ``differentiable = True`` it carries a
+gradient from the images to the scores, a tensor or ``Scores``; see ``differentiable``."""
 
 REGISTRY: dict[str, Callable[[RewardsConfig], Reward]] = {}
 
@@ -30,6 +31,18 @@ def register(name: str) -> Callable[[Callable[[RewardsConfig], Reward]], Callabl
         return factory
 
     return keep
+
+
+def differentiable(reward: Reward) -> Reward:
+    """Declare that a reward has a gradient: what it returns carries one where the images do. Updates call it too, in the main
+    thread, with a few images at a time."""
+    reward.differentiable = True  # type: ignore[attr-defined]
+    return reward
+
+
+def is_differentiable(reward: Reward) -> bool:
+    """Whether a reward declares a gradient."""
+    return bool(getattr(reward, "differentiable", False))
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,8 @@ def looks_at_groups(reward: Reward) -> bool:
 
 
 def as_scores(returned: Any, prompts: Sequence[str], limits: tuple[float, float]) -> Scores:
-    """What a reward returned, checked. Raises UserError where it is not a number for each of the prompts."""
+    """What a reward returned, checked; its gradient is kept. Raises UserError where it is not a number for each of the
+    prompts."""
     said = returned if isinstance(returned, Scores) else None
     values = _as_floats(said.values if said else returned, len(prompts))
     answered = values.isfinite() & (said.valid if said else True)
@@ -123,7 +137,7 @@ def _as_floats(returned: Any, count: int) -> Tensor:
     try:
         if not isinstance(returned, Tensor):
             returned = torch.tensor([float("nan") if value is None else float(value) for value in returned])
-        values = returned.detach().cpu().float()
+        values = returned.cpu().float()
     except (TypeError, ValueError) as error:
         raise UserError(f"{contract} ({error})") from error
     if values.shape != (count,):

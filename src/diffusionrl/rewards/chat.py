@@ -3,11 +3,8 @@
 import base64
 import hashlib
 import json
-import sqlite3
-import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +12,7 @@ from torch import Tensor
 from diffusionrl.config.rewards import VLMConfig
 from diffusionrl.data.images import to_png
 from diffusionrl.errors import UserError
+from diffusionrl.rewards.cache import AnswerCache
 from diffusionrl.rewards.http import BadAnswer, JSONClient
 
 
@@ -66,33 +64,3 @@ class ChatClient:
         if self._cache:
             self._cache.put(key, answer)
         return value
-
-
-class AnswerCache:
-    """Answers by key, in one SQLite file that several processes may share.
-
-    Raises:
-        UserError: the file cannot be made, or is no such database.
-    """
-
-    def __init__(self, file: Path) -> None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(file, timeout=60, check_same_thread=False)
-            self._database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
-            self._database.commit()
-        except (OSError, sqlite3.Error) as error:
-            raise UserError(f"the cache of answers {file} cannot be opened: {error}") from error
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        with self._lock, suppress(sqlite3.Error):  # a cache that fails costs a question, not an answer
-            row = self._database.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
-            with suppress(ValueError):  # a torn row
-                kept = json.loads(row[0]) if row else None
-                return kept if isinstance(kept, dict) else None
-        return None
-
-    def put(self, key: str, answer: dict[str, Any]) -> None:
-        with self._lock, suppress(sqlite3.Error), self._database:
-            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))

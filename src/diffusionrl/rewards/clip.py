@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, normalize
 from diffusionrl.config.rewards import CLIPScoreConfig, RewardsConfig
 from diffusionrl.data.prompts import keep_newest
 from diffusionrl.errors import UserError
-from diffusionrl.rewards.base import Reward, register
+from diffusionrl.rewards.base import Reward, differentiable, register
 from diffusionrl.rewards.pretrained import load_image_settings, load_network, load_tokenizer
 from diffusionrl.runs.hub import locate
 
@@ -111,6 +111,7 @@ def clip_score(config: RewardsConfig) -> Reward:
     settings = config.clip_score
     clip = CLIP(settings.model, settings.revision, settings.processor, settings.processor_revision)
 
+    @differentiable
     def clip_score(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         return clip.similarity(images, prompts)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
-from diffusionrl.emoji.classifier import CLASSES, detect_subjects, load_detector
+from diffusionrl.emoji.classifier import CLASSES, load_detector
 from diffusionrl.emoji.scenes import IMAGE_SIZE
 from diffusionrl.emoji.vocabulary import subject_of
 from diffusionrl.errors import UserError
@@ -67,6 +67,7 @@ class CompositionReward:
     """
 
     range = (0.0, 1.0)
+    differentiable = True
 
     def __init__(
         self, detect: Callable[[Tensor, list[list[str]]], list[Tensor]], known: Callable[[str], str | None] | None = None
@@ -90,7 +91,7 @@ class CompositionReward:
 
 
 def _embedded(name: str) -> CompositionReward:
-    detector = load_detector(name)
+    detector = load_detector(name).requires_grad_(False)
 
     def detect(images: Tensor, objects: list[list[str]]) -> list[Tensor]:
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
@@ -98,7 +99,7 @@ def _embedded(name: str) -> CompositionReward:
                 f"the embedded detector sees images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, not {tuple(images.shape[-2:])}: "
                 "rewards.composition.model takes an OWLv2 or Grounding DINO checkpoint; see docs/rewards.md"
             )
-        confidence = detect_subjects(detector, images)
+        confidence = detector(images).sigmoid()
         return [row[[CLASSES.index(name) for name in names]] for row, names in zip(confidence, objects, strict=True)]
 
     return CompositionReward(detect, subject_of)

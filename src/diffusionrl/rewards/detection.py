@@ -57,11 +57,11 @@ class Detector:
         mean, std = (torch.tensor(settings[key]).view(3, 1, 1).to(images.device) for key in ("image_mean", "image_std"))
         return (images - mean) / std
 
-    @torch.no_grad()
     def confidences(self, images: Tensor, objects: Sequence[Sequence[str]]) -> list[Tensor]:
         """For each of B images, (B, 3, H, W) in [0, 1], one number in [0, 1] for each object that is asked of it.
 
         A box is for the object that it is likeliest to be; an object's confidence is that of its best box, 0 without one.
+        Differentiable.
         """
         asked = [[self.query.replace("{object}", name) for name in names] for names in objects]
         pixels = self.preprocess(images.to(self.model.device))

@@ -2,11 +2,15 @@
 
 import json
 import os
+import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import urllib3
+
+from diffusionrl.errors import UserError
 
 MAX_REPLY_BYTES = 1_000_000
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}  # the server is busy or broken, not the question
@@ -46,6 +50,8 @@ class JSONClient:
         self.counts = {"asked": 0, "failed": 0}
         self._lock = threading.Lock()
         self._pool = urllib3.PoolManager(maxsize=concurrency, block=True, retries=False)
+        self._pool.pool_classes_by_scheme = {"http": _Plain, "https": _Encrypted}
+        self._key()
 
     def post(self, body: bytes, request_id: str) -> dict[str, Any]:
         """The JSON object that the server answers with.
@@ -66,26 +72,43 @@ class JSONClient:
         with self._lock:
             self.counts[what] += 1
 
+    def _key(self) -> str:
+        """Raises UserError where what the variable holds cannot be sent; it is not shown."""
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(
+                f"the environment variable {self.key_variable} holds what is no token: characters that cannot be sent"
+            )
+        return key
+
     def _post_once(self, body: bytes, request_id: str) -> dict[str, Any]:
         self.count("asked")
         headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
-        key = os.environ.get(self.key_variable)
+        key = self._key()
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        deadline = time.monotonic() + self.timeout
-        response = None
+        response, exchange = None, _Exchange()
+        watch = threading.Timer(self.timeout, exchange.hang_up)
+        watch.daemon = True
+        watch.start()
+        _ongoing.exchange = exchange
         try:
             response = self._pool.request(
                 "POST", self.url, body=body, headers=headers, timeout=self.timeout, redirect=False, preload_content=False
             )
-            text = _read_until(response, deadline)
+            text = _read(response)
             response.release_conn()
         except _TryAgain:
             _drop(response)
             raise
         except (urllib3.exceptions.HTTPError, OSError) as error:
             _drop(response)
-            raise _TryAgain(f"{self.url}: {_in_short(error, self.timeout)}") from error
+            said = f"no answer within {self.timeout:g} s" if exchange.late else _in_short(error, self.timeout)
+            raise _TryAgain(f"{self.url}: {said}") from error
+        finally:
+            watch.cancel()
+        if exchange.late:
+            raise _TryAgain(f"{self.url}: no answer within {self.timeout:g} s")
         if response.status != 200:
             kind = _TryAgain if response.status in _AGAIN else BadAnswer
             raise kind(f"{self.url} answered {response.status}: {text[:200].decode(errors='replace').strip()}")
@@ -102,15 +125,52 @@ class JSONClient:
         return answer
 
 
-def _read_until(response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
-    """The whole body, however slowly it drips, but not beyond the deadline or ``MAX_REPLY_BYTES``."""
+_ongoing = threading.local()
+"""``exchange``: the one that a thread is in."""
+
+
+class _Exchange:
+    """A request and its reply, which end together, however slowly a server drips its status, headers or body."""
+
+    def __init__(self) -> None:
+        self.connection: urllib3.connection.HTTPConnection | None = None
+        self.late = False
+
+    def hang_up(self) -> None:
+        self.late = True
+        sock = self.connection.sock if self.connection is not None else None
+        if sock is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+
+class _PlainConnection(urllib3.connection.HTTPConnection):
+    def request(self, *arguments: Any, **named: Any) -> None:
+        _ongoing.exchange.connection = self
+        super().request(*arguments, **named)
+
+
+class _EncryptedConnection(urllib3.connection.HTTPSConnection):
+    def request(self, *arguments: Any, **named: Any) -> None:
+        _ongoing.exchange.connection = self
+        super().request(*arguments, **named)
+
+
+class _Plain(urllib3.HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _Encrypted(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _EncryptedConnection
+
+
+def _read(response: urllib3.BaseHTTPResponse) -> bytes:
+    """The whole body, but not beyond ``MAX_REPLY_BYTES``."""
     text = b""
     while part := response.read1(65536):
         text += part
         if len(text) > MAX_REPLY_BYTES:
             raise _TryAgain(f"the server's reply is longer than {MAX_REPLY_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise _TryAgain("the server's reply was not complete in time")
     return text
 
 

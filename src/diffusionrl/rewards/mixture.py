@@ -13,7 +13,8 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, one_of
-from diffusionrl.rewards.base import Reward, Scores, looks_at_groups, score, score_groups, try_reward
+from diffusionrl.rewards.base import Reward, Scores, as_scores, looks_at_groups, score, score_groups, try_reward
+from diffusionrl.rewards.cache import AnswerCache, CachedReward
 from diffusionrl.rewards.loading import load_reward
 
 _ROUNDING = 1e-3  # relative, of a score: networks in low precision may round by the place in a batch
@@ -56,6 +57,15 @@ class Mixture:
         }
         parts = {name: torch.where(scores.valid, scores.values, torch.nan) for name, scores in found.items()}
         errors = [f"{name}: {scores.error}" for name, scores in found.items() if scores.error]
+        return self._combine(parts, errors[-1] if errors else None)
+
+    def differentiate(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
+        """The same scores with gradient, of rewards that have one; what a reward raises is raised."""
+        parts, errors = {}, []
+        for name, reward in self.rewards.items():
+            scores = as_scores(reward(images, prompts, metadata), prompts, getattr(reward, "range", (-math.inf, math.inf)))
+            parts[name] = torch.where(scores.valid, scores.values, torch.nan)
+            errors += [f"{name}: {scores.error}"] if scores.error else []
         return self._combine(parts, errors[-1] if errors else None)
 
     def nothing(self, count: int, error: str) -> Scores:
@@ -153,6 +163,11 @@ def load_mixture(names: Sequence[str], config: RewardsConfig | None = None) -> M
             raise UserError(f"reward {name!r} is named twice")
         weights[name] = _finite(name, weight) if equals else 1.0
         rewards[name] = load_reward(name, config)
+    if config is not None and config.cache is not None:
+        cache = AnswerCache(config.cache.expanduser())
+        for name, reward in rewards.items():
+            if not looks_at_groups(reward):
+                rewards[name] = CachedReward(reward, name, config, cache)
     return Mixture(rewards, weights)
 
 

@@ -14,7 +14,7 @@ from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.emoji.preference import load_preference_model
 from diffusionrl.emoji.scenes import IMAGE_SIZE
 from diffusionrl.errors import UserError
-from diffusionrl.rewards.base import Reward, register
+from diffusionrl.rewards.base import Reward, differentiable, register
 from diffusionrl.rewards.clip import CLIP
 
 
@@ -23,6 +23,7 @@ def preference(config: RewardsConfig) -> Reward:
     """R(image, prompt), in units of utility; only differences within a prompt mean anything."""
     clip, model = CLIP("emoji"), load_preference_model().requires_grad_(False)
 
+    @differentiable
     def preference(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
         if images.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
             raise UserError(

@@ -18,8 +18,14 @@ ROUNDING = 1e-6
 """Relative to the mean: equal float32 scores may seem to differ by as much."""
 IDLE = 0.5
 """Share of prompts without any advantage: beyond it, most of what is sampled and scored teaches nothing."""
+FALLEN = 0.005
+"""Of the denoising loss, or of a log-probability: chosen and rejected samples are both less likely than to the reference model
+once both have lost as much."""
 CLIPPED = 0.5
 """Share of ratios beyond the clip."""
+LONGER = 1.15
+"""Length of a prediction relative to the reference model's: regressions and preferences have been seen to inflate it by 5 to
+15 %."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,17 @@ class Watch:
         yield "idle-prompts", PATIENCE, None if constant else self._idle(line)
         if line.get("grad_rms") is not None:
             yield "small-gradient", PATIENCE, None if constant else self._gradient(line["grad_rms"])
+        if line.get("policy/chosen_gain") is not None and line.get("policy/rejected_gain") is not None:
+            yield "both-falling", PATIENCE, self._falling(line)
         several = "ratio/max_gap" in line and getattr(self.config.algorithm, "updates_per_step", 1) > 1
-        if not several and line.get("eval/kl_per_step") is not None:
-            yield "policy-still", 1, None if constant else self._unmoved(line)
+        distance = line.get("eval/kl_per_step", line.get("eval/prediction_distance"))  # an ODE has no KL
+        if not several and distance is not None:
+            yield "policy-still", 1, None if constant else self._unmoved(line["step"], distance)
+        if line.get("eval/prediction_norm") is not None:
+            yield "longer-predictions", 1, self._longer(line["eval/prediction_norm"])
+        for key in line:
+            if key.startswith("policy/decay_of_"):
+                yield f"copy-{key.removeprefix('policy/decay_of_')}", PATIENCE, None if constant else self._copy(line, key)
         if line.get("ratio/max_gap") is not None:
             off = self._ratio(line["ratio/max_gap"])
             yield "ratio", 1, off
@@ -124,6 +138,16 @@ class Watch:
             "every step: lower it, for instance to 1e-15"
         )
 
+    def _falling(self, line: dict[str, Any]) -> str | None:
+        """A preference is learnt by telling samples apart, which can be done by forgetting both, one faster than the other."""
+        chosen, rejected = line["policy/chosen_gain"], line["policy/rejected_gain"]
+        if max(chosen, rejected) > -FALLEN * line.get("policy/denoising_loss", 1.0):
+            return None
+        return (
+            f"chosen and rejected samples are both less likely than to the reference model (by {-chosen:.2g} and "
+            f"{-rejected:.2g}): raise algorithm.beta, or lower optimizer.learning_rate"
+        )
+
     def _ratio(self, gap: float) -> str | None:
         tolerance = ratio_tolerance(self.config)
         if gap <= tolerance:
@@ -140,13 +164,32 @@ class Watch:
             return None
         return "the policy does not move: the new one is equal to the old one. Raise optimizer.learning_rate"
 
-    def _unmoved(self, line: dict[str, Any]) -> str | None:
+    def _unmoved(self, step: int, distance: float) -> str | None:
         """Where no ratio is seen between two updates of a step, evaluations tell."""
-        if line["eval/kl_per_step"] != 0:
+        if distance != 0:
             return None
         return (
-            f"the policy has not moved: after {line['step']} steps it predicts what it did before training, to the bit. "
+            f"the policy has not moved: after {step} steps it predicts what it did before training, to the bit. "
             "Raise optimizer.learning_rate"
+        )
+
+    def _longer(self, norm: float) -> str | None:
+        if norm <= LONGER:
+            return None
+        return (
+            f"the policy's predictions are {norm - 1:.0%} longer than the reference model's: images turn harsh. Hold it with "
+            "algorithm.reference_weight or kl_weight, or lower optimizer.learning_rate"
+        )
+
+    def _copy(self, line: dict[str, Any], key: str) -> str | None:
+        """A copy that lags behind must differ from the policy once there were updates."""
+        name = key.removeprefix("policy/decay_of_")
+        distance = line.get(f"policy/distance_from_{name}")
+        if distance is None or distance > 0 or line[key] == 0 or line["step"] == 1:
+            return None
+        return (
+            f"the policy is equal to its copy {name!r}, which should lag behind it: the updates do not reach the weights, or "
+            "the copy follows at once"
         )
 
     def _clipped(self, line: dict[str, Any]) -> str | None:

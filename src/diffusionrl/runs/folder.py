@@ -26,14 +26,14 @@ from diffusionrl.runs import checkpoint
 from diffusionrl.runs.alarms import Watch
 from diffusionrl.runs.checkpoint import Checkpoint
 from diffusionrl.runs.lines import PARTIAL, append_line, read_lines, read_metrics, read_object, replace_file
-from diffusionrl.runs.places import check_run_dir, flat, read_settings, same
+from diffusionrl.runs.places import check_run_dir, default_of, flat, read_settings, same
 from diffusionrl.runs.progress import GONE, Progress
 from diffusionrl.runs.trackers import IMAGES, Mirror, check_trackers, close_all, make_tracker
 
 _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
 _LINES = ("metrics.jsonl", "alarms.jsonl")
 _SHOW_AFTER = 30.0  # seconds: the report is no older than that and a step
-SAFE_CHANGES = ("steps", "track", "evaluation.every", "checkpoint.", "guard.")
+SAFE_CHANGES = ("steps", "max_queries", "track", "evaluation.every", "checkpoint.", "guard.")
 """Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
 
 
@@ -103,7 +103,7 @@ class RunFolder:
     def __init__(self, run_dir: Path, config: TrainConfig, report: Callable[[Path], object] | None = None) -> None:
         self._place, self.config, self._report = run_dir, config, report
         self._lock = FileLock(run_dir / "lock")
-        self._progress = Progress(config.steps, config.queries_per_step)
+        self._progress = Progress(config.last_step, config.queries_per_step)
         self.new, self._begun = True, False
         self.finished: str | None = None
         self._shown = time.monotonic()
@@ -195,11 +195,11 @@ class RunFolder:
             for name in _LINES:
                 if (self.run_dir / name).is_file():
                     read_lines(self.run_dir / name)  # which are needed later
-            if done > self.config.steps:
-                raise UserError(f"{self.run_dir} is finished with {done} steps; {self.config.steps} were asked for")
+            if done > self.config.last_step:
+                raise UserError(f"{self.run_dir} is finished with {done} steps; {self.config.last_step} were asked for")
             if "stopped" in ending and self.config.guard.stop:
                 self.finished = f"the guard stopped it at step {done}: {ending['stopped']}. With --guard.no-stop it goes on"
-            elif done == self.config.steps and (self.config.guard.stop or ending.get("exported_step", done) == done):
+            elif done == self.config.last_step and (self.config.guard.stop or ending.get("exported_step", done) == done):
                 self.finished = f"all {done} steps are done"
         elif any(p.name != "lock" and p.suffix != PARTIAL for p in self.run_dir.iterdir()):
             raise UserError(f"{self.run_dir} exists and is no run: choose another --name or --run-dir")
@@ -213,9 +213,9 @@ class RunFolder:
             raise UserError(f"{self.run_dir} cannot be written to: {error}") from error
 
     def _compare_settings(self) -> None:
-        default = TrainConfig(algorithm=type(self.config.algorithm)())  # of what an older version did not know
-        known, now = (flat(yaml.safe_load(to_yaml(each))) for each in (default, self.config))
-        before = known | flat(read_settings(self.run_dir))
+        before, now = flat(read_settings(self.run_dir)), flat(yaml.safe_load(to_yaml(self.config)))
+        for key in now.keys() - before.keys():  # which an older version did not know
+            before[key] = default_of(self.config, key)
         changed = [key for key in sorted(before.keys() | now.keys()) if not same(before.get(key), now.get(key))]
         if not changed:
             return
@@ -234,8 +234,8 @@ class RunFolder:
             return None
         checkpoint.clean(self.run_dir)
         found = checkpoint.load_newest(self.run_dir, self.config.checkpoint.exact)
-        if found is not None and found.step > self.config.steps:
-            raise UserError(f"{self.run_dir} has {found.step} steps behind it; {self.config.steps} were asked for")
+        if found is not None and found.step > self.config.last_step:
+            raise UserError(f"{self.run_dir} has {found.step} steps behind it; {self.config.last_step} were asked for")
         return found
 
     def begin(self, step: int | None, device: torch.device, about: dict[str, Any] | None = None) -> None:

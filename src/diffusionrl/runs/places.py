@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from diffusionrl.config import TrainConfig
 from diffusionrl.config.files import read_yaml
+from diffusionrl.config.run import plain
 from diffusionrl.data.prompts import is_built_in
 from diffusionrl.errors import UserError
 from diffusionrl.paths import describe, expand, is_there
@@ -69,6 +70,7 @@ def located(config: TrainConfig) -> TrainConfig:
         model=config.model if config.model in EMBEDDED else _whole(config.model),
         model_config=None if config.model_config is None else _whole(config.model_config),
         prompts=_prompts(config.prompts),
+        preferences=_whole(config.preferences) if config.preferences else "",
         tasks=tuple(replace(task, prompts=_prompts(task.prompts)) for task in config.tasks),
         policy=policy if policy.lora is None else replace(policy, lora=expand(policy.lora).absolute()),
         pretraining=replace(config.pretraining, source=_source(config.pretraining.source)),
@@ -119,6 +121,20 @@ def same(before: Any, now: Any) -> bool:
     if not (isinstance(before, str) and isinstance(now, str) and before and now):
         return False
     return os.sep in before + now and Path(before).expanduser().absolute() == Path(now).expanduser().absolute()
+
+
+def default_of(settings: Any, key: str) -> Any:
+    """Of a setting by its dotted name, as YAML says it; None where there is none."""
+    *rooms, name = key.split(".")
+    for room in rooms:
+        settings = getattr(settings, room, None)
+    found = {field.name: field for field in fields(settings)} if is_dataclass(settings) else {}
+    if name not in found:
+        return None
+    field = found[name]
+    if field.default_factory is not MISSING:
+        return plain(field.default_factory())
+    return None if field.default is MISSING else plain(field.default)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -49,7 +49,8 @@ def loading_lines(
     if config.get("model") in ("emoji", "emoji-flow"):
         lines = ["from diffusionrl.policies import load_pipeline", f'pipe = load_pipeline("{config["model"]}")']
     else:
-        lines = _base_lines(kind, about, base, base_config)
+        dtype = (config.get("policy") or {}).get("dtype") or "float32"
+        lines = _base_lines(kind, about, base, base_config, f"torch.{dtype}")
         ours = about.get("scheduler") == "DDIMScheduler" and kind == "StableDiffusionPipeline"
         lines.insert(0, f"from diffusers import {'DDIMScheduler, ' if ours else ''}{kind}")
         if ours:
@@ -66,15 +67,16 @@ def loading_lines(
     return [*lines, f"{made} = pipe({prompt}, {', '.join(given)}).{_OUTPUTS[made]}[0]"]
 
 
-def _base_lines(kind: Any, about: Mapping[str, Any], base: str, base_config: str) -> list[str]:
-    """The model before training: a folder, a hub id, or a single file with what it has not from its configuration."""
+def _base_lines(kind: Any, about: Mapping[str, Any], base: str, base_config: str, dtype: str) -> list[str]:
+    """The model before training: a folder, a hub id, or a single file with what it has not from its configuration; in the
+    precision that the run had."""
     file, variants = about.get("single_file"), about.get("variants") or {}
     said = {name: f', variant="{variant}"' for name, variant in variants.items()}
-    if not file and not said:
+    if not file and not said and dtype == "torch.float32":
         return [f"pipe = {kind}.from_pretrained({base})"]
-    in_one_precision = ".to(torch.float32)"  # where transformers leaves weights in that of their file
+    in_one_precision = f".to({dtype})"  # where transformers leaves weights in that of their file
     if not file:
-        return ["import torch", f"pipe = {kind}.from_pretrained({base}{next(iter(said.values()))}){in_one_precision}"]
+        return ["import torch", f"pipe = {kind}.from_pretrained({base}{next(iter(said.values()), '')}){in_one_precision}"]
     lines, given = ["import torch"], [base, f"config={base_config}", *(f"{name}=None" for name in file["absent"])]
     for name, (library, part) in file["beside"].items():
         source = f'{base_config}, subfolder="{name}"{said.get(name, "")}'

@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,8 @@ from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
 
-Needs = Literal["trajectories", "endpoints"]
+Needs = Literal["trajectories", "means", "endpoints"]
+"""Of a sample: its trajectory, that with the means of its steps, or its endpoint."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Rollout:
         steps: what each step gave, (n, T, ...), which the log-probabilities are of, where the pipeline edits it afterwards;
             None where that is the next latent.
         sampling_rate: of sounds, in Hz.
+        reward_weights: of the rewards that the scores are the sum of, by name.
+        reward: what scored them; None where it is not at hand.
+        means: of the Gaussians that the steps were drawn from, (n, T, ...); None where they are not needed.
     """
 
     table: SamplerTable
@@ -53,6 +57,9 @@ class Rollout:
     batch_size: int = sys.maxsize
     steps: Tensor | None = None
     sampling_rate: int | None = None
+    reward_weights: Mapping[str, float] = field(default_factory=dict)
+    reward: Mixture | None = None
+    means: Tensor | None = None
 
     @property
     def shares(self) -> list[range]:
@@ -66,8 +73,11 @@ class Rollout:
 
     def prompts_of(self, samples: Tensor) -> list[Prompt]:
         """Of samples by their place among those whose tensors are here."""
-        first = self.own.start if len(self.latents) < len(self.prompts) else 0
-        return [self.prompts[first + i] for i in samples.tolist()]
+        return [self.prompts[i] for i in self.among_all(samples).tolist()]
+
+    def among_all(self, samples: Tensor) -> Tensor:
+        """The places among all samples of some whose tensors are here."""
+        return samples + (self.own.start if len(self.latents) < len(self.prompts) else 0)
 
     def step_to(self, samples: Tensor, rows: Tensor) -> Tensor:
         """What the steps of some rows of the table gave, (B, ...)."""
@@ -76,6 +86,46 @@ class Rollout:
     def batches(self, process: int) -> list[range]:
         """The samples that a process drew at once, batch by batch."""
         return cut(self.shares[process], self.batch_size)
+
+    def micro_batches(self, rows: Tensor, size: int, process: int) -> list[Tensor]:
+        """A process's rows of work, whose first column is a sample, cut. No micro-batch has rows of two batches in it, so they
+        are the same however many processes share the batches."""
+        found: list[Tensor] = []
+        for batch in self.batches(process):
+            inside = rows[(rows[:, 0] >= batch.start) & (rows[:, 0] < batch.stop)]
+            found += [inside[part] for part in chunks(len(inside), size)]
+        return found
+
+    def idle_groups(self) -> list[int]:
+        """Numbers of the groups whose valid scores, if they have any, are all equal."""
+        size, scores = self.group_size, self.scores
+        groups = [slice(first, first + size) for first in range(0, len(self.prompts), size)]
+        values = [scores.values[group][scores.valid[group]] for group in groups]
+        return [number for number, each in enumerate(values) if len(each) < 2 or bool((each == each[0]).all())]
+
+    def with_groups(self, groups: Sequence[int], drawn: "Rollout") -> "Rollout":
+        """Another rollout's samples in the place of some groups. Of one process alone."""
+        size, prompts = self.group_size, list(self.prompts)
+        places = torch.tensor([group * size + i for group in groups for i in range(size)])
+        for place, prompt in zip(places.tolist(), drawn.prompts, strict=True):
+            prompts[place] = prompt
+
+        def put(mine: Tensor, others: Tensor) -> Tensor:
+            return mine.index_copy(0, places.to(mine.device), others.to(mine.device))
+
+        mine, others = self.scores, drawn.scores
+        parts = {name: put(part, others.parts[name]) for name, part in mine.parts.items()}
+        return replace(
+            self,
+            prompts=prompts,
+            latents=put(self.latents, drawn.latents),
+            log_probs=put(self.log_probs, drawn.log_probs),
+            images=put(self.images, drawn.images),
+            steps=None if self.steps is None or drawn.steps is None else put(self.steps, drawn.steps),
+            means=None if self.means is None or drawn.means is None else put(self.means, drawn.means),
+            scores=Scores(put(mine.values, others.values), put(mine.valid, others.valid), others.error or mine.error, parts),
+            seconds={key: seconds + drawn.seconds[key] for key, seconds in self.seconds.items()},
+        )
 
     def whole(self) -> "Rollout":
         """With the tensors of all samples, on every process."""
@@ -86,6 +136,7 @@ class Rollout:
             log_probs=processes.gather(self.log_probs, sizes),
             images=processes.gather(self.images, sizes),
             steps=None if self.steps is None else processes.gather(self.steps, sizes),
+            means=None if self.means is None else processes.gather(self.means, sizes),
         )
 
 
@@ -136,12 +187,19 @@ class Trajectories:
     Attributes:
         latents: (B, T + 1, ...).
         log_probs: (B, T); 0 on deterministic rows.
-        steps: as in ``Rollout``.
+        steps, means: as in ``Rollout``.
     """
 
     latents: Tensor
     log_probs: Tensor
-    steps: Tensor | None
+    steps: Tensor | None = None
+    means: Tensor | None = None
+
+    def keep(self, needs: Needs) -> "Trajectories":
+        """What is needed of them."""
+        if needs == "endpoints":
+            return Trajectories(self.latents[:, -1:].clone(), self.log_probs[:, :0])
+        return self if needs == "means" else replace(self, means=None)
 
 
 @torch.no_grad()
@@ -155,16 +213,18 @@ def sample_trajectories(
     reduction: Reduction = "mean",
 ) -> Trajectories:
     """Samples from where they begin, (B, ...), and the fresh noise of each step, (B, T, ...)."""
-    latents, steps, log_probs = [start], [], []
+    latents, steps, log_probs, means = [start], [], [], []
     for i in range(len(table)):
         interruption.check()
         rows = torch.full((len(start),), i, device=start.device)
         mean, std = denoise_step(policy, table, latents[-1], rows, prompts, guidance)
+        means.append(mean)
         steps.append(mean + std * noise[:, i])
         carries = bool(table.fresh[i] > 0)
         log_probs.append(log_density(steps[-1], mean, std, reduction) if carries else mean.new_zeros(len(mean)))
         latents.append(_edited(policy, table, steps[-1], latents[-1], i, prompts) if policy.edits else steps[-1])
-    return Trajectories(torch.stack(latents, 1), torch.stack(log_probs, 1), torch.stack(steps, 1) if policy.edits else None)
+    edited = torch.stack(steps, 1) if policy.edits else None
+    return Trajectories(torch.stack(latents, 1), torch.stack(log_probs, 1), edited, torch.stack(means, 1))
 
 
 def _edited(policy: Policy, table: SamplerTable, y: Tensor, x: Tensor, row: int, prompts: Sequence[Prompt]) -> Tensor:
@@ -174,11 +234,22 @@ def _edited(policy: Policy, table: SamplerTable, y: Tensor, x: Tensor, row: int,
 
 
 def draw_noise(
-    policy: Policy, table: SamplerTable, prompts: Sequence[Prompt], seed: int, purpose: str, step: int, indices: Sequence[int]
+    policy: Policy,
+    table: SamplerTable,
+    prompts: Sequence[Prompt],
+    seed: int,
+    purpose: str,
+    step: int,
+    indices: Sequence[int],
+    alike: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Where samples begin, (B, ...), and the fresh noise of their steps, (B, T, ...), on the policy's device; of each, they
-    depend on its prompt and on (seed, purpose, step, index) alone."""
-    start = policy.start(prompts, [seeds.address(seed, purpose, step, i) for i in indices])
+    depend on its prompt and on (seed, purpose, step, index) alone.
+
+    Args:
+        alike: so many samples in a row begin where the first of them does.
+    """
+    start = policy.start(prompts, [seeds.address(seed, purpose, step, i - i % alike) for i in indices])
     drawn = seeds.normal(seed, purpose, step, list(indices), (len(table) + 1, *policy.latent_shape))
     return start, drawn[:, 1:].to(policy.device)  # the first is the start where a policy starts from noise alone
 
@@ -195,6 +266,8 @@ def collect(
     needs: Needs = "trajectories",
     timeout: float = 600.0,
     group_size: int = 1,
+    table: SamplerTable | None = None,
+    shared_start: bool = False,
 ) -> Rollout:
     """Sample once a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone. Of several
     processes, each samples and scores its share, and all know the scores. Where their weights are sharded, each runs as many
@@ -202,15 +275,17 @@ def collect(
 
     Args:
         reduction: of the log-probabilities over the latent dimensions.
-        needs: what is kept of a sample, its trajectory or its endpoint.
+        needs: what is kept of a sample.
         timeout: seconds for one call of the reward.
         group_size: samples in a row that belong to one prompt slot: one process draws them, rewards may look at them together.
+        table: another sampler than that of ``sampling``.
+        shared_start: the samples of a group begin alike.
 
     Raises:
         UserError: a reward looks at whole groups, and there are none; or there are more processes than groups.
         Interrupted: the run was asked to stop.
     """
-    table = make_table(policy, sampling)
+    table = make_table(policy, sampling) if table is None else table
     mixture = as_mixture(reward)
     mixture.require_groups(group_size, "group_size", len(prompts), "the number of prompts")
     queue = RewardQueue(mixture, group_size)
@@ -221,16 +296,15 @@ def collect(
     batches = cuts[processes.index()]
     for indices in batches:
         chunk = prompts[indices.start : indices.stop]
-        start, noise = draw_noise(policy, table, chunk, seed, purpose, step, indices)
+        start, noise = draw_noise(policy, table, chunk, seed, purpose, step, indices, group_size if shared_start else 1)
         drawn = sample_trajectories(policy, table, chunk, start, noise, sampling.guidance, reduction)
         images.append(policy.decode(drawn.latents[:, -1], chunk).cpu())
-        found.append(drawn if needs == "trajectories" else _endpoints(drawn))
+        found.append(drawn.keep(needs))
         queue.add(images[-1], [prompt.text for prompt in chunk], metadata_of(chunk, policy.sampling_rate))
     if processes.sharded(policy.trainable().values()):
         for _ in range(max(map(len, cuts)) - len(batches)):
             sample_trajectories(policy, table, chunk[:1], start[:1], noise[:1], sampling.guidance, reduction)
     scores = queue.result(timeout)
-    steps = [each.steps for each in found if each.steps is not None]
     rollout = Rollout(
         table,
         list(prompts),
@@ -241,15 +315,21 @@ def collect(
         {},
         group_size,
         sampling.batch_size,
-        torch.cat(steps) if steps else None,
+        _joined([each.steps for each in found]),
         policy.sampling_rate,
+        mixture.weights,
+        mixture,
+        _joined([each.means for each in found]),
     )
     scores = gather_scores(scores, rollout.shares)
-    seconds = {
-        "rollout": time.perf_counter() - began,
-        "reward": queue.seconds,
-    }  # with the wait for scores, one's own and others'
-    return replace(rollout, scores=scores, seconds=seconds)
+    rollout_seconds = time.perf_counter() - began  # with the wait for scores, one's own and others'
+    return replace(rollout, scores=scores, seconds={"rollout": rollout_seconds, "reward": queue.seconds})
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Of all batches, where there is any."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def metadata_of(prompts: Sequence[Prompt], sampling_rate: int | None = None) -> list[dict[str, Any]]:
@@ -257,10 +337,6 @@ def metadata_of(prompts: Sequence[Prompt], sampling_rate: int | None = None) -> 
     if sampling_rate is None:
         return [prompt.metadata for prompt in prompts]
     return [prompt.metadata | {"sampling_rate": sampling_rate} for prompt in prompts]
-
-
-def _endpoints(drawn: Trajectories) -> Trajectories:
-    return Trajectories(drawn.latents[:, -1:].clone(), drawn.log_probs[:, :0], None)
 
 
 def gather_scores(own: Scores, shares: Sequence[range]) -> Scores:

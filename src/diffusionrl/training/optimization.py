@@ -16,7 +16,7 @@ from diffusionrl.algorithms.base import Objective
 from diffusionrl.config import OptimizerConfig
 from diffusionrl.devices import in_double
 from diffusionrl.interruption import check
-from diffusionrl.policies.base import Policy, chunks
+from diffusionrl.policies.base import Policy
 from diffusionrl.processes import like, whole
 from diffusionrl.sampling.rollout import Rollout
 
@@ -98,7 +98,7 @@ class Optimization:
             losses = figures.pop("loss")
             if not (norm.isfinite() and losses.isfinite().all()):
                 everyone = range(processes.count())
-                ordered = torch.cat([micro for each in everyone for micro in micro_batches(rollout, rows, len(rows), each)])
+                ordered = torch.cat([micro for each in everyone for micro in rollout.micro_batches(rows, len(rows), each)])
                 raise NonFiniteError(rollout, ordered, advantages, losses)
             self.updates += 1
             for group in self.adamw.param_groups:
@@ -131,16 +131,6 @@ class Optimization:
         self.updates = updates
 
 
-def micro_batches(rollout: Rollout, rows: Tensor, size: int, process: int) -> list[Tensor]:
-    """A process's rows, cut. No micro-batch has rows of two batches of the rollout in it, so they are the same however many
-    processes share the batches."""
-    found: list[Tensor] = []
-    for batch in rollout.batches(process):
-        inside = rows[(rows[:, 0] >= batch.start) & (rows[:, 0] < batch.stop)]
-        found += [inside[part] for part in chunks(len(inside), size)]
-    return found
-
-
 def accumulate_gradient(
     algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
 ) -> dict[str, Tensor]:
@@ -151,19 +141,20 @@ def accumulate_gradient(
     does not matter: Adam would make much of their rounding.
 
     Returns:
-        The algorithm's figures and the "loss", one number a row, process by process and in the order of ``micro_batches``.
+        The algorithm's figures and the "loss", one number a row, process by process, as in ``Rollout.micro_batches``.
     """
-    shared = [micro_batches(rollout, rows, algorithm.micro_batch_size, process) for process in range(processes.count())]
+    shared = [rollout.micro_batches(rows, algorithm.micro_batch_size, process) for process in range(processes.count())]
     own, mine = rollout.own, shared[processes.index()]
     filler = rows[:1].clone()
     filler[:, 0] = own.start
+    weights = _weights(algorithm, policy, rollout, rows, mine, advantages)
     gradient = Sum(policy.trainable().values())
     parts: list[dict[str, Tensor]] = []
     for turn in range(max(map(len, shared))):
         check()
         micro = (mine[turn] if turn < len(mine) else filler).clone()
         micro[:, 0] -= own.start  # where this process's tensors begin
-        losses, figures = algorithm.losses(policy, rollout, micro, advantages[own.start : own.stop])
+        losses, figures = algorithm.losses(policy, rollout, micro, weights[turn] if turn < len(mine) else torch.zeros(1))
         counted = len(micro) if turn < len(mine) else 0
         (losses[:counted].sum() / len(rows) + 0 * losses[counted:].sum()).backward()  # type: ignore[no-untyped-call]
         gradient.take()
@@ -171,6 +162,17 @@ def accumulate_gradient(
     gradient.give()
     sizes = [sum(map(len, each)) for each in shared]
     return {key: processes.gather(torch.cat([part[key] for part in parts]), sizes) for key in parts[0]}
+
+
+@torch.no_grad()
+def _weights(
+    algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, micro: list[Tensor], advantages: Tensor
+) -> tuple[Tensor, ...]:
+    """Of each of a process's micro-batches. A process that has none is asked too: others may wait for what it says."""
+    own, rows = rollout.own, torch.cat([rows[:0], *micro])
+    rows[:, 0] -= own.start  # where this process's tensors begin
+    weights = algorithm.weights(policy, rollout, rows, advantages[own.start : own.stop])
+    return torch.split(weights, [len(each) for each in micro])
 
 
 class Sum:

@@ -4,8 +4,8 @@ After the tasks of a training step come optimizer steps on
 
     L_pre = weight * E |noise - noise_theta(alpha_t x0 + sigma_t noise, t, c)|^2,        noise ~ N(0, I)
 
-without guidance, for t uniform over the times that the model was trained at. They are steps of their own with the tasks'
-optimizer (Algorithm 1), not a term of the tasks' loss. Where the paper is silent, or its code differs:
+without guidance, for t uniform over the model's own grid (of flows, the error of the velocity). They are steps of their own
+with the tasks' optimizer (Algorithm 1), not a term of the tasks' loss. Where the paper is silent, or its code differs:
 - the paper gives the weight no value; under AdamW the number of steps matters more (here 1 to the 5 of a task);
 - captions are dropped at a rate, as in the model's own training: the paper does not say;
 - x0 is the mean of the VAE's posterior (``Policy.encode``); the code draws from it;
@@ -13,23 +13,21 @@ optimizer (Algorithm 1), not a term of the tasks' loss. Where the paper is silen
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusionrl import processes, seeds
-from diffusionrl.algorithms.denoising import denoising_losses
+from diffusionrl.algorithms.forward_process import noised
 from diffusionrl.config import TrainConfig
-from diffusionrl.data.pairs import Pairs, check_broken
+from diffusionrl.data.pairs import MAX_BROKEN, Pairs
 from diffusionrl.data.prompts import Prompt
-from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import Scores
 from diffusionrl.sampling.rollout import Rollout, make_table
+from diffusionrl.training import disk
+from diffusionrl.training.disk import cropped, draw_all, share_broken
 from diffusionrl.training.optimization import Optimization
 
 
@@ -56,9 +54,7 @@ class Pretraining:
             figures, norm = optimization.update(self, policy, self.batch(policy, step, indices), rows, weights)
             losses.append(figures["pretraining/loss"].mean().item())
             norms.append(norm)
-        for broken in processes.ask(list(self.pairs.broken.items())):
-            self.pairs.broken.update(broken)
-        check_broken(self.pairs.broken, settings.max_broken)  # of all processes together
+        share_broken(self.pairs, settings.max_broken, MAX_BROKEN)
         return {
             "pretraining/loss": sum(losses) / len(losses),
             "pretraining/grad_norm": sum(norms) / len(norms),
@@ -71,12 +67,12 @@ class Pretraining:
         draws its share, and does not know the captions of the others."""
         seed, dropped = self.config.seed, self.config.pretraining.drop_caption
         own = processes.share(len(indices))
-        pairs = self._draw([seeds.address(seed, "pretraining_pair", step, indices[i]) for i in own])
+        pairs = draw_all(self.pairs.draw, [seeds.address(seed, "pretraining_pair", step, indices[i]) for i in own])
         without = [seeds.numpy_generator(seed, "pretraining_caption", step, indices[i]).random() < dropped for i in own]
         captions = ["" if drop else caption for (_, caption), drop in zip(pairs, without, strict=True)]
         prompts = [Prompt("")] * len(indices)
         prompts[own.start : own.stop] = map(Prompt, captions)
-        images = torch.stack([_cropped(image, policy.sample_shape) for image, _ in pairs])
+        images = torch.stack([cropped(image, policy.sample_shape) for image, _ in pairs])
         nothing = torch.zeros(len(indices))
         return Rollout(
             prompts=prompts,
@@ -89,28 +85,18 @@ class Pretraining:
             seconds={},
         )
 
-    def _draw(self, addresses: Sequence[int]) -> list[tuple[Image.Image, str]]:
-        """Raises RunStopped on all processes where one of them finds too many broken images."""
-        pairs: list[tuple[Image.Image, str]] = []
-        error = None
-        try:
-            pairs = [self.pairs.draw(address) for address in addresses]
-        except RunStopped as raised:
-            error = raised
-        for said in processes.ask(str(error) if error else None):
-            if said is not None:
-                raise RunStopped(said) from error
-        return pairs
+    def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
+        return advantages[rows[:, 0]]
 
-    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sample = rows[:, 0].to(rollout.latents.device)
-        clean, prompts = rollout.latents[sample, -1], rollout.prompts_of(sample)
-        errors = denoising_losses(policy, clean, prompts, rows[:, 1].tolist(), guidance=None)
-        return advantages.to(clean.device)[sample] * errors, {"pretraining/loss": errors.detach()}
+        at = noised(policy, rollout.latents[sample, -1], rollout.prompts_of(sample), rows[:, 1].tolist())
+        errors = at.error(at.ask(policy, guidance=None))
+        return weights.to(errors.device) * errors, {"pretraining/loss": errors.detach()}
 
     def capture(self) -> dict[str, Any]:
-        """What a training step changes, and what it must find again."""
-        return {"pairs": self.pairs.fingerprint, "broken": list(self.pairs.broken.items())}
+        """See ``disk.capture``."""
+        return disk.capture(self.pairs)
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Be as at ``capture``; None is of a run that had no such loss.
@@ -118,20 +104,7 @@ class Pretraining:
         Raises:
             UserError: it is of other pairs.
         """
-        if state is None:
-            return
-        if state["pairs"] != self.pairs.fingerprint and not self.config.checkpoint.allow_changes:
-            raise UserError(
-                "pretraining.source holds other captions than the run began with: choose another --name, "
-                "or go on all the same with --checkpoint.allow-changes"
-            )
-        if state["pairs"] == self.pairs.fingerprint:
-            self.pairs.broken.clear()
-            self.pairs.broken.update((place, said) for place, said in state["broken"])
-
-
-def _cropped(image: Image.Image, shape: tuple[int, ...]) -> Tensor:
-    """The largest part of its shape in the middle, resized, in [0, 1], (3, H, W)."""
-    _, height, width = shape
-    fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+        if state is not None:
+            allowed = self.config.checkpoint.allow_changes
+            disk.check(self.pairs, state, "pretraining.source holds other captions", allowed)
+            disk.restore(self.pairs, state)

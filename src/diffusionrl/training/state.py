@@ -26,7 +26,7 @@ class TrainingState:
     ) -> None:
         self.tasks, self.pretraining = {task.name: task for task in tasks}, pretraining
         self.optimization = Optimization(policy.trainable(), config.optimizer)
-        self.copies = policy.copies
+        self.copies, self._lora, self._config = policy.copies, policy.about.get("lora"), config
 
     def capture(self, step: int, score: float | None = None) -> Checkpoint:
         """A copy of it all, on the CPU; ``score`` is the evaluation's after this step, if there was one. Of several processes,
@@ -40,6 +40,7 @@ class TrainingState:
             "updates": self.optimization.updates,
             "tasks": {name: task.capture() for name, task in self.tasks.items()},
             "pretraining": self.pretraining.capture() if self.pretraining else None,
+            "lora": self._lora,
             "score": score,
         }
         tensors = {
@@ -67,7 +68,7 @@ class TrainingState:
         """Be as at ``capture``.
 
         Raises:
-            UserError: the checkpoint is of other weights, of other tasks, or of other prompts.
+            UserError: the checkpoint is of other weights, of other tasks, of other prompts, or began from another LoRA.
         """
         parameters, weights = self.optimization.parameters, found.tensors["policy"]
         if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in weights.items()}:
@@ -76,6 +77,11 @@ class TrainingState:
         if states.keys() != self.tasks.keys():
             named = [", ".join(filter(None, each)) or "none" for each in (states, self.tasks)]
             raise UserError(f"the run began with other tasks (further ones: {named[0]}; now {named[1]}): choose another --name")
+        if found.state["lora"] != self._lora and not self._config.checkpoint.allow_changes:
+            raise UserError(
+                "the file of policy.lora is not the one that the run began with: choose another --name, or go on all the same "
+                "with --checkpoint.allow-changes"
+            )
         for name, task in self.tasks.items():
             task.check(states[name])
         if self.pretraining:

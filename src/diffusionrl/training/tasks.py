@@ -19,6 +19,7 @@ from diffusionrl.data.prompts import Prompt, fingerprint, members_of
 from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.rewards import Mixture
 from diffusionrl.sampling.rollout import Rollout
+from diffusionrl.training.preferences import JudgedImages
 
 
 class Task:
@@ -27,19 +28,28 @@ class Task:
     Args:
         settings: an entry of ``config.all_tasks``; the first task has no name.
         algorithm: an object of its own, as are its statistics.
+        judged: images that are trained on in the place of samples; prompts and reward are then for evaluations.
 
     Attributes:
         seed: the run's for the first task, which draws as if it were alone; derived from it and the name for others.
         invalid: (invalid samples, samples) of the last steps.
+        redrawn: samples that took the place of others, since the run began.
     """
 
     def __init__(
-        self, settings: TaskConfig, prompts: Sequence[Prompt], reward: Mixture, algorithm: Algorithm, config: TrainConfig
+        self,
+        settings: TaskConfig,
+        prompts: Sequence[Prompt],
+        reward: Mixture,
+        algorithm: Algorithm,
+        config: TrainConfig,
+        judged: JudgedImages | None = None,
     ) -> None:
-        self.settings, self.prompts, self.reward, self.algorithm = settings, prompts, reward, algorithm
+        self.settings, self.prompts, self.reward, self.algorithm, self.judged = settings, prompts, reward, algorithm, judged
         self.name, self.limits, self.config = settings.name, config.rewards, config
         self.seed = seeds.address(config.seed, f"task/{self.name}") if self.name else config.seed
         self.invalid: deque[tuple[int, int]] = deque(maxlen=self.limits.invalid_window)
+        self.redrawn = 0
         self._fingerprint = fingerprint(prompts)
         self._broken: dict[int, str] = getattr(prompts, "broken", {})  # of a file whose lines are read as they are drawn
 
@@ -48,12 +58,15 @@ class Task:
         """Of its metrics."""
         return f"{self.name}/" if self.name else ""
 
-    def prompts_of(self, step: int) -> list[Prompt]:
-        """Which prompt a sample of a step gets depends on the seed, the step and its index alone."""
-        drawn = [
-            self.prompts[seeds.address(self.seed, "prompt", step, i) % len(self.prompts)]
-            for i in range(self.settings.prompts_per_step)
-        ]
+    def prompts_of(self, step: int, groups: Sequence[int] | None = None, attempt: int = 0) -> list[Prompt]:
+        """Which prompt a sample of a step gets depends on the seed, the step and its index alone.
+
+        Args:
+            groups: those that are drawn anew, for the ``attempt``-th time; None: all of them, for the first time.
+        """
+        asked = range(self.settings.prompts_per_step) if groups is None else groups
+        again = (attempt,) if attempt else ()
+        drawn = [self.prompts[seeds.address(self.seed, "prompt", step, i, *again) % len(self.prompts)] for i in asked]
         return [prompt for prompt in drawn for _ in range(self.settings.samples_per_prompt)]
 
     def check_scores(self, rollout: Rollout) -> None:
@@ -81,17 +94,21 @@ class Task:
             **{f"reward/{name}": count for name, count in self._counts().items()},
             "advantage/idle_prompts": sum(not advantages[group].any() for group in groups),
             "advantage/prompts": len(groups),
+            **(self.judged.metrics() if self.judged else {}),
+            **({"advantage/redrawn": self.redrawn} if self.config.redraw_queries else {}),
         }
 
     def capture(self) -> dict[str, Any]:
         """A copy of all that a training step changes, as JSON values."""
         return {
             "invalid": list(self.invalid),
+            "redrawn": self.redrawn,
             "algorithm": copy.deepcopy(self.algorithm.state_dict()),
             "reward": dict(self.reward.statistics),
             "counts": self._counts(),
             "prompts": self._fingerprint,
             "broken": list(self._broken.items()),
+            "judged": self.judged.capture() if self.judged else None,
         }
 
     def _counts(self) -> dict[str, int]:
@@ -102,7 +119,9 @@ class Task:
         return dict(counts)
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raises UserError where a captured state is of other prompts."""
+        """Raises UserError where a captured state is of other prompts, or of other images."""
+        if self.judged and state["judged"]:
+            self.judged.check(state["judged"])
         if state["prompts"] != self._fingerprint and not self.config.checkpoint.allow_changes:
             raise UserError(
                 f"{self.settings.whose}the prompts are not those that the run began with: choose another --name, "
@@ -111,7 +130,10 @@ class Task:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Be as at ``capture``."""
+        if self.judged and state["judged"]:
+            self.judged.restore(state["judged"])
         self.invalid = deque(map(tuple, state["invalid"]), self.limits.invalid_window)
+        self.redrawn = state["redrawn"]
         self.algorithm.load_state_dict(copy.deepcopy(state["algorithm"]))
         self.reward.statistics = {name: (mean, std) for name, (mean, std) in state["reward"].items()}
         self.reward.go_on_counting(state["counts"] if processes.is_main() else dict.fromkeys(state["counts"], 0))

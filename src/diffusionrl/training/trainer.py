@@ -1,20 +1,17 @@
 """The loop. It knows no algorithm, no reward and no model by name."""
 
 import math
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from diffusionrl import devices, interruption, processes
+from diffusionrl import interruption, processes
 from diffusionrl.algorithms.base import Algorithm
 from diffusionrl.config import TrainConfig
 from diffusionrl.data.pairs import Pairs
+from diffusionrl.data.preferences import Preferences
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import RunStopped
 from diffusionrl.evaluation import recent
@@ -24,17 +21,18 @@ from diffusionrl.runs import checkpoint
 from diffusionrl.runs.card import write_card
 from diffusionrl.runs.checkpoint import Checkpoint
 from diffusionrl.runs.folder import RunFolder, TrainResult, tell_result
-from diffusionrl.sampling.rollout import Rollout, collect
 from diffusionrl.training.monitor import Embed, Monitor
 from diffusionrl.training.optimization import NonFiniteError
+from diffusionrl.training.preferences import JudgedImages
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.state import TrainingState
+from diffusionrl.training.step import AVERAGE, TrainingStep
 from diffusionrl.training.tasks import Task
 
 
 class Trainer:
     """One run: ``Trainer(...).run(folder)``. Reward, prompts and algorithm are the first task's, ``further`` the other
-    tasks; ``pairs`` are for the pretraining loss."""
+    tasks; ``pairs`` are for the pretraining loss, ``preferences`` take the place of the first task's samples."""
 
     def __init__(
         self,
@@ -47,13 +45,16 @@ class Trainer:
         embed: Embed | None = None,
         further: Sequence[Task] = (),
         pairs: Pairs | None = None,
+        preferences: Preferences | None = None,
     ) -> None:
         self.policy, self.prompts, self.algorithm, self.config = policy, prompts, algorithm, config
         self.reward = as_mixture(reward)
-        self.tasks = [Task(config.all_tasks[0], prompts, self.reward, algorithm, config), *further]
+        judged = JudgedImages(preferences, config) if preferences is not None else None
+        self.tasks = [Task(config.all_tasks[0], prompts, self.reward, algorithm, config, judged), *further]
         self.monitor = Monitor(policy, self.tasks, config, held_out, embed)
         self.pretraining = Pretraining(pairs, config, algorithm.micro_batch_size) if pairs is not None else None
         self.state = TrainingState(policy, self.tasks, config, self.pretraining)
+        self.training = TrainingStep(policy, self.tasks, config, self.state.optimization, self.pretraining)
         # What the step in progress began from, or, of sharded weights, the newest checkpoint; None before the first evaluation.
         self.at_start: Checkpoint | None = None
 
@@ -114,15 +115,14 @@ class Trainer:
         """Returns how many steps are done at the end."""
         if self.at_start is None:
             count = self.config.evaluation.num_samples
-            folder.say(f"{folder.run_dir}: {count} images before training, then {self.config.steps} steps")
-            folder.log({"step": 0, "queries": 0} | self.monitor.evaluate(0, folder))
+            folder.say(f"{folder.run_dir}: {count} images before training, then {self.config.last_step} steps")
+            folder.log({"step": 0, "queries": 0} | self._evaluate(0, folder))
             self.at_start = self.state.capture(0)  # with the reward's normalisation
             if self.monitor.verdict.best == 0:
                 folder.save(self.at_start)
-        steps, first = self.config.steps, self.at_start.step + 1
+        steps, first = self.config.last_step, self.at_start.step + 1
         if first > steps and self.at_start.state["score"] is None:  # stopped here, where it was not to be evaluated
-            queries = steps * self.config.queries_per_step
-            folder.log({"step": steps, "queries": queries} | self.monitor.evaluate(steps, folder))
+            folder.log({"step": steps, "queries": self.training.queries(steps)} | self._evaluate(steps, folder))
         for step in range(first, steps + 1):
             if self.monitor.verdict.stop:
                 break
@@ -136,7 +136,7 @@ class Trainer:
                 ) from error
             every, last = self.config.evaluation.every, step == steps
             if last or (every and step % every == 0):
-                metrics |= self.monitor.evaluate(step, folder)
+                metrics |= self._evaluate(step, folder)
             folder.log(metrics)
             verdict = self.monitor.verdict
             due = last or verdict.stop or verdict.best == step or step % self.config.checkpoint.every == 0
@@ -164,7 +164,8 @@ class Trainer:
                 best = checkpoint.tell(best) if sharded else best
                 assert best is not None
                 self.state.restore(best)
-            self.policy.export(folder.run_dir / "export")
+            with self._averaged():
+                self.policy.export(folder.run_dir / "export")
         except SafetensorError as error:
             raise OSError(str(error)) from error
         except checkpoint.Corrupted as error:
@@ -174,78 +175,24 @@ class Trainer:
         if main:
             write_card(folder.run_dir, chosen)
 
+    def _evaluate(self, step: int, folder: RunFolder) -> dict[str, float]:
+        with self._averaged():
+            return self.monitor.evaluate(step, folder)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The policy as it is evaluated and exported: its average over the updates, where one is kept."""
+        return self.policy.copies.used(AVERAGE) if AVERAGE in self.policy.copies else nullcontext()
+
     def disk_need(self, run_dir: Path) -> int:
         """Bytes that the run may write, beyond what is there: checkpoints, the export, and the samples of evaluations."""
         config = self.config
         weights = sum(parameter.nbytes for parameter in self.state.optimization.parameters.values())
-        evaluations = 2 + (config.steps // config.evaluation.every if config.evaluation.every else 0)
+        evaluations = 2 + (config.last_step // config.evaluation.every if config.evaluation.every else 0)
         count = len(self.tasks) * (evaluations * config.evaluation.num_samples + (recent.KEPT + 1) * 3 * recent.PICKED)
         images = count * math.prod(self.policy.sample_shape)
         there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
         return 3 * weights * (config.checkpoint.keep + 2) + weights + images - there
 
     def step(self, step: int, samples: Path | None = None) -> dict[str, float]:
-        """Every task in turn, then the pretraining loss if there is one. Returns the step's metrics.
-
-        Args:
-            samples: the run's folder for them, where the best, worst and failed ones are written; None writes none.
-
-        Raises:
-            RunStopped: too many samples without a valid score, or too many broken images.
-            NonFiniteError: a loss or a gradient is not finite.
-        """
-        metrics: dict[str, float] = {"step": step, "queries": step * self.config.queries_per_step}
-        traffic = replace(processes.traffic)
-        for task in self.tasks:
-            metrics |= {f"{task.prefix}{key}": value for key, value in self._train_on(task, step, samples).items()}
-        if self.pretraining is not None:
-            metrics |= self.pretraining.train(self.policy, self.state.optimization, step)
-        return metrics | processes.metrics(traffic) | {"peak_memory_gb": devices.peak_bytes(self.policy.device) / 1e9}
-
-    def _train_on(self, task: Task, step: int, samples: Path | None) -> dict[str, float]:
-        """Sample, score, weigh, update: one pass through the picture."""
-        config = self.config
-        rollout = collect(
-            self.policy,
-            task.reward,
-            task.prompts_of(step),
-            config.sampling,
-            task.seed,
-            "rollout",
-            step,
-            task.algorithm.logprob_reduction,
-            task.algorithm.needs,
-            config.rewards.timeout,
-            task.settings.samples_per_prompt,
-        )
-        if samples is not None:
-            recent.write_recent(rollout, samples, step, task.name)
-        task.check_scores(rollout)
-        advantages = task.algorithm.advantages(rollout)
-        began = time.perf_counter()
-        update = self._update(task, rollout, advantages, step)
-        return {
-            **task.metrics(rollout, advantages),
-            **update,
-            "time/rollout": rollout.seconds["rollout"],
-            "time/reward": rollout.seconds["reward"],
-            "time/update": time.perf_counter() - began,
-        }
-
-    def _update(self, task: Task, rollout: Rollout, advantages: Tensor, step: int) -> dict[str, float]:
-        logged: dict[str, list[Tensor]] = {}
-        norms: list[float] = []
-        first: dict[str, float] = {}
-        for rows in task.algorithm.updates(rollout, advantages, task.seed, step):
-            if len(rows) == 0:
-                continue
-            figures, norm = self.state.optimization.update(task.algorithm, self.policy, rollout, rows, advantages)
-            gap = figures.pop("ratio_gap", None)
-            if gap is not None:
-                first.setdefault("ratio/max_gap", gap.max().item())
-            for key, values in figures.items():
-                logged.setdefault(key, []).append(values)
-            norms.append(norm)
-        means = {key: torch.cat(values).mean().item() for key, values in logged.items()}
-        norm = sum(norms) / max(1, len(norms))
-        return first | means | {"grad_norm": norm, "grad_rms": self.state.optimization.rms(norm)}
+        """One training step; see ``TrainingStep``."""
+        return self.training(step, samples)

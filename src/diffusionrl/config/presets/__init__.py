@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from diffusionrl.config import TrainConfig
-from diffusionrl.config.presets.embedded import emoji, emoji_flow
+from diffusionrl.config.presets.embedded import emoji, emoji_flow, emoji_flow_forward, emoji_forward
 from diffusionrl.config.presets.models import flux1_dev, flux2_klein_base, qwen_image, sd35_medium, sdxl, wan21, z_image
 from diffusionrl.config.presets.papers import ddpo_lora, ddpo_paper, diffusionrl_paper
 
@@ -14,6 +14,8 @@ __all__ = [
     "diffusionrl_paper",
     "emoji",
     "emoji_flow",
+    "emoji_flow_forward",
+    "emoji_forward",
     "flux1_dev",
     "flux2_klein_base",
     "qwen_image",
@@ -26,6 +28,8 @@ __all__ = [
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "emoji": emoji,
     "emoji-flow": emoji_flow,
+    "emoji-forward": emoji_forward,
+    "emoji-flow-forward": emoji_flow_forward,
     "ddpo-lora": ddpo_lora,
     "ddpo-paper": ddpo_paper,
     "diffusionrl-paper": diffusionrl_paper,
