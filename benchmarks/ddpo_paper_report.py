@@ -17,7 +17,7 @@ from ddpo_paper_runs import BEYOND, GRID_SEED, LEARNING_RATES, METHODS, POOLS, Q
 from diffusionrl.emoji.vocabulary import ACTIVE_ANIMALS, with_article
 from diffusionrl.evaluation.intervals import LEVEL, student_t_quantile
 from diffusionrl.report.compare_page import write_comparison
-from diffusionrl.runs.folder import read_metrics
+from diffusionrl.runs.lines import read_metrics
 
 UNITS = {"compressibility": "minus kB", "incompressibility": "kB", "aesthetic": "rating", "clip-score": "similarity"}
 

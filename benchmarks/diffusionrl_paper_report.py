@@ -15,7 +15,7 @@ from PIL import Image
 from diffusionrl.data.images import image_grid
 from diffusionrl.emoji.vocabulary import SKIN_TONES
 from diffusionrl.rewards.parity import expected_parity
-from diffusionrl.runs.folder import read_metrics
+from diffusionrl.runs.lines import read_metrics
 
 Scores = dict[str, dict[int, float]]
 """By what is measured and by seed."""

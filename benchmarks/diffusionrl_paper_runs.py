@@ -19,7 +19,7 @@ from diffusionrl.config import (
 )
 from diffusionrl.config.rewards import ParityConfig, RewardsConfig
 from diffusionrl.data.prompts import load_prompts
-from diffusionrl.runs.folder import read_metrics
+from diffusionrl.runs.lines import read_metrics
 from diffusionrl.seeds import numpy_generator
 
 QUERIES = 2048  # a task

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from diffusionrl.runs.folder import read_metrics
+from diffusionrl.runs.lines import read_metrics
 
 HERE = Path(__file__).parent
 PROCESSES = (1, 2)

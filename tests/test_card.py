@@ -343,7 +343,7 @@ def test_a_run_pushes_when_it_is_finished_if_asked(
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **keywords: calls.append(keywords))
     command = ["train", "--config", str(run / "config.yaml"), "--run-dir", str(run.parent / "pushed"), "--steps", "1"]
     command += ["--push-to-hub", "someone/dark"]
-    assert main(command) == 0
+    assert main(command) == 1, "which a scheduler sees"
     said = capsys.readouterr().err
     assert "no way there" in said and f"diffusionrl push {run.parent / 'pushed'} someone/dark --private" in said
     assert (run.parent / "pushed" / "finished.json").is_file()

@@ -230,7 +230,7 @@ def test_scores_that_fail_are_counted_and_said(
         (["--model", "./nowhere"], "was not found"),
         (["--baseline", "./nowhere"], "was not found"),
         (["--lora", "nowhere.safetensors"], "LoRA nowhere.safetensors was not found"),
-        (["--lora", "empty"], "LoRA empty was not found"),
+        (["--lora", "empty"], "LoRA empty is a folder without pytorch_lora_weights.safetensors"),
         (["--lora", "torn.safetensors"], "could not be loaded"),
         (["--lora", "other.safetensors"], "is it a LoRA of another model?"),
         (["--model", "untrained"], "has not trained yet"),

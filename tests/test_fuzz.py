@@ -25,7 +25,7 @@ plain = yaml.safe_load(to_yaml(TrainConfig()))
 known = st.sampled_from([*plain, "nonsense", "algorithm.clip_range"])
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(["p.txt", "p.jsonl"]))
 def test_prompt_files(content: bytes, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.report.picture import draw_before_after
 from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.runs import checkpoint
-from diffusionrl.runs.folder import read_lines, read_metrics
+from diffusionrl.runs.lines import read_lines, read_metrics
 from diffusionrl.sampling.rollout import Rollout, predict
 from diffusionrl.training.monitor import compare, paired, read_samples
 from diffusionrl.transitions import SAMPLERS, NoiseLevels, variance_preserving_grid

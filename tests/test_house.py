@@ -29,6 +29,7 @@ ROOMS = [
     {"processes"},
     {"interruption", "seeds", "transitions"},
     {"devices"},
+    {"paths"},
     {"errors"},
 ]
 

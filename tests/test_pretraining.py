@@ -286,7 +286,7 @@ def test_broken_images_of_all_processes_count_together(tmp_path: Path, monkeypat
         ("pairs", "\na cat", "jsonl:2: Expecting value"),
         ("pairs", "[" * 100_000, "jsonl:1: maximum recursion depth"),
         ("pairs", '{"file_name": "../0.png", "text": "a cat"}', "is outside of the folder"),
-        ("pairs", '{"file_name": "0.png", "text": "a cat"}', "1 images do not decode"),
+        ("pairs", '{"file_name": "0.png", "text": "a cat"}', "pairs are not there, or no files"),
     ],
 )
 def test_bad_sources(tmp_path: Path, monkeypatch: Any, capsys: Any, name: str, content: str | None, said: str) -> None:

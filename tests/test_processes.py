@@ -27,7 +27,7 @@ from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.rewards import as_mixture
 from diffusionrl.runs.checkpoint import load_newest
-from diffusionrl.runs.folder import read_metrics
+from diffusionrl.runs.lines import read_metrics
 from diffusionrl.sampling.rollout import Rollout
 from diffusionrl.training.optimization import Optimization
 from diffusionrl.training.state import TrainingState

@@ -75,7 +75,7 @@ def test_text_and_jsonl(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": "a cat"}\n{"text": "a dog"}\n', r"p\.jsonl:2: no \"prompt\".*\['text'\]"),
         ("p.jsonl", b'{"prompt": ""}\n', r"p\.jsonl:1: no \"prompt\""),
         ("p.jsonl", b'{"prompt": 3}\n', r"p\.jsonl:1: no \"prompt\""),
-        ("p.jsonl", b'["a cat"]\n', r"p\.jsonl:1: .*is a list"),
+        ("p.jsonl", b'{"prompt": "a"}\n["a cat"]\n', r"p\.jsonl:2: .*is a list"),
         ("p.jsonl", b"a cat\n", r"p\.jsonl:1: not JSON"),
         ("p.txt", b"a cat\na \0 dog\n", r"p\.txt:2: a NUL character at column 3"),
         ("p.txt", b"a cat\n" + 10_000_000 * b"x", r"p\.txt:2: 10,000,000 characters in one prompt"),

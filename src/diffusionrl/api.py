@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ from diffusionrl.algorithms import Algorithm, make_algorithm
 from diffusionrl.config import MIN_PAIRS, DPOConfig, RewardGradientConfig, TaskConfig, TrainConfig
 from diffusionrl.config.algorithms import PolicyGradientConfig
 from diffusionrl.config.presets import emoji
+from diffusionrl.data.entries import check_encodes, from_entry
 from diffusionrl.data.media import one_of_each_size
 from diffusionrl.data.pairs import load_pairs
 from diffusionrl.data.preferences import Preferences, load_preferences
 from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.doctor import Finding, check_groups, examine
 from diffusionrl.errors import UserError
+from diffusionrl.paths import expand
 from diffusionrl.policies import check_model, check_quantization, load_policy
 from diffusionrl.policies.base import Policy
+from diffusionrl.policies.trained import begin_from_run
 from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import (
     Mixture,
@@ -37,6 +40,7 @@ from diffusionrl.rewards.clip import load_embedder
 from diffusionrl.rewards.loading import require_world
 from diffusionrl.runs.folder import NoFolder, RunFolder, TrainResult, tell_result
 from diffusionrl.runs.hub import push
+from diffusionrl.runs.places import located
 from diffusionrl.sampling.rollout import make_table, metadata_of
 from diffusionrl.training.tasks import Task
 from diffusionrl.training.trainer import Trainer
@@ -47,8 +51,8 @@ _SIZED = 1000  # prompts at most whose images are looked at before a run starts
 def train(
     config: TrainConfig | None = None,
     policy: Policy | None = None,
-    reward: Reward | Mixture | None = None,
-    prompts: Sequence[str | Prompt] | None = None,
+    reward: Reward | Mixture | str | Sequence[str] | None = None,
+    prompts: str | Iterable[str | Prompt] | None = None,
     algorithm: Algorithm | None = None,
 ) -> TrainResult:
     """Train a policy towards a reward; a run that was begun in the same folder goes on from its newest checkpoint. Started on
@@ -57,8 +61,9 @@ def train(
     Args:
         config: everything; by default the preset "emoji". The parts below take the place of what it names.
         policy: from ``load_policy``, or your own.
-        reward: any function (images, prompts, metadata) -> scores (see ``diffusionrl.rewards.base.Reward``), or a ``Mixture``.
-        prompts: texts, or ``Prompt`` with metadata.
+        reward: any function (images, prompts, metadata) -> scores (see ``diffusionrl.rewards.base.Reward``), a ``Mixture``, or
+            names as in ``config.reward``.
+        prompts: texts, ``Prompt`` with metadata, or objects as of a JSONL file; one text names a set or a file.
         algorithm: an object like those in ``diffusionrl.algorithms``; by default the one of ``config.algorithm``.
 
     Raises:
@@ -66,10 +71,9 @@ def train(
         RunStopped: the run had to end early.
         Interrupted: a signal asked it to save and stop.
     """
-    config = config or emoji()
-    run_dir = config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S"))
+    config, reward, prompts = _settle(config, policy, reward, prompts)
+    run_dir = expand(config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S")))
     run_dir = run_dir.absolute()  # a reward may change the working directory
-    config = dataclasses.replace(config, **_described(policy, reward, prompts))
     processes.start(config.policy.device, config.rewards.timeout)
     with interruption.noted(), RunFolder(run_dir, config, keep_report) if processes.is_main() else NoFolder(config) as folder:
         finished = processes.tell(folder.finished)
@@ -88,24 +92,26 @@ def train(
                 error.saved_in = run_dir if trainer.at_start is not None else None
                 raise
     if config.push_to_hub is not None and processes.is_main():
-        _push(run_dir, config.push_to_hub)
+        result = dataclasses.replace(result, not_pushed=_push(run_dir, config.push_to_hub))
     return result
 
 
-def _push(run_dir: Path, repo_id: str) -> None:
-    """Upload what a run exported. The run is finished: where the hub does not take it, that is said, no more."""
+def _push(run_dir: Path, repo_id: str) -> str | None:
+    """Upload what a run exported. The run is finished: where the hub does not take it, that is said, and returned."""
     try:
         print(f"pushed: {push(run_dir / 'export', repo_id, private=True)}")
+        return None
     except UserError as error:
         command = shlex.join(["diffusionrl", "push", str(run_dir), repo_id, "--private"])
         print(f"warning: {error}; or later: {command}", file=sys.stderr)
+        return str(error)
 
 
 def diagnose(
     config: TrainConfig | None = None,
     policy: Policy | None = None,
-    reward: Reward | Mixture | None = None,
-    prompts: Sequence[str | Prompt] | None = None,
+    reward: Reward | Mixture | str | Sequence[str] | None = None,
+    prompts: str | Iterable[str | Prompt] | None = None,
     algorithm: Algorithm | None = None,
 ) -> Iterator[Finding]:
     """Try one tiny step of what ``train`` would do with the same arguments, and write nothing; see docs/doctor.md.
@@ -116,8 +122,7 @@ def diagnose(
     Raises:
         UserError: something that the user can mend.
     """
-    config = config or emoji()
-    config = dataclasses.replace(config, **_described(policy, reward, prompts))
+    config, reward, prompts = _settle(config, policy, reward, prompts)
     yield from examine(_prepare(config, policy, reward, prompts, algorithm))
 
 
@@ -125,14 +130,11 @@ def _prepare(
     config: TrainConfig,
     policy: Policy | None,
     reward: Reward | Mixture | None,
-    prompts: Sequence[str | Prompt] | None,
+    prompts: Sequence[Prompt] | None,
     algorithm: Algorithm | None,
 ) -> Trainer:
     """Everything that a run needs, loaded and tried."""
-    if prompts is None:
-        chosen = load_prompts(config.prompts, config.max_broken_prompts)
-    else:
-        chosen = [_as_prompt(prompt) for prompt in prompts]
+    chosen = load_prompts(config.prompts, config.max_broken_prompts) if prompts is None else prompts
     if not chosen:
         raise UserError("there is no prompt to train on: prompts is empty")
     _check_shares(config)
@@ -315,12 +317,39 @@ def _require_evaluated_groups(reward: Mixture, config: TrainConfig) -> None:
     reward.require_groups(size, "evaluation.samples_per_prompt", count, "evaluation.num_samples")
 
 
-def _described(
-    policy: Policy | None, reward: Reward | Mixture | None, prompts: Sequence[str | Prompt] | None
-) -> dict[str, Any]:
+def _settle(
+    config: TrainConfig | None,
+    policy: Policy | None,
+    reward: Reward | Mixture | str | Sequence[str] | None,
+    prompts: str | Iterable[str | Prompt] | None,
+) -> tuple[TrainConfig, Reward | Mixture | None, Sequence[Prompt] | None]:
+    """The configuration with whole paths and with what is handed over in it; names become settings.
+
+    Raises:
+        UserError: a reward is neither a function nor a name, or a prompt no text.
+    """
+    config = config or emoji()
+    if isinstance(reward, str) or (isinstance(reward, list | tuple) and reward and all(isinstance(r, str) for r in reward)):
+        config = dataclasses.replace(config, reward=(reward,) if isinstance(reward, str) else tuple(reward))
+        reward = None
+    if not (reward is None or callable(reward)):
+        raise UserError(
+            f"reward is a {type(reward).__name__}: give a function (images, prompts, metadata) -> scores, names of rewards, or "
+            "a Mixture of several functions"
+        )
+    if isinstance(prompts, str | Path):
+        config, prompts = dataclasses.replace(config, prompts=str(prompts)), None
+    chosen = None if prompts is None else [_as_prompt(prompt, index) for index, prompt in enumerate(prompts)]
+    config = dataclasses.replace(config, **_described(policy, reward, chosen))
+    return begin_from_run(located(config)), reward, chosen
+
+
+def _described(policy: Policy | None, reward: Reward | Mixture | None, prompts: Sequence[Prompt] | None) -> dict[str, Any]:
     """What the configuration says of parts that were handed over in Python."""
     described: dict[str, Any] = {}
     if policy is not None:
+        if getattr(policy, "settings", None) is not None:
+            described["policy"] = policy.settings
         described["model"] = policy.source
         described["model_config"] = (policy.about.get("single_file") or {}).get("config")
     if reward is not None:
@@ -330,5 +359,11 @@ def _described(
     return described
 
 
-def _as_prompt(prompt: str | Prompt) -> Prompt:
-    return prompt if isinstance(prompt, Prompt) else Prompt(prompt)
+def _as_prompt(prompt: Any, index: int) -> Prompt:
+    """Raises UserError for what is no prompt."""
+    where = f"prompts[{index}]"
+    if isinstance(prompt, str) and prompt.strip():
+        prompt = Prompt(prompt)  # to the letter
+    found = prompt if isinstance(prompt, Prompt) else from_entry(prompt, Path(), where)
+    check_encodes(found.text, where)
+    return found

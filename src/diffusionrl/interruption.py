@@ -1,5 +1,5 @@
-"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a terminal that was closed) as a request to save and stop, polled wherever a run may
-stand still for long.
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a closed terminal) as a request to save and stop, polled wherever a
+run may stand still for long.
 
 The handler only notes the request, so no computation is torn apart; ``check`` raises it where it can be answered: between
 denoising steps, while waiting for rewards, between micro-batches. Before training begins there is nothing to save, and the
@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
-)  # Windows has two of them
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(BaseException):
@@ -43,8 +41,10 @@ def check() -> None:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGINT and _Request.name is not None:
-        raise KeyboardInterrupt
+    if _Request.name is not None:  # it is being answered
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        return
     _Request.name = signal.Signals(number).name
     if _Request.at_once:
         check()
@@ -62,13 +62,14 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Within it, these signals are requests. Nothing changes where they are already, nor outside the main thread, where
-    Python allows no handlers."""
+    """Within it, the signals are requests, but for one that the process was started to ignore (``nohup``). Nothing changes
+    where they are already, nor outside the main thread, where Python allows no handlers."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) is _note:
         yield
         return
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    heard = [number for number in SIGNALS if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _note) for number in heard}
     _Request.name, _Request.at_once = None, True
     try:
         yield
@@ -76,6 +77,13 @@ def noted() -> Iterator[None]:
         _Request.name, _Request.at_once = None, False
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ignore() -> None:
+    """The process is at its end, and its exit code is settled: further signals change nothing."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is _note:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def begin_polling() -> None:

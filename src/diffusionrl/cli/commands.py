@@ -4,13 +4,14 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import NoReturn
 
 from diffusionrl.cli import compare, doctor, evaluate, push, report, sample, serve_reward, train
+from diffusionrl.cli.streams import steady_streams
 from diffusionrl.config.presets import PRESETS
 from diffusionrl.errors import RunStopped, UserError
-from diffusionrl.interruption import Interrupted, noted
+from diffusionrl.interruption import Interrupted, ignore, noted
 
 START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
 USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
@@ -73,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The command line as a process. Python would wait for every thread at its end, and a reward's or tracker's may hang."""
-    code = main()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
+    steady_streams()
+    with noted() if sys.argv[1:2] == ["train"] else nullcontext():  # beyond the end of the command, for a second signal
+        code = main()
+        ignore()
+        for stream in (sys.stdout, sys.stderr):
             stream.flush()
-    os._exit(code)
+        os._exit(code)

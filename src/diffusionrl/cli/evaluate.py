@@ -12,6 +12,7 @@ import tyro
 from diffusionrl.cli.parsing import check_reward, quiet_libraries, settings_of
 from diffusionrl.config import RewardsConfig, SamplingConfig
 from diffusionrl.errors import UserError, require
+from diffusionrl.paths import expand, is_there
 from diffusionrl.runs.hub import is_single_file
 
 
@@ -44,6 +45,7 @@ class EvaluateConfig:
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
 
     def __post_init__(self) -> None:
+        require(len(self.reward) >= 1, "reward names no reward")
         require(self.samples_per_prompt >= 1, f"samples_per_prompt must be at least 1, not {self.samples_per_prompt}")
         require(self.num_samples is None or self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}")
         require(
@@ -65,8 +67,14 @@ def run(arguments: Sequence[str]) -> None:
     prompts = load_prompts(config.prompts)
     for name in config.reward:
         check_reward(name)
-    if config.out.exists():
+    config = dataclasses.replace(config, out=expand(config.out))
+    if is_there(config.out):
         raise UserError(f"{config.out} exists: choose another --out")
+    from diffusionrl.runs.places import check_model_name
+
+    for model in (config.model, config.baseline):
+        if model is not None:
+            check_model_name(model)
     quiet_libraries()
     from diffusionrl.evaluation.assessment import report, score_model, table
     from diffusionrl.policies import find_trained, load_trained

@@ -1,20 +1,36 @@
 """Options to configurations: preset, then YAML file, then options."""
 
 import dataclasses
+import importlib
 import logging
 import os
+import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import tyro
-import yaml
 
 from diffusionrl.config import ALGORITHMS, TaskConfig, TrainConfig
+from diffusionrl.config.files import read_yaml
 from diffusionrl.config.presets import PRESETS
 from diffusionrl.config.rewards import BUILT_IN_REWARDS
 from diffusionrl.errors import UserError, one_of
+from diffusionrl.paths import expand
 
+_SECTIONS = {
+    "sampling",
+    "policy",
+    "algorithm",
+    "optimizer",
+    "rewards",
+    "evaluation",
+    "guard",
+    "checkpoint",
+    "pretraining",
+    "tasks",
+}
 _FIRST_PROMPTS = 1000  # lines of a file that are looked at before torch is imported: enough to see what it is
 
 
@@ -34,9 +50,9 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
         raise one_of("preset", preset, PRESETS)
     config = PRESETS[preset]()
     if file is not None:
-        settings = _read_yaml(Path(file))
+        settings = read_yaml(expand(file))
         config = dataclasses.replace(config, tasks=_tasks_in(settings, config.tasks, file))
-        rest = _as_options(settings) + rest
+        rest = _as_options(settings, file) + rest
     name, rest = take(rest, "--algorithm.name")
     while name is not None:  # the last one wins
         if name not in ALGORITHMS:
@@ -65,16 +81,6 @@ def take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"config file {file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"config file {file} must hold settings like 'steps: 20', not a {type(content).__name__}")
-    return content
-
-
 def _tasks_in(settings: dict[str, Any], known: tuple[TaskConfig, ...], file: str) -> tuple[TaskConfig, ...]:
     """As many tasks as a file describes, for tyro to offer their options; the preset's where it says nothing of tasks."""
     entries = settings.get("tasks", ...)
@@ -85,26 +91,51 @@ def _tasks_in(settings: dict[str, Any], known: tuple[TaskConfig, ...], file: str
     return tuple(TaskConfig(f"task-{index}") for index in range(len(entries)))
 
 
-def _as_options(settings: dict[str, Any], prefix: str = "") -> list[str]:
-    """YAML settings as command line options, so that one parser checks both."""
+def _as_options(settings: dict[str, Any], file: str, prefix: str = "") -> list[str]:
+    """YAML settings as command line options, so that one parser checks both.
+
+    Raises:
+        UserError: a section has nothing under it, or a value reads as another option.
+    """
     options = []
     for key, value in settings.items():
         name = f"{prefix}{key}".replace("_", "-")
+        if value is None and f"{prefix}{key}" in _SECTIONS:
+            raise UserError(f"config file {file}: there is nothing under {prefix}{key}: leave it out")
         if key == "tasks":
             value = {str(index): task for index, task in enumerate(value)}
         if isinstance(value, dict):
-            options += _as_options(value, f"{name}.")
+            options += _as_options(value, file, f"{name}.")
         elif isinstance(value, bool):
             options.append(f"--{prefix}{'' if value else 'no-'}{key}".replace("_", "-"))
+        elif isinstance(value, list):
+            for entry in map(str, value):
+                if entry.startswith("-") and not _is_number(entry):
+                    raise UserError(f"config file {file}: {prefix}{key} holds {entry!r}, which reads as an option")
+            options += [f"--{name}", *map(str, value)]
         else:
-            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            text = str(value)  # "=", where it would read as another option
+            options += [f"--{name}={text}"] if text.startswith("-") and not _is_number(text) else [f"--{name}", text]
     return options
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def configured(arguments: Sequence[str], command: str) -> TrainConfig:
     """The configuration, checked before torch is imported, so that a broken file or a misspelt name is found at once."""
     config = parse_train(arguments, command)
     from diffusionrl.data.prompts import load_prompts  # which imports NumPy
+    from diffusionrl.runs.places import check_model_name, check_run_dir
+
+    if config.run_dir is not None or config.name is not None:
+        check_run_dir(expand(config.run_dir or Path("runs") / str(config.name)))
+    check_model_name(config.model)
 
     for task in config.all_tasks:
         try:
@@ -120,12 +151,18 @@ def check_reward(name: str) -> None:
     """Raises UserError for a name that is neither built in nor a place to look for one."""
     if ":" not in name and name not in BUILT_IN_REWARDS:
         raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function")
+    package = name.partition(":")[0].partition(".")[0]
+    if ":" in name and package.isidentifier() and "://" not in name:
+        importlib.invalidate_caches()
+        places = [os.getcwd(), *sys.path]
+        if package not in {*sys.builtin_module_names, *sys.modules} and PathFinder.find_spec(package, places) is None:
+            raise UserError(f"reward {name!r} does not import: there is no module {package!r} here or installed")
 
 
 def settings_of(arguments: Sequence[str]) -> TrainConfig:
     """Of the run that ``--model`` names, or of its preset, or of the preset "emoji"."""
     model, _ = take(list(arguments), "--model")
-    run_config = Path(model or "") / "config.yaml"
+    run_config = expand(model or "") / "config.yaml"
     if run_config.is_file():
         return parse_train(["--config", str(run_config)])
     return PRESETS[_preset_of(model)]()

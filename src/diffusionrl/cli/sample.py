@@ -8,7 +8,8 @@ import tyro
 
 from diffusionrl.cli.parsing import quiet_libraries, settings_of
 from diffusionrl.config import SamplingConfig
-from diffusionrl.errors import UserError
+from diffusionrl.errors import UserError, require
+from diffusionrl.paths import expand, is_there
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class SampleConfig:
     learned)."""
     model_config: str | None = None
     """Of a single file: as in train."""
+    lora: Path | None = None
+    """As in evaluate."""
     prompts: tuple[str, ...] = ("a cat", "a dog", "a butterfly", "a doctor")
     """One image a prompt and seed; or one file of prompts, whose .jsonl lines may name images."""
     seeds: tuple[int, ...] = (0, 1)
@@ -29,14 +32,22 @@ class SampleConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """By default that of the run, or of the preset "emoji"."""
 
+    def __post_init__(self) -> None:
+        for what in ("prompts", "seeds"):
+            require(len(getattr(self, what)) >= 1, f"{what} names none: give one or more")
+
 
 def run(arguments: Sequence[str]) -> None:
     sampling = settings_of(arguments).sampling
     config = tyro.cli(SampleConfig, default=SampleConfig(sampling=sampling), args=arguments, prog="diffusionrl sample")
-    if config.out.exists():
-        raise UserError(f"{config.out} exists: choose another --out")
+    out = expand(config.out)
+    if is_there(out):
+        raise UserError(f"{out} exists: choose another --out")
+    from diffusionrl.runs.places import check_model_name  # which imports NumPy
+
+    check_model_name(config.model)
     quiet_libraries()
     from diffusionrl.sampling.samples import sample_images
 
-    asked = (config.prompts, config.seeds, config.sampling, config.out)
-    print(f"images: {sample_images(config.model, *asked, config.model_config)}")
+    asked = (config.prompts, config.seeds, config.sampling, out)
+    print(f"images: {sample_images(config.model, *asked, config.model_config, config.lora)}")

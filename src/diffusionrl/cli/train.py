@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from diffusionrl.cli.parsing import configured, quiet_libraries
 
 
-def run(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> int:
     config = configured(arguments, "train")
     quiet_libraries()
     from diffusionrl import processes
@@ -14,7 +14,7 @@ def run(arguments: Sequence[str]) -> None:
 
     result = train(config)
     if not processes.is_main():
-        return
+        return 0
     picture = draw_before_after(result.run_dir)
     before, after = result.before, result.after
     print(f"\nreward on the same {config.evaluation.num_samples} fixed seeds and prompts, mean ± standard error")
@@ -23,3 +23,4 @@ def run(arguments: Sequence[str]) -> None:
     print(f"report:               {result.run_dir / 'report.html'}")
     print(f"before/after picture: {picture}")
     print(f"trained weights:      {result.run_dir / 'export'}")
+    return 1 if result.not_pushed else 0

@@ -5,8 +5,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from diffusionrl.config.checks import check_values
+from diffusionrl.config.files import parse_yaml
 from diffusionrl.errors import UserError, require
 
 
@@ -36,6 +36,7 @@ class SamplingConfig:
     """Other arguments of the pipeline's call, KEY=VALUE each, such as max_sequence_length=256; values are read as YAML."""
 
     def __post_init__(self) -> None:
+        check_values(self, "sampling.")
         require(self.num_steps >= 1, f"sampling.num_steps must be at least 1, not {self.num_steps}")
         require(0 <= self.guidance < inf, f"sampling.guidance must not be negative or infinite, not {self.guidance}")
         require(0 <= self.eta < inf, f"sampling.eta must not be negative or infinite, not {self.eta}")
@@ -55,8 +56,8 @@ class SamplingConfig:
             require(bool(equals) and name.isidentifier(), f"sampling.call: {entry!r} is not KEY=VALUE")
             require(name not in _TAKEN, f"sampling.call: {name} is set by {_TAKEN.get(name)}")
             try:
-                found[name] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
+                found[name] = parse_yaml(value)
+            except ValueError as error:
                 raise UserError(f"sampling.call: the value of {entry!r} cannot be read as YAML: {error}") from error
         return found
 
@@ -110,6 +111,7 @@ class PolicyConfig:
     """cuda, mps or cpu; "auto" takes the first of them that is here."""
 
     def __post_init__(self) -> None:
+        check_values(self, "policy.")
         require(self.lora_rank >= 1, f"policy.lora_rank must be at least 1, not {self.lora_rank}")
         require(
             self.training == "lora" or self.dtype == "float32",

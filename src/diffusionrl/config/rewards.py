@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from diffusionrl.config.checks import check_values
 from diffusionrl.errors import one_of, require
 
 BUILT_IN_REWARDS = (
@@ -220,6 +221,7 @@ class ServeConfig:
     """What built-in rewards need."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(0 <= self.port <= 65535, f"port must lie between 0 and 65535, not {self.port}")
         require(0 < self.timeout <= _A_DAY, f"timeout must lie between 0 and {_A_DAY} seconds, not {self.timeout}")
         require(0 <= self.wait <= _A_DAY, f"wait must lie between 0 and {_A_DAY} seconds, not {self.wait}")

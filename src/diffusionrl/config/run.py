@@ -18,6 +18,7 @@ from diffusionrl.config.algorithms import (
     PolicyGradientConfig,
     SharedOutConfig,
 )
+from diffusionrl.config.checks import check_values
 from diffusionrl.config.model import PolicyConfig, SamplingConfig
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.config.training import (
@@ -32,6 +33,7 @@ from diffusionrl.errors import require
 
 _ROOMS = ("advantage", "eval", "guard", "policy", "preferences", "pretraining", "prompts", "ratio", "reward", "time")
 """Where metrics of a run's own are: no task may have such a name."""
+_MOST_SAMPLES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class TaskConfig:
         require(len(self.reward) >= 1, f"{self.whose}reward names no reward")
         for what in ("prompts_per_step", "samples_per_prompt"):
             require(getattr(self, what) >= 1, f"{self.whose}{what} must be at least 1, not {getattr(self, what)}")
+        require(
+            self.samples_per_step <= _MOST_SAMPLES,
+            f"{self.whose}{self.samples_per_step:,} samples a step (prompts_per_step * samples_per_prompt) are more than "
+            f"{_MOST_SAMPLES:,}: all of a step are in memory at once",
+        )
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,8 @@ class TrainConfig:
     """Built-in rewards, or package.module:function of your own, called with (images, prompts, metadata). NAME=WEIGHT where
     several are added up."""
     prompts: str = "ddpo-animals"
-    """A built-in set, a text file (one prompt a line), a JSONL or parquet file ("prompt" and any metadata), or
-    dataset:ID[:SPLIT] of the library datasets."""
+    """A built-in set; a file: a prompt a line, JSON, CSV, TSV or parquet ("prompt" and any metadata); or dataset:ID[:SPLIT] of
+    the library datasets."""
     preferences: str = ""
     """Judged images from disk in the place of samples, for the algorithms dpo and kto; see docs/preference.md. A folder with
     metadata.jsonl or metadata.csv (columns chosen, rejected, prompt; or file_name, label, prompt), a parquet file with
@@ -147,6 +154,11 @@ class TrainConfig:
         return self.guard.watch or tuple(entry.partition("=")[0] for entry in self.evaluation.held_out)
 
     def __post_init__(self) -> None:
+        check_values(self)
+        require(
+            self.name is None or (re.fullmatch(r"[^/\\\0]{1,200}", self.name) is not None and self.name not in (".", "..")),
+            f"name is that of a folder in runs/, without slashes, not {self.name!r}: --run-dir takes any path",
+        )
         require(self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         require(self.max_broken_prompts >= 0, f"max_broken_prompts must not be negative, not {self.max_broken_prompts}")
         require(
@@ -245,13 +257,13 @@ def to_yaml(config: TrainConfig) -> str:
     """The configuration as YAML that ``--config`` reads back, but for the run folder, which is where it lies, and the
     repository, which another run should not overwrite."""
     own = {"name": None, "run_dir": None, "push_to_hub": None}
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)) | own, sort_keys=False)
+    return yaml.safe_dump(plain(dataclasses.asdict(config)) | own, sort_keys=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples as lists and paths as strings, which is what YAML knows."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value

@@ -108,7 +108,8 @@ class PretrainingConfig:
 
     source: str = ""
     """Real pairs of image and caption: "emoji" (scenes of the embedded world, drawn as they are asked for), or a folder of
-    images (JPEG, PNG, WebP) with metadata.jsonl or metadata.csv (columns file_name and text). Empty, there is no such loss."""
+    images (JPEG, PNG, WebP) with metadata.jsonl or metadata.csv (columns file_name and text), or a .txt beside each. Empty,
+    there is no such loss."""
     weight: float = 1.0
     """The loss is multiplied by it. AdamW divides a constant factor out again, so ``updates`` says more."""
     batch_size: int = 16

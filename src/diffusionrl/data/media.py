@@ -1,5 +1,6 @@
 """Samples to files, and images that a prompt names: pictures, clips that play, and sound with a picture of its wave."""
 
+import io
 import wave
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -11,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from diffusionrl.data.entries import Prompt
 from diffusionrl.data.images import to_pil
-from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # of Pillow's some forty decoders, the ones that are needed
@@ -78,6 +79,27 @@ def stills(samples: Sequence[Tensor] | Tensor) -> list[Image.Image]:
     return [still(sample) for sample in samples]
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB as people see it: turned as its camera was held, on white where it is transparent, 16 bits scaled to 8.
+
+    Raises:
+        UserError: its values are of a kind that has no known range.
+    """
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode == "F":
+        raise UserError("an image of floating-point values has no known range: save it with 8 or 16 bits")
+    if turned.mode.startswith("I"):
+        values = np.asarray(turned).astype(np.int64)
+        levels = ((values.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8)
+        if "transparency" in turned.info:  # the value that is
+            levels[values == turned.info["transparency"]] = 255
+        return Image.fromarray(levels).convert("RGB")
+    if not turned.has_transparency_data:
+        return turned.convert("RGB")
+    layer = turned.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
 def one_of_each_size(prompts: Iterable[Prompt]) -> list[Prompt]:
     """Of prompts that name images, the first of each size of theirs. Only the images' headers are read."""
     found: dict[Any, Prompt] = {}
@@ -97,16 +119,24 @@ def _size(medium: Path | Image.Image) -> tuple[int, int]:
         raise UserError(f"image {medium} of a prompt cannot be read: {type(error).__name__}: {error}") from error
 
 
+def decode(image: Path | bytes) -> Image.Image:
+    """See ``to_rgb``. Raises whatever a broken file leads Pillow to."""
+    if isinstance(image, Path) and not image.is_file():  # a pipe would be waited for
+        raise FileNotFoundError("there is no such file")
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+        return to_rgb(opened)
+
+
 def open_image(medium: Path | Image.Image) -> Image.Image:
-    """Of a prompt, as RGB.
+    """Of a prompt: see ``to_rgb``.
 
     Raises:
         UserError: it is not there, or does not decode.
     """
     if isinstance(medium, Image.Image):
-        return medium.convert("RGB")
+        return to_rgb(medium)
     try:
         with Image.open(medium, formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(image)
     except Exception as error:  # Pillow raises whatever a broken file leads it to
         raise UserError(f"image {medium} of a prompt cannot be read: {type(error).__name__}: {error}") from error

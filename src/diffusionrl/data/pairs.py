@@ -8,11 +8,12 @@ from typing import Protocol
 from PIL import Image
 
 from diffusionrl.config import PretrainingConfig
-from diffusionrl.data.folders import check_broken, decode, image_in, rows_of, text_in
+from diffusionrl.data.folders import captions_in, check_broken, is_file
+from diffusionrl.data.media import decode
 from diffusionrl.emoji.scenes import draw_scene
 from diffusionrl.errors import RunStopped, UserError
+from diffusionrl.paths import expand
 
-_EXAMPLE = '{"file_name": "0001.png", "text": "a cat"}'
 MAX_BROKEN = "pretraining.max_broken"
 """The setting."""
 
@@ -41,7 +42,7 @@ def load_pairs(config: PretrainingConfig) -> Pairs | None:
     """
     if not config.source:
         return None
-    return ScenePairs() if config.source == "emoji" else FolderPairs(Path(config.source), config.max_broken)
+    return ScenePairs() if config.source == "emoji" else FolderPairs(expand(config.source), config.max_broken)
 
 
 class ScenePairs:
@@ -57,7 +58,7 @@ class ScenePairs:
 
 
 class FolderPairs:
-    """A folder (``data.folders``) with the columns file_name and text. In the place of an image that does not decode stands the
+    """A folder of images with captions, as ``captions_in`` reads them. In the place of an image that does not decode stands the
     next that does.
 
     Raises:
@@ -67,15 +68,22 @@ class FolderPairs:
     def __init__(self, folder: Path, max_broken: int = 0) -> None:
         self.folder, self.max_broken = folder, max_broken
         self.broken: dict[int, str] = {}
-        self._entries = [
-            (image_in(row, "file_name", where, _EXAMPLE), text_in(row, "text", where, _EXAMPLE))
-            for where, row in rows_of(folder, "pretraining.source", _EXAMPLE)
-        ]
+        self._entries = captions_in(folder, "pretraining.source")
         self.fingerprint = hashlib.sha256(json.dumps(self._entries).encode()).hexdigest()
         try:
+            self._check_files()
             self.draw(0)
         except RunStopped as error:
             raise UserError(str(error)) from error
+
+    def _check_files(self) -> None:
+        """Raises RunStopped where more than ``max_broken`` are not there, before the run needs them."""
+        missing = {place: name for place, (name, _) in enumerate(self._entries) if not is_file(self.folder / name)}
+        if len(missing) > self.max_broken:
+            raise RunStopped(
+                f"{len(missing)} images in {self.folder} are not there, or no files, more than pretraining.max_broken = "
+                f"{self.max_broken}: {', '.join(list(missing.values())[:3])}"
+            )
 
     def draw(self, address: int) -> tuple[Image.Image, str]:
         """Raises RunStopped where more than ``max_broken`` have turned out broken."""

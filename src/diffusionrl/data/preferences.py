@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffusionrl.data.folders import check_broken, decode, image_in, rows_of, text_in
+from diffusionrl.data.folders import check_broken, image_in, rows_of, text_in
+from diffusionrl.data.media import decode
 from diffusionrl.data.prompts import load_rows
 from diffusionrl.errors import RunStopped, UserError
 

@@ -1,7 +1,8 @@
-"""Prompts: built-in sets, text and JSONL files, parquet files and ``datasets``. Checked before torch is imported.
+"""Prompts: built-in sets, files of many kinds, and ``datasets``. Checked before torch is imported.
 
-Files may hold millions. Of a text or JSONL file only the places of its lines are kept in memory (8 bytes each), and a prompt is
-read when it is asked for; parquet and ``datasets`` are mapped into memory by that library.
+Files may hold millions. Of a text or JSONL file only the places of its lines are kept in memory (8 bytes each), and a prompt
+is read when it is asked for; parquet and ``datasets`` are mapped into memory by that library. Tables and JSON lists are read
+whole.
 """
 
 import hashlib
@@ -9,55 +10,33 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
+from diffusionrl.data.entries import Prompt as Prompt
+from diffusionrl.data.entries import checked, content_of, from_entry, from_json, from_text
+from diffusionrl.data.formats import Format, read_entries, recognise
 from diffusionrl.emoji.vocabulary import prompt_sets
 from diffusionrl.errors import RunStopped, UserError
+from diffusionrl.paths import describe, expand, is_there
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 """Built-in sets beside those of the embedded world, a file each."""
-MAX_LENGTH = 10_000  # characters
 CHECKED = 100_000  # lines that are checked before a run starts; the others, when they are drawn
-_MEDIA = ("image", "mask_image", "control_image")
-"""Keys of a JSONL line that name an image for the pipeline, under the names of its arguments."""
 _CHUNK = 1 << 22
 _ROWS = 1000  # read at once: one by one, each takes tens of microseconds
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What a sample is made from.
-
-    Attributes:
-        metadata: whatever its file says beside it, which is handed to the reward.
-        media: images that the pipeline takes beside the text, by the name of its argument: paths, or PIL images.
-    """
-
-    text: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-    media: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def key(self) -> str:
-        """Of what a model makes of it: prompts of one key are alike to it."""
-        if not self.media:
-            return self.text
-        named = [(name, str(each) if isinstance(each, Path) else content_of(each)) for name, each in self.media.items()]
-        return f"{self.text}\0{named}"
-
-
 def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> Sequence[Prompt]:
-    """A built-in set by name; a ``.jsonl`` file, one object with "prompt" a line, which may name images beside the file; a
-    ``.parquet`` file with a column "prompt"; ``dataset:ID`` or ``dataset:ID:SPLIT`` of the library ``datasets``, likewise; any
-    other file, one prompt a line.
+    """A built-in set by name; ``dataset:ID`` or ``dataset:ID:SPLIT`` of the library ``datasets``; or a file, which is what its
+    content says: one prompt a line; JSON lines or a JSON list, texts or objects with "prompt"; a table with a column "prompt";
+    parquet, likewise. What an entry says beside the prompt is metadata; it may name images beside the
+    file. A folder of images with captions gives the captions.
 
     Blank lines are skipped. Broken ones are too, up to ``max_broken`` of them. With a ``limit``, no more lines of a file are
-    looked at, and no more rows are checked.
+    looked at, and no more rows are checked; what is found may be empty then.
 
     Raises:
         UserError: naming file and line.
@@ -66,12 +45,26 @@ def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> 
     if source in built_in:
         return [Prompt(text) for text in built_in[source]]
     files = {file.stem: file for file in sorted(PROMPT_SETS.glob("*.txt"))}
-    path = files.get(source, Path(source))
     if source.startswith("dataset:"):
         return DatasetPrompts(source, max_broken, limit)
-    if not path.is_file():
+    path = files.get(source) or expand(source)
+    if not is_there(path):
         raise UserError(f"prompts {source!r}: no such file, and no built-in set ({', '.join([*built_in, *files])})")
-    return DatasetPrompts(source, max_broken, limit) if path.suffix == ".parquet" else PromptFile(path, max_broken, limit)
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"prompts {source!r}: it is {describe(path)}: write the prompts to a file")
+    try:
+        kind = recognise(path)
+        if kind == "parquet":
+            return DatasetPrompts(str(path), max_broken, limit)
+        if kind in ("text", "json lines"):
+            return PromptFile(path, max_broken, limit, kind)
+        return EntryPrompts(path, kind, max_broken, limit)
+    except OSError as error:
+        raise UserError(f"prompts {source!r} cannot be read: {error}") from error
+
+
+def is_built_in(source: str) -> bool:
+    return source in prompt_sets() or (PROMPT_SETS / f"{source}.txt").name in os.listdir(PROMPT_SETS)
 
 
 def keep_newest(known: dict[str, Any], count: int) -> None:
@@ -95,17 +88,6 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
         return str(known)
     said = [[prompt.text, prompt.metadata, *map(content_of, prompt.media.values())] for prompt in prompts]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def content_of(medium: Any) -> str:
-    """A hash of an image, a file or PIL's. Raises UserError where it cannot be read."""
-    if not isinstance(medium, Path):
-        return hashlib.blake2b(f"{medium.mode}{medium.size}".encode() + medium.tobytes(), digest_size=32).hexdigest()
-    try:
-        with medium.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()
-    except OSError as error:
-        raise UserError(f"image {medium} of a prompt cannot be read: {error}") from error
 
 
 class _Prompts(Sequence[Prompt]):
@@ -177,10 +159,11 @@ class PromptFile(_Prompts):
         UserError: too many of the first ``CHECKED`` lines are broken, or there is no prompt in it.
     """
 
-    def __init__(self, path: Path, max_broken: int = 0, limit: int | None = None) -> None:
+    def __init__(self, path: Path, max_broken: int = 0, limit: int | None = None, kind: Format = "text") -> None:
         super().__init__(max_broken)
-        self.path = path
+        self.path, self.kind = path, kind
         self._file = os.open(path, os.O_RDONLY)
+        self._seen = self._state()
         self._bounds, self.fingerprint = _line_bounds(path, limit)
         self._starts, self._ends = self._bounds[:-1], self._bounds[1:]
         count = min(CHECKED, len(self))
@@ -198,18 +181,30 @@ class PromptFile(_Prompts):
         if not good.all():
             kept = np.concatenate([np.flatnonzero(good), np.arange(count, len(self))])
             self._starts, self._ends = self._starts[kept], self._ends[kept]
-        if len(self) == 0:
+        if len(self) == 0 and (limit is None or len(self._bounds) <= limit):
             raise UserError(f"{path} holds no prompt: write one a line")
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __del__(self) -> None:
-        os.close(self._file)
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def _state(self) -> tuple[int, int]:
+        """Of the file: size, and when it was last written to."""
+        found = os.fstat(self._file)
+        return found.st_size, found.st_mtime_ns
 
     def _read(self, index: int) -> Prompt | None:
         start, end = int(self._starts[index]), int(self._ends[index])
-        return _parse(os.pread(self._file, end - start, start), self.path, self._place(index) + 1)
+        line = os.pread(self._file, end - start, start)
+        if self._state() != self._seen:
+            raise RunStopped(
+                f"{self.path} was written to while it was in use, and its lines are elsewhere now: put it back as it was, or "
+                "begin another run with it"
+            )
+        return _parse(line, self.kind, self.path, self._place(index) + 1)
 
     def _place(self, index: int) -> int:
         """Of a line among all: those that the check passes over have no index."""
@@ -217,12 +212,17 @@ class PromptFile(_Prompts):
 
 
 def _line_bounds(path: Path, limit: int | None) -> tuple[np.ndarray, str]:
-    """Where each line begins and the last one ends, up to so many, and a hash of what was read. One pass, in bounded memory."""
+    """Where each line begins and the last one ends, up to so many, and a hash of what was read. One pass, in bounded memory.
+
+    A line ends by LF, CR LF, or CR alone.
+    """
     digest, bounds, position = hashlib.blake2b(digest_size=32), array("q", [0]), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
+            while chunk.endswith(b"\r") and (following := file.read(1)):  # a line feed may belong to it
+                chunk += following
             digest.update(chunk)
-            ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + position + 1
+            ends = _ends_in(chunk) + position + 1
             bounds.frombytes(ends.astype(np.int64).tobytes())
             position += len(chunk)
             if limit is not None and len(bounds) > limit:
@@ -232,7 +232,16 @@ def _line_bounds(path: Path, limit: int | None) -> tuple[np.ndarray, str]:
     return np.frombuffer(bounds, dtype=np.int64), digest.hexdigest()
 
 
-def _parse(line: bytes, path: Path, number: int) -> Prompt | None:
+def _ends_in(chunk: bytes) -> np.ndarray:
+    """Where lines end in it."""
+    values = np.frombuffer(chunk, dtype=np.uint8)
+    ends = values == ord("\n")
+    if b"\r" in chunk:
+        ends |= (values == ord("\r")) & ~np.append(ends[1:], False)
+    return np.flatnonzero(ends)
+
+
+def _parse(line: bytes, kind: Format, path: Path, number: int) -> Prompt | None:
     """A prompt, or None for a blank line. Raises UserError for a broken one."""
     try:
         text = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8").strip()
@@ -240,42 +249,42 @@ def _parse(line: bytes, path: Path, number: int) -> Prompt | None:
         raise UserError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
     if not text:
         return None
-    prompt = _from_json(text, path, number) if path.suffix == ".jsonl" else Prompt(text)
-    return _checked(prompt, f"{path}:{number}")
+    where = f"{path}:{number}"
+    return from_json(text, path.parent, where) if kind == "json lines" else from_text(text, where)
 
 
-def _checked(prompt: Prompt, where: str) -> Prompt:
-    """Raises UserError where a text cannot be meant as a prompt."""
-    text = prompt.text
-    if len(text) > MAX_LENGTH:
-        raise UserError(f"{where}: {len(text):,} characters in one prompt, at most {MAX_LENGTH:,}: one prompt a line")
-    if "\0" in text:
-        raise UserError(f"{where}: a NUL character at column {text.index(chr(0)) + 1}: is this a text file?")
-    return prompt
+class EntryPrompts(_Prompts):
+    """The prompts of a file that is read whole, a table or a JSON list; or the captions of a folder of images.
 
+    Raises:
+        UserError: it cannot be read, too many entries are broken, or there is no prompt in it.
+    """
 
-def _from_json(text: str, path: Path, number: int) -> Prompt:
-    try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}:{number}: not JSON ({error}); each line is an object like {{"prompt": "a cat"}}') from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        found = f"has the columns {sorted(entry)}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
-        raise UserError(f'{path}:{number}: no "prompt" with text in it (the line {found})')
-    media = _media(entry, path, number)
-    return Prompt(entry.pop("prompt").strip(), entry | {name: str(file) for name, file in media.items()}, media)
+    def __init__(self, path: Path, kind: Format, max_broken: int = 0, limit: int | None = None) -> None:
+        super().__init__(max_broken)
+        self._folder = path.parent
+        self._entries = read_entries(path, kind, limit)
+        images: list[str] = []
 
+        def read(index: int) -> Prompt | None:
+            prompt = self._read(index)
+            if prompt is not None:
+                images.extend(content_of(medium) for medium in prompt.media.values())
+            return prompt
 
-def _media(entry: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
-    """The images that an entry names, relative to its file. Raises UserError for one that is not there."""
-    media = {}
-    for name in _MEDIA:
-        if entry.get(name) is not None:
-            file = path.parent / str(entry[name])
-            if not file.is_file():
-                raise UserError(f"{path}:{number}: {name} {entry[name]!r} is no file beside it ({file})")
-            media[name] = file
-    return media
+        if sum(self._check(len(self), read)) == 0:  # all of them are looked at
+            raise UserError(f"{path} holds no prompt")
+        said = json.dumps([[entry for _, entry in self._entries], images], default=str)
+        self.fingerprint = hashlib.sha256(said.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _read(self, index: int) -> Prompt | None:
+        where, entry = self._entries[index]
+        if isinstance(entry, UserError):
+            raise entry
+        return from_entry(entry, self._folder, where)
 
 
 def load_rows(source: str, setting: str) -> Any:
@@ -342,4 +351,4 @@ class DatasetPrompts(_Prompts):
         where = f"{self.source}, row {index}"
         if not isinstance(text, str):
             raise UserError(f"{where}: the prompt is a {type(text).__name__}, not a text")
-        return _checked(Prompt(text.strip()), where).text or None
+        return checked(Prompt(text.strip()), where).text or None

@@ -10,10 +10,13 @@ import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusionrl import seeds
 from diffusionrl.errors import UserError
+from diffusionrl.paths import expand
 
 ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj"),
@@ -87,11 +90,28 @@ def add_lora(network: Any, rank: int, targets: Sequence[str], seed: int, purpose
 
 
 def find_lora(path: Path) -> Path:
-    """A safetensors file, or the one that a folder holds under diffusers' name. Raises UserError where there is none."""
-    file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
-    if not file.is_file() or file.suffix != ".safetensors":
-        raise UserError(f"LoRA {path} was not found: give a .safetensors file, or a folder with {LORA_WEIGHT_NAME_SAFE} in it")
-    return file
+    """A safetensors file, or that of a folder, under diffusers' or peft's name. Raises UserError where there is none."""
+    path = expand(path)
+    file = path
+    if path.is_dir():
+        file = next(
+            (path / name for name in (LORA_WEIGHT_NAME_SAFE, SAFETENSORS_WEIGHTS_NAME) if (path / name).is_file()), path
+        )
+    if file.is_file() and file.suffix.lower() == ".safetensors":
+        return file
+    asked = f"give a .safetensors file, or a folder with {LORA_WEIGHT_NAME_SAFE} in it"
+    if file.is_file():
+        raise UserError(
+            f"LoRA {path} is there, and is no .safetensors file: convert it once, if you trust it, by the script in the "
+            "repository's examples/: python convert_to_safetensors.py"
+        )
+    if (path / "config.yaml").is_file():
+        raise UserError(f"LoRA {path} is a run folder: give {path / 'export'}, or the run as the model")
+    if path.is_dir():
+        found = sorted(each.name for each in path.glob("*.safetensors"))
+        said = f"it holds {', '.join(found[:3])}: name the file" if found else "it holds no .safetensors file"
+        raise UserError(f"LoRA {path} is a folder without {LORA_WEIGHT_NAME_SAFE}; {said}")
+    raise UserError(f"LoRA {path} was not found: {asked}")
 
 
 def load_lora(pipeline: Any, file: Path, name: str, networks: Sequence[str] | None = None) -> None:
@@ -107,9 +127,13 @@ def load_lora(pipeline: Any, file: Path, name: str, networks: Sequence[str] | No
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"{type(pipeline).__name__} of {name} loads no LoRA file")
     try:
-        found = type(pipeline).lora_state_dict(file.parent, weight_name=file.name, use_safetensors=True)
+        source: Any = file.parent
+        given: dict[str, Any] = {"weight_name": file.name, "use_safetensors": True}
+        if (file.parent / CONFIG_NAME).is_file():
+            source, given = _from_peft(pipeline, file, networks), {}
+        found = type(pipeline).lora_state_dict(source, **given)
         keys = [key for key in (found[0] if isinstance(found, tuple) else found) if _DOWN.search(key)]
-        pipeline.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True, adapter_name="default")
+        pipeline.load_lora_weights(source, adapter_name="default", **given)
     except Exception as error:  # diffusers and peft raise whatever they come across in a file that is no LoRA of this model
         raise UserError(f"the LoRA of {name} could not be loaded: {type(error).__name__}: {error}") from error
     parts = {key: part for key, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
@@ -125,6 +149,24 @@ def load_lora(pipeline: Any, file: Path, name: str, networks: Sequence[str] | No
             f"{file} holds {len(keys)} layers, and {loaded} of them are of {name}: is it a LoRA of another model? It begins "
             f"with {', '.join(keys[:2]) or 'nothing of a LoRA'}"
         )
+
+
+def _from_peft(pipeline: Any, file: Path, networks: Sequence[str] | None) -> dict[str, Tensor]:
+    """A LoRA as peft saves it beside its adapter_config.json, under the names of its network in the pipeline. Its alpha is in
+    its weights then: diffusers takes the rank for it."""
+    config = LoraConfig.from_pretrained(str(file.parent))
+    if config.use_dora:
+        raise UserError("it is a DoRA, which is read from diffusers' format alone")
+    name = next(each for each in (*(networks or ()), "unet", "transformer") if getattr(pipeline, each, None) is not None)
+    found = {}
+    for key, weight in load_file(file).items():
+        key = key.removeprefix("base_model.model.")
+        if key.endswith("lora_B.weight"):
+            layer, rank = key.removesuffix(".lora_B.weight"), weight.shape[1]
+            alpha = next((a for end, a in config.alpha_pattern.items() if layer.endswith(end)), config.lora_alpha)
+            weight = weight * (alpha / (rank**0.5 if config.use_rslora else rank))
+        found[f"{name}.{key}"] = weight
+    return found
 
 
 def take_lora(network: torch.nn.Module) -> dict[str, LoraLayer]:

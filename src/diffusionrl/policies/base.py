@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffusionrl.config import PolicyConfig
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import Copies
 from diffusionrl.transitions import Grid, NoiseLevels
 
@@ -20,6 +22,8 @@ class Policy(Protocol):
     source: str
     """Where the model came from: what ``load_policy`` was given."""
     device: torch.device
+    settings: PolicyConfig | None
+    """What of it is trained and how, for the record; None where no settings say it."""
 
     @property
     def about(self) -> dict[str, Any]:
@@ -112,6 +116,33 @@ class Policy(Protocol):
         """Write what was trained in the format that plain diffusers loads. The main process writes; where the weights are
         sharded, the others are needed too."""
         ...
+
+
+def describe(
+    lora_rank: int | None,
+    lora_targets: str | Sequence[str],
+    dtype: torch.dtype,
+    device: str,
+    lora: Path | None,
+    reference: str,
+    networks: Sequence[str] = (),
+    **switches: bool,
+) -> PolicyConfig | None:
+    """``Policy.settings`` of what a policy was made with; None where a configuration cannot say it."""
+    given: dict[str, Any] = {"lora": lora, "reference": reference, **switches}
+    if lora_rank is not None:
+        given["lora_rank"] = lora_rank
+    try:
+        return PolicyConfig(
+            training="full" if lora_rank is None and lora is None else "lora",
+            lora_targets=(lora_targets,) if isinstance(lora_targets, str) else tuple(lora_targets),
+            networks=tuple(networks),
+            dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            device=str(device),
+            **given,
+        )
+    except UserError:
+        return None
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from diffusionrl import devices
-from diffusionrl.config import SamplingConfig
-from diffusionrl.data.prompts import Prompt, content_of
+from diffusionrl.config import PolicyConfig, SamplingConfig
+from diffusionrl.data.entries import content_of
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import find_lora, save_memory
 from diffusionrl.policies.asking import check_class
@@ -207,6 +208,22 @@ def load_policy(
     Raises:
         UserError: the model is not there, or cannot be a policy.
     """
+    targets = (lora_targets,) if isinstance(lora_targets, str) else tuple(lora_targets)
+    settings = PolicyConfig(  # which checks them
+        training=training,  # type: ignore[arg-type]
+        networks=networks,
+        lora_rank=lora_rank,
+        lora_targets=targets,
+        lora=lora,
+        reference=reference,  # type: ignore[arg-type]
+        gradient_checkpointing=gradient_checkpointing,
+        vae_slicing=vae_slicing,
+        vae_tiling=vae_tiling,
+        offload_text_encoders=offload_text_encoders,
+        quantization=quantization,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
+        device=device,
+    )
     precision: torch.dtype = getattr(torch, dtype)
     chosen = devices.choose(device)
     check_quantization(quantization, chosen)
@@ -221,7 +238,7 @@ def load_policy(
         example,
         networks,
         lora_rank=lora_rank if training == "lora" else None,
-        lora_targets=lora_targets,
+        lora_targets=targets,
         dtype=precision,
         device=chosen,
         seed=seed,
@@ -232,6 +249,7 @@ def load_policy(
         reference=reference,
         offload_text_encoders=offload_text_encoders,
     )
+    policy.settings = settings
     steps = sampling.num_steps if sampling else SamplingConfig().num_steps
     check_sound(policy, pipeline, model, steps, example)
     return policy

@@ -32,7 +32,7 @@ from diffusionrl.policies.adapters import (
     without_part,
 )
 from diffusionrl.policies.asking import AskedPipeline
-from diffusionrl.policies.base import chunks
+from diffusionrl.policies.base import chunks, describe
 from diffusionrl.policies.distilled import distillation
 from diffusionrl.policies.encoders import WaitingEncoders, encoders_of
 from diffusionrl.policies.precision import set_precision
@@ -90,6 +90,8 @@ class PipelinePolicy:
     ) -> None:
         self.source, self.pipeline, self.device, self.dtype = source, pipeline, torch.device(device), dtype
         self._files = files or {}
+        switches = {"gradient_checkpointing": gradient_checkpointing, "offload_text_encoders": offload_text_encoders}
+        self.settings = describe(lora_rank, lora_targets, dtype, device, lora, reference, networks, **switches)
         self.example, self._guidance = example or Prompt("a photograph"), guidance
         if lora_rank is None and dtype != torch.float32:
             raise UserError("full fine-tuning needs policy.dtype float32: small updates are lost in bfloat16 weights")

@@ -37,9 +37,8 @@ from diffusionrl.policies.files import (
     read_index,
     variants_in,
 )
-from diffusionrl.runs.hub import cached_first, is_single_file
+from diffusionrl.runs.hub import PICKLES, cached_first, is_single_file
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _SETTINGS = ["*.json", "*.txt", "*.model"]  # of a repository, all but the weights
 _MAIN = {"unet", "transformer"}  # without which a file is no model
 _UNUSED = ("logit_scale", *SD_2_TEXT_ENCODER_KEYS_TO_IGNORE)  # of text encoders: what no pipeline asks them for
@@ -97,7 +96,7 @@ def find_file(model: str) -> Path | None:
     path = Path(model).expanduser()
     if path.is_dir():
         return None
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise UserError(
             f"{model} is a pickle, which can run code when it is read: take the .safetensors file of the same model, or "
             "convert it once, if you trust it, by the script in the repository's examples/: python convert_to_safetensors.py "

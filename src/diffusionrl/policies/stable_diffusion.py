@@ -35,7 +35,7 @@ from diffusionrl.policies.adapters import (
     save_memory,
     take_lora,
 )
-from diffusionrl.policies.base import chunks
+from diffusionrl.policies.base import chunks, describe
 from diffusionrl.policies.encoders import WaitingEncoders
 from diffusionrl.runs.usage import ABOUT_STABLE_DIFFUSION
 from diffusionrl.transitions import Grid, NoiseLevels, to_x0_and_noise, variance_preserving_grid
@@ -75,6 +75,8 @@ class StableDiffusionPolicy:
         offload_text_encoders: bool = False,
     ) -> None:
         self.source, self._files = source, files or {}
+        switches = {"gradient_checkpointing": gradient_checkpointing, "offload_text_encoders": offload_text_encoders}
+        self.settings = describe(lora_rank, lora_targets, dtype, device, lora, reference, (), **switches)
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self._alphas_cumprod = scheduler.alphas_cumprod

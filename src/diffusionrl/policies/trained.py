@@ -1,20 +1,21 @@
 """A model with what was trained on it: a LoRA, or what a run exported."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import PeftModel
 
 from diffusionrl import devices
-from diffusionrl.config import SamplingConfig
+from diffusionrl.config import SamplingConfig, TrainConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
+from diffusionrl.paths import expand
 from diffusionrl.policies.adapters import find_lora, load_lora
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.loading import check_model, load_pipeline, make_policy
+from diffusionrl.runs.places import read_settings
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,28 @@ class Trained:
     export: Path | None = None
 
 
+def begin_from_run(config: TrainConfig) -> TrainConfig:
+    """Where the model is a run's folder: that run's model, with the LoRA that it exported to go on from.
+
+    Raises:
+        UserError: it exported something else, or a LoRA is asked for besides.
+    """
+    run_dir = expand(config.model)
+    if not (run_dir / "config.yaml").is_file() or (run_dir / "model_index.json").is_file():
+        return config
+    if config.policy.lora is not None or config.model_config is not None:
+        raise UserError(f"{run_dir} is a run, which has a LoRA and settings of its own: leave out policy.lora and model_config")
+    lora = run_dir / "export" / LORA_WEIGHT_NAME_SAFE
+    if not lora.is_file():
+        raise UserError(
+            f"{run_dir} is a run without a LoRA in its export, and training goes on from no other: load it as its "
+            "export/README.md says, and save_pretrained writes a folder for --model"
+        )
+    settings = read_settings(run_dir)
+    base, file = str(settings.get("model")), settings.get("model_config")
+    return replace(config, model=base, model_config=file, policy=replace(config.policy, lora=lora))
+
+
 def find_trained(model: str, lora: Path | None = None, config: str | None = None) -> Trained:
     """A model as it is; with a LoRA (a safetensors file, or a folder that holds one as diffusers names it); or a run folder:
     the run's model with what the run exported.
@@ -45,14 +68,14 @@ def find_trained(model: str, lora: Path | None = None, config: str | None = None
     Raises:
         UserError: no such model, LoRA or run.
     """
-    run_dir = Path(model)
+    run_dir = expand(model)
     if (run_dir / "config.yaml").is_file():
         if lora is not None:
             raise UserError(f"{model} is a run, which has learned something itself: give the LoRA's base model, or no LoRA")
         if config is not None:
             raise UserError(f"{model} is a run, which knows the configuration of its model: leave out model_config")
-        settings, export = yaml.safe_load((run_dir / "config.yaml").read_text()), run_dir / "export"
-        base, config = settings["model"], settings.get("model_config")
+        settings, export = read_settings(run_dir), run_dir / "export"
+        base, config = str(settings.get("model")), settings.get("model_config")
         shape = check_model(base, config)
         if list(export.rglob("*.safetensors")):
             return Trained(model, base, shape, config, export=export)

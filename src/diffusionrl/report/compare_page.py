@@ -29,7 +29,7 @@ from diffusionrl.report.page import (
 )
 from diffusionrl.report.record import Evaluated, Run, Sample, read_run, time_unit
 from diffusionrl.report.run_page import gains
-from diffusionrl.runs.folder import flat
+from diffusionrl.runs.places import flat
 
 MAX_SHOWN = 8  # runs whose images stand side by side
 MAX_PROMPTS = 24

@@ -21,7 +21,7 @@ from diffusionrl.report.curves import tick_label
 from diffusionrl.report.record import Evaluated, Sample
 from diffusionrl.report.thumbnails import data_uri, sound_uri
 from diffusionrl.runs import checkpoint
-from diffusionrl.runs.folder import PARTIAL
+from diffusionrl.runs.lines import PARTIAL
 
 MAX_IMAGES = 500
 """In a page's scrubber."""

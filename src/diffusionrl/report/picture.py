@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusionrl.data.images import image_grid
-from diffusionrl.runs.folder import exported_step, read_metrics
+from diffusionrl.runs.folder import exported_step
+from diffusionrl.runs.lines import read_metrics
 
 _ROWS, _COLUMNS = 3, 5
 

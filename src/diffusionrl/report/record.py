@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from diffusionrl.errors import UserError
-from diffusionrl.runs.folder import is_held, read_metrics
+from diffusionrl.runs.lines import read_metrics
+from diffusionrl.runs.places import is_held
 
 DERIVED = ("_se", "_change", "_from_peak", "_peak_std")
 """Ends of the names of metrics that say more of another one."""

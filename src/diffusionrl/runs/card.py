@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from diffusionrl.runs.folder import read_metrics, replace_file
 from diffusionrl.runs.hub import is_single_file, local_folder
+from diffusionrl.runs.lines import read_metrics, replace_file
 from diffusionrl.runs.usage import about_of, loading_lines
 
 _TASKS = {"image": "text-to-image", "video": "text-to-video", "sound": "text-to-audio"}

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from diffusionrl.errors import RunStopped, UserError
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)  # it can only be read by setting it
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,15 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 def complete_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints that were renamed into place, oldest first."""
-    names = [path.name.removeprefix("step_") for path in (run_dir / "checkpoints").glob("step_*")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    steps = [step_of(path) for path in (run_dir / "checkpoints").glob("step_*")]
+    return sorted(step for step in steps if step is not None)
+
+
+def step_of(folder: Path) -> int | None:
+    """What a folder of a step is called after; None of one that is called otherwise, such as a copy of somebody's."""
+    digits = folder.name.removeprefix("step_")
+    step = int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 20 else -1
+    return step if folder.name == f"step_{step:06d}" else None
 
 
 def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
@@ -75,6 +85,7 @@ def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
         temporary.mkdir(parents=True)
         for name, tensors in checkpoint.tensors.items():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / f"{name}.safetensors")
+        open_to_all(temporary)
         (temporary / "state.json").write_text(json.dumps(checkpoint.state))
         listed = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_bytes(_manifest({"format": FORMAT, "step": checkpoint.step, "files": listed}))
@@ -138,6 +149,10 @@ def load(folder: Path) -> Checkpoint:
         state = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise Corrupted(f"{folder}: {error}") from error
+    if manifest.get("step") != step_of(folder):
+        raise Corrupted(f"{folder}: its manifest is of step {manifest.get('step')}")
+    if not isinstance(state, dict):
+        raise Corrupted(f"{folder / 'state.json'} holds a {type(state).__name__}, not an object")
     return Checkpoint(manifest["step"], tensors, state)
 
 
@@ -161,7 +176,8 @@ def load_newest(run_dir: Path, exact: bool) -> Checkpoint | None:
         if step == steps[0]:
             raise UserError(f"none of the {len(steps)} checkpoints in {run_dir} can be used ({broken}): choose another --name")
         folder = folder_of(run_dir, step)
-        folder.rename(folder.with_name(f"corrupted_{folder.name}"))  # so that it is not counted among those that are kept
+        names = (folder.with_name(f"corrupted_{folder.name}{more}") for more in chain([""], (f"_{n}" for n in count(2))))
+        folder.rename(next(name for name in names if not name.exists()))  # so that it does not count among those that are kept
     return None
 
 
@@ -187,6 +203,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"it has format {manifest['format']}, this version reads {FORMAT}")
         listed = manifest["files"]
+        listed.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Corrupted(f"{folder / MANIFEST}: {error}") from error
     try:
@@ -220,6 +237,13 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_to_all(folder: Path) -> None:
+    """Its files to whom the umask says; safetensors writes them for their owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~_UMASK)
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -25,11 +25,13 @@ from diffusionrl.interruption import Interrupted
 from diffusionrl.runs import checkpoint
 from diffusionrl.runs.alarms import Watch
 from diffusionrl.runs.checkpoint import Checkpoint
-from diffusionrl.runs.progress import Progress
+from diffusionrl.runs.lines import PARTIAL, append_line, read_lines, read_metrics, read_object, replace_file
+from diffusionrl.runs.places import check_run_dir, default_of, flat, read_settings, same
+from diffusionrl.runs.progress import GONE, Progress
 from diffusionrl.runs.trackers import IMAGES, Mirror, check_trackers, close_all, make_tracker
 
 _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
-PARTIAL = ".partial"  # what a killed process may leave behind
+_LINES = ("metrics.jsonl", "alarms.jsonl")
 _SHOW_AFTER = 30.0  # seconds: the report is no older than that and a step
 SAFE_CHANGES = ("steps", "max_queries", "track", "evaluation.every", "checkpoint.", "guard.")
 """Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
@@ -45,21 +47,16 @@ class Score:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made: its folder, and the evaluations before the first step and of the weights that it exported."""
+    """What a run made: its folder, and the evaluations before the first step and of the weights that it exported.
+
+    Attributes:
+        not_pushed: why the hub did not take the export, where it was to.
+    """
 
     run_dir: Path
     before: Score
     after: Score
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return read_lines(run_dir / "metrics.jsonl")
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a last line that a killed process left half-written is not one."""
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    not_pushed: str | None = None
 
 
 def read_result(run_dir: Path) -> TrainResult:
@@ -80,23 +77,10 @@ def tell_result(run_dir: Path) -> TrainResult:
     return TrainResult(Path(found["run_dir"]), Score(**found["before"]), Score(**found["after"]))
 
 
-def is_held(run_dir: Path) -> bool:
-    """A process is at work in the folder."""
-    if not (run_dir / "lock").is_file():
-        return False
-    try:
-        with FileLock(run_dir / "lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # not ours to write to
-        return False
-
-
 def exported_step(run_dir: Path, last: int) -> int:
     """The step whose weights are in ``export``: the ``last`` one, unless the guard chose another."""
     marker = run_dir / "finished.json"
-    exported = json.loads(marker.read_text()).get("exported_step") if marker.is_file() else None
+    exported = read_object(marker).get("exported_step") if marker.is_file() else None
     return last if exported is None else exported
 
 
@@ -117,7 +101,7 @@ class RunFolder:
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, report: Callable[[Path], object] | None = None) -> None:
-        self.run_dir, self.config, self._report = run_dir, config, report
+        self._place, self.config, self._report = run_dir, config, report
         self._lock = FileLock(run_dir / "lock")
         self._progress = Progress(config.last_step, config.queries_per_step)
         self.new, self._begun = True, False
@@ -126,6 +110,21 @@ class RunFolder:
         self._made: list[Path] = []
         self._mirrors: list[Mirror] = []
         self._watch = Watch(config)
+        self._identity: tuple[int, int] | None = None  # of the folder that is held
+        self._last: dict[str, Any] = {}  # the newest line of metrics
+
+    @property
+    def run_dir(self) -> Path:
+        """Raises RunStopped where a run is at work in it, and somebody has moved or removed it."""
+        if self._is_lost():
+            raise RunStopped(
+                f"{self._place} was moved or removed while the run was at work in it. It goes on from its newest "
+                "checkpoint where it is now: the same command with that --run-dir"
+            )
+        return self._place
+
+    def _is_lost(self) -> bool:
+        return self._begun and self._identity is not None and _identity_of(self._place) != self._identity
 
     def __enter__(self) -> "RunFolder":
         try:
@@ -139,7 +138,7 @@ class RunFolder:
         self._progress.close()
         try:
             close_all(self._mirrors)
-            if self._begun:
+            if self._begun and not self._is_lost():
                 self._note_end(error)
                 self._show()
         finally:
@@ -172,7 +171,7 @@ class RunFolder:
         """Release the folder; one that was held and nothing was written to is as if it had not been."""
         if self._lock.is_locked and self.new and not self._begun:
             with suppress(OSError):
-                (self.run_dir / "lock").unlink()
+                (self._place / "lock").unlink()
                 for folder in self._made:
                     folder.rmdir()
         self._lock.release(force=True)
@@ -180,14 +179,22 @@ class RunFolder:
     def _look(self) -> None:
         check_trackers(self.config.track)
         self._made = [folder for folder in (self.run_dir, *self.run_dir.parents) if not folder.exists()]
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        check_run_dir(self.run_dir)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.run_dir} cannot be made: {error}: choose another --run-dir") from error
         self._hold()
+        self._identity = _identity_of(self.run_dir)
         self.new = not (self.run_dir / "config.yaml").is_file()
         if not self.new:
             self._compare_settings()
             marker = self.run_dir / "finished.json"
-            ending = json.loads(marker.read_text()) if marker.is_file() else {"steps": 0}
-            done = ending["steps"]
+            ending = read_object(marker) if marker.is_file() else {}
+            done = ending.get("steps", 0)
+            for name in _LINES:
+                if (self.run_dir / name).is_file():
+                    read_lines(self.run_dir / name)  # which are needed later
             if done > self.config.last_step:
                 raise UserError(f"{self.run_dir} is finished with {done} steps; {self.config.last_step} were asked for")
             if "stopped" in ending and self.config.guard.stop:
@@ -206,9 +213,10 @@ class RunFolder:
             raise UserError(f"{self.run_dir} cannot be written to: {error}") from error
 
     def _compare_settings(self) -> None:
-        then = yaml.safe_load((self.run_dir / "config.yaml").read_text())
-        before, now = (flat(each) for each in (then, yaml.safe_load(to_yaml(self.config))))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        before, now = flat(read_settings(self.run_dir)), flat(yaml.safe_load(to_yaml(self.config)))
+        for key in now.keys() - before.keys():  # which an older version did not know
+            before[key] = default_of(self.config, key)
+        changed = [key for key in sorted(before.keys() | now.keys()) if not same(before.get(key), now.get(key))]
         if not changed:
             return
         listed = "\n".join(f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed)
@@ -237,16 +245,19 @@ class RunFolder:
             half_written.unlink()
         self._progress.begin(step or 0)
         for samples in (*self.run_dir.glob("samples/step_*"), *self.run_dir.glob("samples/recent/step_*")):
-            if step is None or int(samples.name.removeprefix("step_")) > step:
+            of = checkpoint.step_of(samples)
+            if of is not None and (step is None or of > step):
                 shutil.rmtree(samples)
         for marker in ("finished.json", "stopped.json"):
             (self.run_dir / marker).unlink(missing_ok=True)
         for line in self._keep_until(step, "metrics.jsonl"):
             self._watch.see(line)  # whose alarms are on file
+            self._last = line
         self._keep_until(step, "alarms.jsonl")
         replace_file(self.run_dir / "config.yaml", to_yaml(self.config))
         environment: dict[str, Any] = {
             "command": sys.argv,
+            "folder": str(self.run_dir.absolute()),
             "seed": self.config.seed,
             "resumed_from_step": step,
             "python": platform.python_version(),
@@ -278,7 +289,11 @@ class RunFolder:
         file = self.run_dir / "env.json"
         if now["resumed_from_step"] is None or not file.is_file():
             return
-        then = json.loads(file.read_text())
+        try:
+            then = read_object(file)
+        except UserError as error:
+            print(f"warning: what differs from when the run began is not known: {error}", file=sys.stderr)
+            return
         for key in ("python", "versions", "platform", "device", "threads", "processes"):
             if then.get(key) != now[key]:
                 print(
@@ -289,7 +304,7 @@ class RunFolder:
     def say(self, text: str) -> None:
         """A line on the terminal, if there still is one."""
         self._progress.close()
-        with suppress(OSError):
+        with suppress(*GONE):
             print(text, flush=True)
 
     def save(self, found: Checkpoint) -> None:
@@ -303,7 +318,11 @@ class RunFolder:
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and print progress. Non-finite numbers are written as null."""
         finite = {k: v if v == v and abs(v) != float("inf") else None for k, v in metrics.items()}
+        if finite["step"] == self._last.get("step"):  # the step was done before, and is evaluated now: one line a step
+            finite = self._last | finite
+            self._keep_until(finite["step"] - 1, "metrics.jsonl")
         append_line(self.run_dir / "metrics.jsonl", finite)
+        self._last = finite
         samples = self.run_dir / "samples" / f"step_{metrics['step']:06d}"
         images = sorted(samples.glob("0*.png"))[:IMAGES] if "eval/reward" in metrics else []
         for mirror in self._mirrors:
@@ -318,7 +337,7 @@ class RunFolder:
         """Warn on the terminal and append a line to alarms.jsonl. A run that is taken up before this step forgets it."""
         append_line(self.run_dir / "alarms.jsonl", {"step": step, "kind": kind, "message": message})
         self._progress.close()
-        with suppress(OSError):
+        with suppress(*GONE):
             print(f"warning: step {step}: {message}", file=sys.stderr, flush=True)
 
     def finish(self, ending: dict[str, Any]) -> None:
@@ -365,25 +384,10 @@ class NoFolder(RunFolder):
         pass
 
 
-def append_line(file: Path, entry: dict[str, Any]) -> None:
-    """Append an object to a JSONL file, down to the disk."""
-    with file.open("a") as lines:
-        lines.write(json.dumps(entry) + "\n")
-        lines.flush()
-        os.fsync(lines.fileno())
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + PARTIAL)
-    temporary.write_text(text, encoding="utf-8")
-    checkpoint.flush(temporary)
-    temporary.rename(path)
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+def _identity_of(folder: Path) -> tuple[int, int] | None:
+    """Device and number of a folder; None where there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,17 +1,23 @@
 """Where weights come from: a folder, or the hub at one commit, and from the hub only what is not in its cache yet; and how an
 export goes to the hub."""
 
+import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from diffusionrl.errors import UserError
+from diffusionrl.paths import describe, expand, is_there
 
 PINNED = {
     "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
     "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
 }
+
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def is_single_file(model: str) -> bool:
@@ -25,12 +31,29 @@ def local_folder(model: str) -> Path | None:
     Raises:
         UserError: it reads as a folder, and there is none.
     """
-    path = Path(model).expanduser()
+    path = expand(model)
     if path.is_dir():
         return path
+    if is_there(path):
+        raise UserError(
+            f"model {model!r} is {describe(path)}, and no .safetensors file: give one, or a folder in diffusers' format"
+        )
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(f"model {model!r} was not found: give 'emoji', a folder, a hub id owner/name, or a .safetensors file")
+    if path.parent.is_dir() and not _is_cached(model):
+        near = get_close_matches(path.name, [each.name for each in path.parent.iterdir()], n=1)
+        meant = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(
+            f"model {model!r} was not found: {path.parent} is a folder here, and there is no {path.name} in it{meant} (a hub "
+            "id of that owner is asked for from another working directory)"
+        )
     return None
+
+
+def _is_cached(model: str) -> bool:
+    """The hub's cache has something of this model."""
+    cache = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface"), "hub")
+    return expand(Path(cache) / f"models--{model.replace('/', '--')}").is_dir()
 
 
 def locate(model: str, revision: str | None) -> tuple[str, str | None]:

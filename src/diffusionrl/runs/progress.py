@@ -11,6 +11,9 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+GONE = (OSError, ValueError, AttributeError)
+"""What a print raises where the stream is broken, closed or none at all, or has no such letters: the run goes on without it."""
+
 
 class Progress:
     """The lines of one run."""
@@ -30,7 +33,7 @@ class Progress:
         passing = "eval/reward" not in metrics
         if "reward/mean" not in metrics:
             self.begin(metrics["step"])
-        with suppress(OSError):  # the terminal may be gone; the run is not
+        with suppress(*GONE):  # the terminal may be gone; the run is not
             if not sys.stdout.isatty():
                 print(line, flush=True)
                 return
@@ -44,7 +47,7 @@ class Progress:
         """Leave the live line, if there is one, as it stands."""
         if self._live:
             self._live = 0
-            with suppress(OSError):
+            with suppress(*GONE):
                 print(flush=True)
 
     def _line(self, metrics: dict[str, Any]) -> str:

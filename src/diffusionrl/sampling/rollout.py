@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -273,8 +273,7 @@ def collect(
     shared_start: bool = False,
 ) -> Rollout:
     """Sample once a prompt and score it; sample i depends on (seed, purpose, step, i) and its prompt alone. Of several
-    processes, each samples and scores its share, and all know the scores. Where their weights are sharded, each runs as many
-    batches as the others: one that has none left takes part with a sample that is thrown away.
+    processes, each samples and scores its share, and all know the scores.
 
     Args:
         reduction: of the log-probabilities over the latent dimensions.
@@ -296,21 +295,13 @@ def collect(
     found: list[Trajectories] = []
     images: list[Tensor] = []
     began = time.perf_counter()
-    cuts = [cut(processes.share(len(prompts), group_size, each), sampling.batch_size) for each in range(processes.count())]
-    batches = cuts[processes.index()]
     broken: str | None = None
-    for indices in batches:
-        chunk = prompts[indices.start : indices.stop]
-        with surroundings.suspected():
-            start, noise = draw_noise(policy, table, chunk, seed, purpose, step, indices, group_size if shared_start else 1)
-            drawn = sample_trajectories(policy, table, chunk, start, noise, sampling.guidance, reduction)
-            images.append(policy.decode(drawn.latents[:, -1], chunk).cpu())
-        broken = broken or _where_it_broke(drawn.latents, images[-1], chunk)
+    alike = group_size if shared_start else 1
+    for chunk, drawn, decoded in _batches(policy, table, prompts, sampling, seed, purpose, step, reduction, group_size, alike):
+        broken = broken or _where_it_broke(drawn.latents, decoded, chunk)
         found.append(drawn.keep(needs))
-        queue.add(images[-1], [prompt.text for prompt in chunk], metadata_of(chunk, policy.sampling_rate))
-    if processes.sharded(policy.trainable().values()):
-        for _ in range(max(map(len, cuts)) - len(batches)):
-            sample_trajectories(policy, table, chunk[:1], start[:1], noise[:1], sampling.guidance, reduction)
+        images.append(decoded)
+        queue.add(decoded, [prompt.text for prompt in chunk], metadata_of(chunk, policy.sampling_rate))
     scores = queue.result(timeout)
     surroundings.check()
     rollout = Rollout(
@@ -333,6 +324,34 @@ def collect(
     scores = gather_scores(replace(scores, error=broken or scores.error), rollout.shares)  # what is broken is no reward's fault
     elapsed = time.perf_counter() - began  # with the wait for scores, one's own and others'
     return replace(rollout, scores=scores, seconds={"rollout": elapsed, "reward": queue.seconds})
+
+
+def _batches(
+    policy: Policy,
+    table: SamplerTable,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    seed: int,
+    purpose: str,
+    step: int,
+    reduction: Reduction,
+    group_size: int,
+    alike: int,
+) -> Iterator[tuple[Sequence[Prompt], Trajectories, Tensor]]:
+    """This process's share, batch by batch: prompts, trajectories, and images on the CPU. Where weights are sharded, each
+    process runs as many batches as the others: one that has none left takes part with a sample that is thrown away."""
+    cuts = [cut(processes.share(len(prompts), group_size, each), sampling.batch_size) for each in range(processes.count())]
+    batches = cuts[processes.index()]
+    for indices in batches:
+        chunk = prompts[indices.start : indices.stop]
+        with surroundings.suspected():
+            start, noise = draw_noise(policy, table, chunk, seed, purpose, step, indices, alike)
+            drawn = sample_trajectories(policy, table, chunk, start, noise, sampling.guidance, reduction)
+            images = policy.decode(drawn.latents[:, -1], chunk).cpu()
+        yield chunk, drawn, images
+    if processes.sharded(policy.trainable().values()):
+        for _ in range(max(map(len, cuts)) - len(batches)):
+            sample_trajectories(policy, table, chunk[:1], start[:1], noise[:1], sampling.guidance, reduction)
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

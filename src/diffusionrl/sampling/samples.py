@@ -9,9 +9,12 @@ from diffusionrl.config import SamplingConfig
 from diffusionrl.data.images import image_grid
 from diffusionrl.data.media import stills, write_sample
 from diffusionrl.data.prompts import Prompt, load_prompts
+from diffusionrl.paths import expand, is_there
 from diffusionrl.policies import load_trained
 from diffusionrl.policies.base import chunks
 from diffusionrl.sampling.rollout import draw_noise, make_table, sample_trajectories
+
+_FILES = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 @torch.no_grad()
@@ -22,6 +25,7 @@ def sample_images(
     sampling: SamplingConfig,
     out: Path,
     model_config: str | None = None,
+    lora: Path | None = None,
 ) -> Path:
     """One image a prompt and seed, as PNG files beside a grid (a row a prompt). Returns the grid's path.
 
@@ -31,9 +35,9 @@ def sample_images(
     Raises:
         UserError: see ``load_prompts`` and ``load_trained``.
     """
-    from_file = len(prompts) == 1 and Path(prompts[0]).is_file()
+    from_file = len(prompts) == 1 and (is_there(expand(prompts[0])) or prompts[0].lower().endswith(_FILES))
     chosen = load_prompts(prompts[0]) if from_file else [Prompt(text) for text in prompts]
-    policy = load_trained(model, sampling=sampling, example=chosen[0], config=model_config)
+    policy = load_trained(model, lora, sampling=sampling, example=chosen[0], config=model_config)
     table = make_table(policy, sampling)
     jobs = [(prompt, seed) for prompt in chosen for seed in seeds]
     images = []

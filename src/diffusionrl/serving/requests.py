@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusionrl.data.media import to_rgb
 from diffusionrl.rewards.base import Scores
 
 MAX_PIXELS = 4 * 4096 * 4096
@@ -89,7 +90,7 @@ class Request:
         decoded = torch.empty(len(self.encoded), self.size[1], self.size[0], 3, dtype=torch.uint8)
         for index, encoded in enumerate(self.encoded):
             with turn, _decoding(index):
-                image = Image.open(io.BytesIO(encoded), formats=["PNG"]).convert("RGB")
+                image = to_rgb(Image.open(io.BytesIO(encoded), formats=["PNG"]))
                 decoded[index] = torch.from_numpy(np.asarray(image).copy())
         self.images, self.encoded = decoded, []
 

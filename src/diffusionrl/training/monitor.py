@@ -24,7 +24,8 @@ from diffusionrl.evaluation.measures import distance_from_reference, diversity, 
 from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.rewards import Mixture
 from diffusionrl.runs import checkpoint
-from diffusionrl.runs.folder import RunFolder, read_metrics
+from diffusionrl.runs.folder import RunFolder
+from diffusionrl.runs.lines import read_metrics
 from diffusionrl.training.tasks import Task
 
 Values = dict[str, Tensor]
