@@ -81,3 +81,33 @@ class Algorithm(Objective, Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class PlainAlgorithm:
+    """What an algorithm answers where it has nothing to say: the policy itself samples, by the run's own sampler, nothing is
+    remembered, and what a row counts is its sample's advantage."""
+
+    logprob_reduction: Reduction = "mean"
+    shared_start = False
+    sampled_by: str | None = None
+    needs_reward_gradient = False
+
+    def __init__(self) -> None:
+        self.copies: dict[str, Callable[[int], float]] = {}
+
+    @property
+    def needs_reference(self) -> bool:
+        return False
+
+    def table(self, sampler: SamplerTable, seed: int, step: int) -> SamplerTable:
+        return sampler
+
+    def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
+        return advantages[rows[:, 0]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, but was given {sorted(state)}")

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from diffusionrl import processes, seeds
 from diffusionrl.algorithms.advantages import Advantages
+from diffusionrl.algorithms.base import PlainAlgorithm
 from diffusionrl.algorithms.groups import shared_out
 from diffusionrl.config.algorithms import ForwardProcessConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.devices import in_double
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout
-from diffusionrl.transitions import NoiseLevels, Reduction, SamplerTable
+from diffusionrl.transitions import NoiseLevels
 
 BEHAVIOUR = "behaviour"
 """The copy that is the policy as a step began."""
@@ -146,7 +147,7 @@ class Point:
         return self.others.get(BEHAVIOUR, Estimate(self.own.x0.detach(), self.own.noise.detach()))
 
 
-class ForwardProcess:
+class ForwardProcess(PlainAlgorithm):
     """A forward-process objective but for its ``loss``.
 
     Attributes:
@@ -159,18 +160,14 @@ class ForwardProcess:
     """
 
     needs: Needs = "endpoints"
-    logprob_reduction: Reduction = "mean"
-    shared_start = False
-    sampled_by: str | None = None
-    needs_reward_gradient = False
     leans_on_reference = False
     has_ratio = False
 
     def __init__(self, config: ForwardProcessConfig, guidance: float) -> None:
+        super().__init__()
         self.settings, self.guidance = config, guidance if config.train_guided else None
         self.micro_batch_size = config.micro_batch_size
         self.statistics = Advantages(config)
-        self.copies: dict[str, Callable[[int], float]] = {}
         if self.has_ratio and config.updates_per_step > 1:
             self.copies[BEHAVIOUR] = lambda done: 0.0
         self.reference_guidance = self.guidance
@@ -183,9 +180,6 @@ class ForwardProcess:
     @property
     def needs_reference(self) -> bool:
         return self.leans_on_reference or self.settings.reference_weight > 0
-
-    def table(self, sampler: SamplerTable, seed: int, step: int) -> SamplerTable:
-        return sampler
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return self.statistics.of(rollout)
@@ -208,9 +202,6 @@ class ForwardProcess:
         sample, settings = rows[:, 0].to(rollout.latents.device), self.settings
         clean, prompts, parts = rollout.latents[sample, -1], rollout.prompts_of(sample), rows[:, 1].tolist()
         return noised(policy, clean, prompts, rows[:, 2].tolist(), parts, settings.noisings, settings.levels)
-
-    def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
-        return advantages[rows[:, 0]]
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         at, weights = self.noised(policy, rollout, rows), weights.to(rollout.latents.device)

@@ -7,7 +7,7 @@ Gaussian to the one that the reference model would draw from, |mean - mean_ref|^
 policy visited.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffusionrl import seeds
 from diffusionrl.algorithms.advantages import Advantages
+from diffusionrl.algorithms.base import PlainAlgorithm
 from diffusionrl.config.algorithms import PolicyGradientConfig, SharedOutConfig
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout, denoise_step
@@ -46,19 +47,16 @@ class Taken:
         return self.log_ratio.exp()
 
 
-class PolicyGradient:
+class PolicyGradient(PlainAlgorithm):
     """A policy gradient but for its ``loss``, and its ``updates``, which say which pairs are trained when."""
 
     needs: Needs = "trajectories"
-    shared_start = False
-    sampled_by: str | None = None
-    needs_reward_gradient = False
 
     def __init__(self, config: PolicyGradientConfig, guidance: float) -> None:
+        super().__init__()
         self.settings, self.guidance = config, guidance
         self.micro_batch_size, self.logprob_reduction = config.micro_batch_size, config.logprob_reduction
         self.statistics = Advantages(config)
-        self.copies: Mapping[str, Callable[[int], float]] = {}
 
     @property
     def needs_reference(self) -> bool:
@@ -81,9 +79,6 @@ class PolicyGradient:
 
     def advantages(self, rollout: Rollout) -> Tensor:
         return self.statistics.of(rollout)
-
-    def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
-        return advantages[rows[:, 0]]
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows are (sample, denoising step); the step's fresh noise is above 0."""

@@ -16,20 +16,20 @@ What is drawn is drawn once an update, the same for all its samples, as the pape
 passes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusionrl import seeds
+from diffusionrl.algorithms.base import PlainAlgorithm
 from diffusionrl.algorithms.forward_process import mean_square
 from diffusionrl.config.algorithms import RewardGradientConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout, metadata_of, predict
-from diffusionrl.transitions import Reduction, SamplerTable
+from diffusionrl.transitions import SamplerTable
 
 
 @dataclass(frozen=True)
@@ -102,27 +102,21 @@ def with_gradient(value: Tensor, of: Tensor) -> Tensor:
     return value + (of - of.detach())
 
 
-class RewardGradient:
+class RewardGradient(PlainAlgorithm):
     """A reward gradient but for its ``plan`` and its ``latents``."""
 
     needs: Needs = "trajectories"
-    logprob_reduction: Reduction = "mean"
-    shared_start = False
-    sampled_by: str | None = None
     needs_reward_gradient = True
     ends_chain = True
     """What is scored is the endpoint of the chain: the score is the sample's own."""
 
     def __init__(self, config: RewardGradientConfig, guidance: float) -> None:
+        super().__init__()
         self.settings, self.guidance, self.micro_batch_size = config, guidance, config.micro_batch_size
-        self.copies: Mapping[str, Callable[[int], float]] = {}
 
     @property
     def needs_reference(self) -> bool:
         return self.settings.reference_weight > 0
-
-    def table(self, sampler: SamplerTable, seed: int, step: int) -> SamplerTable:
-        return sampler
 
     def plan(self, count: int, generator: torch.Generator) -> list[list[int]]:
         """What is made of each sample in an update, a row each; a row begins with the first trained step.
@@ -149,9 +143,6 @@ class RewardGradient:
         plan = self.plan(len(rollout.table), seeds.torch_generator(seed, "chain", step))
         samples = rollout.scores.valid.nonzero().flatten().tolist()
         yield torch.tensor([(sample, *row) for row in plan for sample in samples], dtype=torch.long).view(-1, 1 + len(plan[0]))
-
-    def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
-        return advantages[rows[:, 0]]
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert rollout.reward is not None
@@ -181,9 +172,3 @@ class RewardGradient:
         with torch.no_grad(), chain.policy.reference():
             reference = chain.output(x, step)
         return mean_square(chain.output(x, step) - reference).cpu()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

@@ -8,46 +8,37 @@ computed, so a bound stands in for it, the denoising loss, weighted by what the 
     RWR-sparse    w = 1 where r is at or above the percentile, 0 elsewhere; only the former are trained on
 
 over the samples of one prompt or of the whole step, for t uniform over the model's own grid; of flows, it is the error of the
-velocity (``forward_process.py``). With guidance,
-the guided prediction is trained, as in the paper (App. E.1; ``train_guided``). A step's samples are passed over in shuffled
-batches until ``updates_per_step`` optimizer steps are made, with fresh times and noise at every pass.
+velocity (``forward_process.py``). With guidance, the guided prediction is trained, as in the paper (App. E.1;
+``train_guided``). A step's samples are passed over in shuffled batches until ``updates_per_step`` optimizer steps are made, with
+fresh times and noise at every pass.
 
 The paper weights per prompt; its code does so for the aesthetic reward only, and elsewhere over the step:
 ``normalisation`` says which. Rewards are in the units of the reward: ``inverse_temperature`` 0.2 is for kilobytes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from diffusionrl import seeds
+from diffusionrl.algorithms.base import PlainAlgorithm
 from diffusionrl.algorithms.forward_process import noised
 from diffusionrl.config import RWRConfig
 from diffusionrl.data.prompts import members_of
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout
-from diffusionrl.transitions import Reduction, SamplerTable
 
 
-class RWR:
+class RWR(PlainAlgorithm):
     """RWR and RWR-sparse. An "advantage" is a sample's weight."""
 
     needs: Needs = "endpoints"
-    logprob_reduction: Reduction = "mean"
-    shared_start = False
-    sampled_by: str | None = None
-    needs_reference = False
-    needs_reward_gradient = False
 
     def __init__(self, config: RWRConfig, guidance: float) -> None:
+        super().__init__()
         self.config, self.guidance = config, guidance if config.train_guided else None
         self.micro_batch_size = config.micro_batch_size
-        self.copies: Mapping[str, Callable[[int], float]] = {}
-
-    def table(self, sampler: SamplerTable, seed: int, step: int) -> SamplerTable:
-        return sampler
 
     def advantages(self, rollout: Rollout) -> Tensor:
         scores = rollout.scores
@@ -76,19 +67,9 @@ class RWR:
             draws = [seeds.address(seed, "rwr", step, update, i) for i in range(len(batch))]
             yield torch.stack([batch, torch.tensor(draws)], 1)
 
-    def weights(self, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor) -> Tensor:
-        return advantages[rows[:, 0]]
-
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sample = rows[:, 0].to(rollout.latents.device)
         clean, weights = rollout.latents[sample, -1], weights.to(rollout.latents.device)
         at = noised(policy, clean, rollout.prompts_of(sample), rows[:, 1].tolist())
         errors = at.error(at.ask(policy, self.guidance))
         return weights * errors, {"policy/denoising_loss": errors.detach(), "policy/weight": weights}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            raise ValueError(f"RWR has no state, but was given {sorted(state)}")
