@@ -27,7 +27,6 @@ _CONTEXT.set_forkserver_preload(
         *("diffusers.guiders", "diffusers.schedulers.scheduling_dpmsolver_sde", "preloaded"),  # as loading a pipeline does
     ]
 )
-TIMES = ("time/", "peak_memory_gb")
 
 
 def _command(arguments: list[str], log: str, prepare: str | None) -> None:
@@ -110,8 +109,13 @@ def what_it_made(run_dir: Path) -> dict[str, Any]:
     newest = max((run_dir / "checkpoints").glob("step_*"))
     for name in ("policy.safetensors", "optimizer.safetensors", "state.json"):
         hashes[name] = hashlib.sha256((newest / name).read_bytes()).hexdigest()
-    metrics = [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
+    metrics = [{key: value for key, value in line.items() if not is_of_the_clock(key)} for line in lines]
     return {"files": hashes, "metrics": metrics}
+
+
+def is_of_the_clock(metric: str) -> bool:
+    """Of the run, or of one of its tasks."""
+    return "time" in metric.split("/")[:-1] or metric == "peak_memory_gb"
 
 
 def _hash(file: Path) -> str:

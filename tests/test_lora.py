@@ -153,6 +153,6 @@ def test_a_run_notices_another_lora_in_the_place_of_its_own(tiny_folder: Path, t
     move(first, 0)
     first.export(tmp_path / "lora")
     longer = replace(config, steps=2)
-    with pytest.raises(UserError, match=r"policy\.lora is not the one that the run began with"):
+    with pytest.raises(UserError, match=r"the file of policy\.lora: not what the run began with"):
         train(longer, reward=brightness, prompts=["a cat"])
     train(replace(longer, checkpoint=CheckpointConfig(allow_changes=True)), reward=brightness, prompts=["a cat"])

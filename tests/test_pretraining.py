@@ -202,7 +202,7 @@ def test_a_checkpoint_is_of_its_pairs(make_policy: Any, tmp_path: Path) -> None:
     config = small(PretrainingConfig(str(write_folder(tmp_path / "pairs"))))
     found = trainer_of(make_policy(), config).state.capture(1)
     (tmp_path / "pairs" / "metadata.jsonl").write_text('{"file_name": "deep/0.png", "text": "a dog"}\n')
-    with pytest.raises(UserError, match="other captions than the run began with"):
+    with pytest.raises(UserError, match="other captions or images than the run began with"):
         trainer_of(make_policy(), config).state.restore(found)
 
 

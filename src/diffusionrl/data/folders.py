@@ -121,6 +121,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def size_of(path: Path) -> int:
+    """In bytes: an image that is exchanged has another. 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return 0
+
+
 def check_broken(broken: dict[int, str], limit: int, setting: str) -> None:
     """Raises RunStopped where there are more than the setting allows."""
     if len(broken) > limit:

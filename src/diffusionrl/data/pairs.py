@@ -8,7 +8,7 @@ from typing import Protocol
 from PIL import Image
 
 from diffusionrl.config import PretrainingConfig
-from diffusionrl.data.folders import captions_in, check_broken, is_file
+from diffusionrl.data.folders import captions_in, check_broken, is_file, size_of
 from diffusionrl.data.media import decode
 from diffusionrl.emoji.scenes import draw_scene
 from diffusionrl.errors import RunStopped, UserError
@@ -22,7 +22,7 @@ class Pairs(Protocol):
     """Images with captions.
 
     Attributes:
-        fingerprint: a run that is taken up must have the same.
+        fingerprint: of captions, and names and sizes of the files; a run that is taken up must have the same.
         broken: what is wrong with the images that were found not to decode, by their number.
     """
 
@@ -69,9 +69,10 @@ class FolderPairs:
         self.folder, self.max_broken = folder, max_broken
         self.broken: dict[int, str] = {}
         self._entries = captions_in(folder, "pretraining.source")
-        self.fingerprint = hashlib.sha256(json.dumps(self._entries).encode()).hexdigest()
         try:
             self._check_files()
+            sizes = [size_of(folder / name) for name, _ in self._entries]
+            self.fingerprint = hashlib.sha256(json.dumps([self._entries, sizes]).encode()).hexdigest()
             self.draw(0)
         except RunStopped as error:
             raise UserError(str(error)) from error

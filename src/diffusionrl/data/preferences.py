@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusionrl.data.folders import check_broken, image_in, rows_of, text_in
+from diffusionrl.data.folders import check_broken, image_in, rows_of, size_of, text_in
 from diffusionrl.data.media import decode
 from diffusionrl.data.prompts import load_rows
 from diffusionrl.errors import RunStopped, UserError
@@ -37,7 +37,7 @@ class Preferences:
     Attributes:
         size: images of an entry: 2 of a pair, 1 with a label.
         ties: entries without a winner, which are left out.
-        fingerprint: of prompts, names and judgements; a run that is taken up must have the same.
+        fingerprint: of prompts, judgements, and names and sizes of the files; a run that is taken up must have the same.
         broken: what is wrong with the entries that were found not to decode, by their number.
     """
 
@@ -98,7 +98,8 @@ class FolderPreferences(Preferences):
         self._entries = [(self._single if self.size == 1 else self._pair)(row, where) for where, row in rows]
         if self.size == 1 and len({scores for *_, scores in self._entries}) < 2:
             raise UserError(f"preferences {source!r}: all labels are alike, so there is nothing to tell apart")
-        self.fingerprint = hashlib.sha256(json.dumps(self._entries).encode()).hexdigest()
+        sizes = [[size_of(self._folder / name) for name in names] for _, names, _ in self._entries]
+        self.fingerprint = hashlib.sha256(json.dumps([self._entries, sizes]).encode()).hexdigest()
 
     def _pair(self, row: dict[str, Any], where: str) -> tuple[str, tuple[str, ...], tuple[float, ...]]:
         chosen, rejected = (self._file(row, column, where, _PAIR) for column in ("chosen", "rejected"))
@@ -154,7 +155,7 @@ class ParquetPreferences(Preferences):
         self.ties = len(labels) - len(self._places)
         if not self._places:
             raise UserError(f"preferences {source!r}: none of {len(labels)} pairs has a winner (label_0 1 or 0)")
-        self.fingerprint = hashlib.sha256(json.dumps([labels, captions]).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([labels, captions, size_of(Path(source))]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._places)

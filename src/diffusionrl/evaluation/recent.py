@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusionrl.data.media import write_inputs, write_sample
 from diffusionrl.evaluation.fixed_seed import sample_entry
+from diffusionrl.runs.checkpoint import step_of
 from diffusionrl.sampling.rollout import Rollout
 
 KEPT = 3
@@ -35,5 +36,6 @@ def write_recent(rollout: Rollout, samples: Path, step: int, task: str = "") -> 
             error = {"error": scores.error} if index in failed else {}
             lines.write(json.dumps(sample_entry(rollout, index, parts) | error) + "\n")
     for old in (samples / "recent").glob("step_*"):
-        if int(old.name.removeprefix("step_")) <= step - KEPT:
+        of = step_of(old)
+        if of is not None and of <= step - KEPT:
             shutil.rmtree(old)

@@ -27,7 +27,8 @@ class Policy(Protocol):
 
     @property
     def about(self) -> dict[str, Any]:
-        """What env.json says of it, as JSON values: see ``runs.usage``; "lora" is a hash of the file that it went on from."""
+        """What env.json says of it, as JSON values: see ``runs.usage``; "weights" is a hash of the model's before training,
+        "lora" one of the file that it went on from."""
         ...
 
     sample_shape: tuple[int, ...]

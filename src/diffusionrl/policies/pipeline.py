@@ -35,6 +35,7 @@ from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks, describe
 from diffusionrl.policies.distilled import distillation
 from diffusionrl.policies.encoders import WaitingEncoders, encoders_of
+from diffusionrl.policies.identity import fingerprint_of
 from diffusionrl.policies.precision import set_precision
 from diffusionrl.policies.trials import Trials
 from diffusionrl.transitions import Grid, NoiseLevels
@@ -89,7 +90,7 @@ class PipelinePolicy:
         offload_text_encoders: bool = False,
     ) -> None:
         self.source, self.pipeline, self.device, self.dtype = source, pipeline, torch.device(device), dtype
-        self._files = files or {}
+        self._files = {"weights": fingerprint_of(pipeline.components), **(files or {})}
         switches = {"gradient_checkpointing": gradient_checkpointing, "offload_text_encoders": offload_text_encoders}
         self.settings = describe(lora_rank, lora_targets, dtype, device, lora, reference, networks, **switches)
         self.example, self._guidance = example or Prompt("a photograph"), guidance

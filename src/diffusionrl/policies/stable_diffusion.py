@@ -37,6 +37,7 @@ from diffusionrl.policies.adapters import (
 )
 from diffusionrl.policies.base import chunks, describe
 from diffusionrl.policies.encoders import WaitingEncoders
+from diffusionrl.policies.identity import fingerprint_of
 from diffusionrl.runs.usage import ABOUT_STABLE_DIFFUSION
 from diffusionrl.transitions import Grid, NoiseLevels, to_x0_and_noise, variance_preserving_grid
 
@@ -74,7 +75,7 @@ class StableDiffusionPolicy:
         files: Mapping[str, Any] | None = None,
         offload_text_encoders: bool = False,
     ) -> None:
-        self.source, self._files = source, files or {}
+        self.source, self._files = source, {"weights": fingerprint_of(pipeline.components), **(files or {})}
         switches = {"gradient_checkpointing": gradient_checkpointing, "offload_text_encoders": offload_text_encoders}
         self.settings = describe(lora_rank, lora_targets, dtype, device, lora, reference, (), **switches)
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype

@@ -1,13 +1,17 @@
 """What a reward is: a function ``(images, prompts, metadata) -> scores``; how it is found, tried and checked."""
 
 import copy
+import hashlib
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Complex, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -174,6 +178,17 @@ def name_of(reward: Reward) -> str:
     kind = type(reward)
     module, name = attribute_of(reward, "__module__", kind.__module__), attribute_of(reward, "__qualname__", kind.__name__)
     return clean(f"{module}:{name}")
+
+
+def code_of(reward: Reward) -> dict[str, str | None]:
+    """Hashes of the code of a reward: of the "function" (or class) itself, and of the "file" that it is in. None where there is
+    none to be read."""
+    code = reward if inspect.isroutine(reward) else type(reward)
+    found: dict[str, str | None] = {"function": None, "file": None}
+    with suppress(TypeError, OSError, SyntaxError):
+        found["function"] = hashlib.sha256(inspect.getsource(code).encode()).hexdigest()
+        found["file"] = hashlib.sha256(Path(inspect.getfile(code)).read_bytes()).hexdigest()
+    return found
 
 
 def attribute_of(reward: Reward, name: str, default: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import sqlite3
 import threading
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError
-from diffusionrl.rewards.base import Reward, Scores, as_scores, attribute_of, counts_of, is_differentiable
+from diffusionrl.rewards.base import Reward, Scores, as_scores, attribute_of, code_of, counts_of, is_differentiable
 
 _NOT_OF_A_SCORE = {"timeout", "max_invalid", "invalid_window", "normalise", "cache"}
 
@@ -33,7 +32,7 @@ class CachedReward:
     def __init__(self, reward: Reward, name: str, config: RewardsConfig, cache: "AnswerCache") -> None:
         self.reward, self._cache = reward, cache
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_A_SCORE}
-        self._about = json.dumps([name, settings, _code_of(reward)], default=str, sort_keys=True).encode()
+        self._about = json.dumps([name, settings, code_of(reward)["file"]], default=str, sort_keys=True).encode()
         self._counts = {"asked": 0, "cached": 0}
         self.range = attribute_of(reward, "range", (-torch.inf, torch.inf))
         self.differentiable = is_differentiable(reward)
@@ -68,14 +67,6 @@ class CachedReward:
         digest.update(json.dumps([prompt, metadata, list(seen.shape)], default=str, sort_keys=True).encode())
         digest.update(seen.contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
-
-
-def _code_of(reward: Reward) -> str | None:
-    """Of the file that a reward is in."""
-    with suppress(TypeError, OSError):
-        file = inspect.getsourcefile(reward if inspect.isroutine(reward) else type(reward))
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
-    return None
 
 
 class AnswerCache:

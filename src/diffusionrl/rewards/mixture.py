@@ -20,6 +20,7 @@ from diffusionrl.rewards.base import (
     as_scores,
     attribute_of,
     broken_image,
+    code_of,
     counts_of,
     looks_at_groups,
     name_of,
@@ -43,6 +44,7 @@ class Mixture:
 
     Attributes:
         grouped: names of the rewards that look at whole groups, the samples of one prompt together.
+        tried: what each reward that repeats itself gave the grey image on which it was tried (``try_mixture``).
 
     Raises:
         UserError: no reward, a weight that is not a finite number, or one of no reward.
@@ -59,6 +61,7 @@ class Mixture:
             self.weights[name] = _finite(name, weight)
         self.grouped = tuple(name for name, reward in self.rewards.items() if looks_at_groups(reward))
         self.statistics = dict.fromkeys(rewards, (0.0, 1.0))
+        self.tried: dict[str, float] = {}
         self._counted_before: dict[str, float] = {}
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]], group_size: int = 1) -> Scores:
@@ -125,6 +128,11 @@ class Mixture:
                 raise UserError(f"the reward {name} gave all {len(values)} samples the same score: it cannot be normalised")
             self.statistics[name] = (values.mean().item(), std)
         return self._combine(scores.parts, scores.error)
+
+    def code(self) -> dict[str, dict[str, str | None]]:
+        """``code_of`` each reward that is not this package's own."""
+        inner = {name: reward.reward if isinstance(reward, CachedReward) else reward for name, reward in self.rewards.items()}
+        return {name: code_of(reward) for name, reward in inner.items() if not name_of(reward).startswith("diffusionrl.")}
 
     def counts(self) -> dict[str, float]:
         """What the rewards have counted since the run began, "NAME/WHAT" -> number."""
@@ -219,7 +227,9 @@ def _try(
             if name not in mixture.grouped:
                 found = try_reward(reward, sample_shape, prompts, metadata, 1 + len(prompts))
                 first, again = found.values[[0, -1]].tolist()
-                if found.valid[[0, -1]].all() and not math.isclose(first, again, rel_tol=_ROUNDING):
+                if found.valid[[0, -1]].all() and math.isclose(first, again, rel_tol=_ROUNDING):
+                    mixture.tried[name] = first
+                elif found.valid[[0, -1]].all():
                     unsteady.append(name)
                 continue
             for size in dict.fromkeys(group_sizes):

@@ -106,5 +106,5 @@ class Pretraining:
         """
         if state is not None:
             allowed = self.config.checkpoint.allow_changes
-            disk.check(self.pairs, state, "pretraining.source holds other captions", allowed)
+            disk.check(self.pairs, state, "pretraining.source holds other captions or images", allowed)
             disk.restore(self.pairs, state)

@@ -12,7 +12,9 @@ from diffusionrl.config import TrainConfig
 from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.policies.base import Policy
 from diffusionrl.processes import like
+from diffusionrl.rewards import Mixture
 from diffusionrl.runs.checkpoint import Checkpoint
+from diffusionrl.training.beginnings import Beginnings
 from diffusionrl.training.optimization import Optimization, all_finite
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.tasks import Task
@@ -23,11 +25,18 @@ class TrainingState:
     normalisation and counts, and the recent invalid samples; and what the pretraining loss passed over."""
 
     def __init__(
-        self, policy: Policy, tasks: Sequence[Task], config: TrainConfig, pretraining: Pretraining | None = None
+        self,
+        policy: Policy,
+        tasks: Sequence[Task],
+        config: TrainConfig,
+        pretraining: Pretraining | None = None,
+        held_out: Mixture | None = None,
     ) -> None:
         self.tasks, self.pretraining = {task.name: task for task in tasks}, pretraining
         self.optimization = Optimization(policy.trainable(), config.optimizer)
-        self.copies, self._lora, self._config = policy.copies, policy.about.get("lora"), config
+        self.copies, self._config = policy.copies, config
+        rewards = [task.reward for task in tasks]
+        self.beginnings = Beginnings(policy, rewards if held_out is None else [*rewards, held_out])
 
     def capture(self, step: int, score: float | None = None) -> Checkpoint:
         """A copy of it all, on the CPU; ``score`` is the evaluation's after this step, if there was one. Of several processes,
@@ -41,7 +50,7 @@ class TrainingState:
             "updates": self.optimization.updates,
             "tasks": {name: task.capture() for name, task in self.tasks.items()},
             "pretraining": self.pretraining.capture() if self.pretraining else None,
-            "lora": self._lora,
+            "began_from": self.beginnings.found,
             "score": score if score is not None and math.isfinite(score) else None,
         }
         tensors = {
@@ -74,7 +83,7 @@ class TrainingState:
         """Be as at ``capture``.
 
         Raises:
-            UserError: the checkpoint is of other weights, of other tasks, of other prompts, or began from another LoRA.
+            UserError: the checkpoint is of other weights, tasks or prompts, or began from another model, LoRA or reward.
         """
         parameters, weights = self.optimization.parameters, found.tensors["policy"]
         if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in weights.items()}:
@@ -83,11 +92,7 @@ class TrainingState:
         if states.keys() != self.tasks.keys():
             named = [", ".join(filter(None, each)) or "none" for each in (states, self.tasks)]
             raise UserError(f"the run began with other tasks (further ones: {named[0]}; now {named[1]}): choose another --name")
-        if found.state["lora"] != self._lora and not self._config.checkpoint.allow_changes:
-            raise UserError(
-                "the file of policy.lora is not the one that the run began with: choose another --name, or go on all the same "
-                "with --checkpoint.allow-changes"
-            )
+        self.beginnings.check(found.state["began_from"], self._config.checkpoint.allow_changes)
         for name, task in self.tasks.items():
             task.check(states[name])
         if self.pretraining:

@@ -53,7 +53,7 @@ class Trainer:
         self.tasks = [Task(config.all_tasks[0], prompts, self.reward, algorithm, config, judged), *further]
         self.monitor = Monitor(policy, self.tasks, config, held_out, embed)
         self.pretraining = Pretraining(pairs, config, algorithm.micro_batch_size) if pairs is not None else None
-        self.state = TrainingState(policy, self.tasks, config, self.pretraining)
+        self.state = TrainingState(policy, self.tasks, config, self.pretraining, held_out)
         self.training = TrainingStep(policy, self.tasks, config, self.state.optimization, self.pretraining)
         # What the step in progress began from, or, of sharded weights, the newest checkpoint; None before the first evaluation.
         self.at_start: Checkpoint | None = None
