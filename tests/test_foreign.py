@@ -530,11 +530,11 @@ def test_weights_that_are_not_finite_are_taken_back(
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: OptimizerConfig(learning_rate=math.inf),
-        lambda: OptimizerConfig(weight_decay=math.inf),
-        lambda: OptimizerConfig(epsilon=math.inf),
-        lambda: DDPOConfig(step_weight_power=math.inf),
-        lambda: PretrainingConfig(weight=math.inf),
+        lambda: TrainConfig(optimizer=OptimizerConfig(learning_rate=math.inf)),
+        lambda: TrainConfig(optimizer=OptimizerConfig(weight_decay=math.inf)),
+        lambda: TrainConfig(optimizer=OptimizerConfig(epsilon=math.inf)),
+        lambda: TrainConfig(algorithm=DDPOConfig(step_weight_power=math.inf)),
+        lambda: TrainConfig(pretraining=PretrainingConfig(weight=math.inf)),
         lambda: SamplingConfig(guidance=math.inf),
     ],
 )

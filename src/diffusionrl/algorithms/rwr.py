@@ -9,8 +9,8 @@ computed, so a bound stands in for it, the denoising loss, weighted by what the 
 
 over the samples of one prompt or of the whole step, for t uniform over the model's own grid; of flows, it is the error of the
 velocity (``forward_process.py``). With guidance, the guided prediction is trained, as in the paper (App. E.1;
-``train_guided``). A step's samples are passed over in shuffled batches until ``updates_per_step`` optimizer steps are made, with
-fresh times and noise at every pass.
+``train_guided``). A step's samples are passed over in shuffled batches until ``updates_per_step`` optimizer steps are made,
+with fresh times and noise at every pass.
 
 The paper weights per prompt; its code does so for the aesthetic reward only, and elsewhere over the step:
 ``normalisation`` says which. Rewards are in the units of the reward: ``inverse_temperature`` 0.2 is for kilobytes.

@@ -1,7 +1,6 @@
 """How a model is sampled, and what of it is trained."""
 
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +37,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check_values(self, "sampling.")
         require(self.num_steps >= 1, f"sampling.num_steps must be at least 1, not {self.num_steps}")
-        require(0 <= self.guidance < inf, f"sampling.guidance must not be negative or infinite, not {self.guidance}")
-        require(0 <= self.eta < inf, f"sampling.eta must not be negative or infinite, not {self.eta}")
+        require(self.guidance >= 0, f"sampling.guidance must not be negative, not {self.guidance}")
+        require(self.eta >= 0, f"sampling.eta must not be negative, not {self.eta}")
         require(self.batch_size >= 1, f"sampling.batch_size must be at least 1, not {self.batch_size}")
         for what in ("height", "width", "num_frames"):
             value = getattr(self, what)

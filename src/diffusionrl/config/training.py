@@ -1,7 +1,6 @@
 """Optimizer, checkpoints, evaluation, guard, and the pretraining loss."""
 
 from dataclasses import dataclass, field
-from math import inf
 
 from diffusionrl.config.rewards import CLIPScoreConfig
 from diffusionrl.errors import require
@@ -25,13 +24,11 @@ class OptimizerConfig:
     the weights themselves."""
 
     def __post_init__(self) -> None:
-        require(0 < self.learning_rate < inf, f"optimizer.learning_rate must be positive and finite, not {self.learning_rate}")
+        require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
         require(self.warmup >= 0, f"optimizer.warmup must not be negative, not {self.warmup}")
         require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
-        require(0 <= self.epsilon < inf, f"optimizer.epsilon must not be negative or infinite, not {self.epsilon}")
-        require(
-            0 <= self.weight_decay < inf, f"optimizer.weight_decay must not be negative or infinite, not {self.weight_decay}"
-        )
+        require(self.epsilon >= 0, f"optimizer.epsilon must not be negative, not {self.epsilon}")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
         require(0 <= self.average < 1, f"optimizer.average must lie in [0, 1), not {self.average}")
         require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be positive, not {self.max_grad_norm}")
 
@@ -97,8 +94,8 @@ class GuardConfig:
     """Stop there; and export the best weights before any score had fallen, not the last ones."""
 
     def __post_init__(self) -> None:
-        require(0 < self.noise < inf, f"guard.noise must be positive and finite, not {self.noise}")
-        require(0 <= self.drop < inf, f"guard.drop must not be negative or infinite, not {self.drop}")
+        require(self.noise > 0, f"guard.noise must be positive, not {self.noise}")
+        require(self.drop >= 0, f"guard.drop must not be negative, not {self.drop}")
         require(self.patience >= 1, f"guard.patience must be at least 1, not {self.patience}")
 
 
@@ -122,10 +119,7 @@ class PretrainingConfig:
     """Images that may turn out not to decode; they are passed over, and one more stops the run."""
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.weight < inf,
-            f"pretraining.weight must be positive and finite, not {self.weight}: an empty source switches it off",
-        )
+        require(self.weight > 0, f"pretraining.weight must be positive, not {self.weight}: an empty source switches it off")
         require(self.batch_size >= 1, f"pretraining.batch_size must be at least 1, not {self.batch_size}")
         require(self.updates >= 1, f"pretraining.updates must be at least 1, not {self.updates}")
         require(0 <= self.drop_caption <= 1, f"pretraining.drop_caption must lie in [0, 1], not {self.drop_caption}")

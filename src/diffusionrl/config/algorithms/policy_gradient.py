@@ -1,7 +1,6 @@
 """The settings of the policy gradients."""
 
 from dataclasses import dataclass, field
-from math import inf
 from typing import Literal
 
 from diffusionrl.config.algorithms.advantages import AdvantageConfig, Normalisation
@@ -67,10 +66,7 @@ class PolicyGradientConfig(AdvantageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            0 <= self.step_weight_power < inf,
-            f"algorithm.step_weight_power must not be negative or infinite, not {self.step_weight_power}",
-        )
+        require(self.step_weight_power >= 0, f"algorithm.step_weight_power must not be negative, not {self.step_weight_power}")
         require(self.kl_weight >= 0, f"algorithm.kl_weight must not be negative, not {self.kl_weight}")
 
     def check_steps(self, stochastic: int) -> None:
