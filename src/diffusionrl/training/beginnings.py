@@ -1,4 +1,4 @@
-"""What a run began from that its settings only name: weights, and the code of rewards. It must be the same when it is taken up."""
+"""What a run began from that its settings only name: weights, and the code of rewards. It is the same when the run goes on."""
 
 import math
 import sys
