@@ -30,6 +30,11 @@ from diffusionrl.runs import checkpoint  # noqa: E402
 PAGE = HERE.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures: benchmarks/faults.py writes these lines -->", "<!-- end of figures -->"
 
+JOINT = """
+tasks:
+  - {name: plain, reward: [compressibility], prompts: ddpo-animals, prompts_per_step: 2, samples_per_prompt: 2}
+"""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -53,14 +58,20 @@ class Campaign:
         self.model = self.folder / "pipeline"
         if not self.model.is_dir():
             build_tiny_pipeline(self.folder / "parts").save_pretrained(self.model)
-        reference = self.folder / "undisturbed"
-        for run_dir in (self.folder / "warm_up", reference):  # whatever is slow the first time is not in the second
-            shutil.rmtree(run_dir, ignore_errors=True)
-            began = time.monotonic()
-            if finish(tiny_run(self.model, run_dir), self.folder / "log") != 0:
-                raise SystemExit((self.folder / "log").read_text())
-        self.seconds = time.monotonic() - began
-        self.undisturbed = what_it_made(reference)
+        (self.folder / "joint.yaml").write_text(JOINT)
+        self.joint = ("--config", str(self.folder / "joint.yaml"))
+        self.undisturbed_joint, _ = self._undisturbed(
+            "undisturbed_joint", self.joint
+        )  # whatever is slow the first time is slow here
+        self.undisturbed, self.seconds = self._undisturbed("undisturbed")
+
+    def _undisturbed(self, name: str, options: tuple[str, ...] = ()) -> tuple[dict[str, Any], float]:
+        """What a run makes that nothing happens to, and the seconds that it takes."""
+        run_dir, began = self.folder / name, time.monotonic()
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if finish(tiny_run(self.model, run_dir, *options), self.folder / "log") != 0:
+            raise SystemExit((self.folder / "log").read_text())
+        return what_it_made(run_dir), time.monotonic() - began
 
     def count(self, **changes: int) -> None:
         for name, change in changes.items():
@@ -68,13 +79,14 @@ class Campaign:
         self.file.write_text(json.dumps(self.state, indent=1) + "\n")
 
     def kills(self) -> None:
-        """SIGKILL at random moments of runs that are taken up again, each run to its end."""
+        """SIGKILL at random moments of runs that are taken up again, each run to its end; every other one has two tasks."""
         rng = random.Random(self.state.get("kills", 0))
         run_dir = self.folder / "killed"
         shutil.rmtree(run_dir, ignore_errors=True)
         while self.state.get("kills", 0) < self.config.kills:
             before = checkpoint.complete_steps(run_dir)
-            process = start(tiny_run(self.model, run_dir), self.folder / "log")
+            joint = self.state.get("killed_runs", 0) % 2
+            process = start(tiny_run(self.model, run_dir, *(self.joint if joint else ())), self.folder / "log")
             process.join(rng.uniform(0, self.seconds))
             if process.exitcode is None:
                 kill(process)
@@ -83,8 +95,9 @@ class Campaign:
                 torn = sum(not _whole(checkpoint.folder_of(run_dir, step)) for step in after)
                 self.count(kills=1, checkpoints_lost=int(lost), torn_checkpoints=torn)
             else:
-                good = process.exitcode == 0 and what_it_made(run_dir) == self.undisturbed
-                self.count(killed_runs=1, killed_runs_identical=int(good))
+                expected = self.undisturbed_joint if joint else self.undisturbed
+                good = process.exitcode == 0 and what_it_made(run_dir) == expected
+                self.count(killed_runs=1, killed_runs_identical=int(good), killed_joint_runs=joint)
                 if not good:
                     shutil.copytree(run_dir, self.folder / f"failed_{self.state['killed_runs']}")
                 shutil.rmtree(run_dir)
@@ -154,7 +167,8 @@ class Campaign:
         state, commit = self.state, _output("git", "rev-parse", "--short", "HEAD")
         rows = [
             ("a run killed at any moment ends bit-identical", "SIGKILL from outside at random moments, the same command again",
-             f"{state['kills']} kills in {state['killed_runs']} runs: {state['killed_runs_identical']} identical, "
+             f"{state['kills']} kills in {state['killed_runs']} runs ({state.get('killed_joint_runs', 0)} of two tasks): "
+             f"{state['killed_runs_identical']} identical, "
              f"{state['checkpoints_lost']} checkpoints lost, {state['torn_checkpoints']} torn"),
             ("a flipped bit is found before weights are used", "a random bit of a random file of the newest checkpoint",
              f"{state['flips_found']} of {state['flips']} found, {state['fallbacks']} fell back to the one before"),

@@ -1,5 +1,8 @@
 """A run that is taken up has the weights, the rewards and the images that it began with, or says so."""
 
+import functools
+import json
+import operator
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,16 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusionrl import TrainConfig, UserError, train
+from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, train
+from diffusionrl.algorithms import make_algorithm
 from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, PretrainingConfig, SamplingConfig
+from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.data.pairs import load_pairs
 from diffusionrl.policies.identity import fingerprint_of
 from diffusionrl.rewards import as_mixture, try_mixture
+from diffusionrl.runs.checkpoint import Checkpoint
+from diffusionrl.training.trainer import Trainer
 
 REWARD = """
 def helped(value): return value
@@ -103,7 +112,7 @@ def test_a_score_that_does_not_repeat_itself_is_not_compared() -> None:
     assert mixture.tried == {}
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=examples(10), deadline=None)
 @given(
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     st.integers(1, 7),
@@ -120,3 +129,67 @@ def test_a_fingerprint_is_of_every_weight_and_of_nothing_else(dtype: torch.dtype
     bits = weight.data.view(-1).view(torch.uint8)
     bits[bit % len(bits)] ^= 1 << bit % 8
     assert fingerprint_of({"unet": network}) != before
+
+
+# What a checkpoint says may be what somebody made of it
+
+
+@pytest.fixture
+def begun_trainer(make_policy: Any) -> tuple[Trainer, Checkpoint]:
+    config = TrainConfig(
+        steps=2,
+        prompts_per_step=2,
+        rewards=RewardsConfig(normalise=True),
+        sampling=SamplingConfig(num_steps=2),
+        algorithm=DDPOConfig(updates_per_step=1, min_count=1),
+        pretraining=PretrainingConfig(source="emoji", batch_size=1),
+    )
+    pairs = load_pairs(config.pretraining)
+    trainer = Trainer(make_policy(), bright, [Prompt("a cat")], make_algorithm(config), config, pairs=pairs)
+    trainer.step(1)
+    return trainer, trainer.state.capture(1)
+
+
+def bright(images: Any, prompts: Any, metadata: Any) -> Any:
+    return images.mean((1, 2, 3))
+
+
+def places_in(value: Any) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [(), *((key, *place) for key, each in inner for place in places_in(each))]
+
+
+anything = (
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=3) | st.builds(list) | st.builds(dict)
+)
+
+
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_sealed_checkpoint_that_is_wrong_is_one_message_or_no_harm(
+    begun_trainer: tuple[Trainer, Checkpoint], data: st.DataObject
+) -> None:
+    trainer, found = begun_trainer
+    state, tensors = json.loads(json.dumps(found.state)), {file: dict(each) for file, each in found.tensors.items()}
+    if data.draw(st.booleans()):
+        *way, last = data.draw(st.sampled_from([place for place in places_in(state) if place]))
+        owner = functools.reduce(operator.getitem, way, state)
+        owner[last] = data.draw(anything)
+    else:
+        file = data.draw(st.sampled_from(sorted(tensors)))
+        name = data.draw(st.sampled_from(sorted(tensors[file])))
+        kind = data.draw(st.sampled_from(["gone", "half", "whole numbers", "longer", "another name", "no file"]))
+        weight = tensors[file].pop(name)
+        if kind == "no file":
+            del tensors[file]
+        elif kind != "gone":
+            changed = {"half": weight.half(), "whole numbers": weight.to(torch.int8), "another name": weight}
+            changed["longer"] = torch.cat([weight.flatten(), torch.ones(1)])
+            tensors[file][name + "x" if kind == "another name" else name] = changed[kind]
+    try:
+        trainer.state.restore(Checkpoint(1, tensors, state))
+        trainer.state.capture(1)
+    except (UserError, RunStopped):
+        pass
+    finally:
+        trainer.state.restore(found)

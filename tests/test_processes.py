@@ -6,6 +6,7 @@ slow core, the others are forked from a server, with what torchrun would tell th
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -233,6 +234,15 @@ def test_a_process_that_dies_ends_the_run_and_loses_nothing(folder: Path) -> Non
     assert "warning: processes differs" in run(folder, 1, *options)
     run(folder, 1, "--reward", "ours:dies", "--run-dir", "one")
     assert apart(weights(folder / "one"), weights(folder / "two")) < 1e-5
+
+
+def test_processes_end_with_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, asked = iter([7, 7, 1]), []
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "kill", lambda process, number: asked.append((process, number)))
+    monkeypatch.setattr(processes, "_LOOK", 0)
+    processes._end_with(7)
+    assert asked == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_a_reward_that_fails_on_one_process_has_failed_for_all(folder: Path) -> None:

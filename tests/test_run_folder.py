@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,32 @@ def test_one_line_a_step(tmp_path: Path) -> None:
             folder.log({"step": 2, "queries": 2, "eval/reward": 1.0, "eval/reward_se": 0.1})
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
     assert read_metrics(tmp_path)[-1]["eval/reward"] == 1.0
+
+
+@pytest.mark.parametrize(("cost", "steps"), [(0.1, 1000), (5.5, 4000), (100.0, 4000)])
+def test_the_report_costs_little_of_a_long_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cost: float, steps: int
+) -> None:
+    """An evaluation every 35 seconds, and a report that takes as long as it takes; the clock is ours."""
+    now, written = [0.0], []
+    monkeypatch.setattr("diffusionrl.runs.folder.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("diffusionrl.runs.folder.append_line", lambda file, entry: None)
+
+    def report(run_dir: Path) -> None:
+        now[0] += cost
+        written.append(now[0])
+
+    with RunFolder(tmp_path, TrainConfig(steps=steps, run_dir=tmp_path), report) as folder:
+        folder.begin(None, CPU)
+        for step in range(steps):
+            now[0] += 35
+            folder.log({"step": step, "queries": step, "eval/reward": 0.0, "eval/reward_se": 0.0, "time/rollout": 1.0})
+        total = now[0]
+    assert len(written) * cost < 0.02 * total + cost
+    if cost < 1:
+        assert len(written) == steps + 1, "where it costs nothing, it is always new"
+    longest = max(later - earlier for earlier, later in pairwise(written))
+    assert longest < 70 + 102 * cost, "it does not stop being written"
 
 
 def test_what_is_written_can_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ Attributes:
 
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from diffusionrl import devices, interruption
 from diffusionrl.errors import RunStopped, UserError
 
+_LOOK = 1.0  # seconds between two looks at the launcher
 PATIENCE = 600.0  # seconds for which a process waits for the others, beside what a reward may take
 
 
@@ -51,7 +54,7 @@ def metrics(before: Traffic) -> dict[str, float]:
 
 
 def start(device: str, reward_timeout: float) -> None:
-    """Join the processes that a launcher has started; nothing without one.
+    """Join the processes that a launcher has started, and end with it; nothing without one.
 
     Args:
         device: see ``devices.choose``; each process of a machine takes a GPU of its own.
@@ -59,6 +62,15 @@ def start(device: str, reward_timeout: float) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         PartialState(cpu=devices.choose(device) == "cpu", timeout=timedelta(seconds=reward_timeout + PATIENCE))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="launcher").start()
+
+
+def _end_with(launcher: int) -> None:
+    """Save and stop when the launcher has ended, which cannot end this process any more."""
+    while os.getppid() == launcher:
+        time.sleep(_LOOK)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def count() -> int:

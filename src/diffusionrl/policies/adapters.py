@@ -232,11 +232,17 @@ class Copies:
         return {f"{name}/{key}": tensor for name, tensors in self._sets.items() for key, tensor in tensors.items()}
 
     def load(self, tensors: Mapping[str, Tensor], like: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Be as when ``tensors`` was called. ``like`` puts a tensor where a parameter is."""
+        """Be as when ``tensors`` was called. ``like`` puts a tensor where a parameter is.
+
+        Raises:
+            ValueError: they are of other parameters.
+        """
         weights = self._trainable()
         self._sets = {}
         for full, tensor in tensors.items():
             name, _, key = full.partition("/")
+            if key not in weights or (tensor.shape, tensor.dtype) != (weights[key].shape, weights[key].dtype):
+                raise ValueError(f"{full} is {tuple(tensor.shape)} of {tensor.dtype}, and of no parameter that is so")
             self._sets.setdefault(name, {})[key] = like(weights[key], tensor.clone())
 
 

@@ -33,6 +33,7 @@ from diffusionrl.runs.trackers import IMAGES, Mirror, check_trackers, close_all,
 _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safetensors", "numpy", "pillow")
 _LINES = ("metrics.jsonl", "alarms.jsonl")
 _SHOW_AFTER = 30.0  # seconds: the report is no older than that and a step
+_SHOW_SHARE, _SHOW_FREELY = 0.01, 30.0  # of a run's time, and seconds besides, for writing the report: it grows with the run
 SAFE_CHANGES = ("steps", "max_queries", "track", "evaluation.every", "checkpoint.", "guard.")
 """Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
 
@@ -106,7 +107,8 @@ class RunFolder:
         self._progress = Progress(config.last_step, config.queries_per_step)
         self.new, self._begun = True, False
         self.finished: str | None = None
-        self._shown = time.monotonic()
+        self._began = self._shown = time.monotonic()
+        self._spent_showing = 0.0  # seconds
         self._made: list[Path] = []
         self._mirrors: list[Mirror] = []
         self._watch = Watch(config)
@@ -155,8 +157,10 @@ class RunFolder:
 
     def _show(self) -> None:
         if self._report is not None:
+            began = time.monotonic()
             self._report(self.run_dir)
             self._shown = time.monotonic()  # when it was done, so that a slow disk is not kept busy
+            self._spent_showing += self._shown - began
 
     def check_disk(self, need: int) -> None:
         """Raises UserError where the disk cannot hold ``need`` bytes more."""
@@ -330,7 +334,9 @@ class RunFolder:
         self._progress.show(metrics)
         for alarm in self._watch.see(finite):
             self.alarm(alarm.step, alarm.kind, alarm.message)
-        if "eval/reward" in finite or time.monotonic() - self._shown > _SHOW_AFTER:
+        now = time.monotonic()
+        due = "eval/reward" in finite or now - self._shown > _SHOW_AFTER
+        if due and self._spent_showing <= _SHOW_FREELY + _SHOW_SHARE * (now - self._began):
             self._show()
 
     def alarm(self, step: int, kind: str, message: str) -> None:

@@ -131,11 +131,13 @@ class Optimization:
         }
 
     def load_tensors(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Be as when ``tensors`` was called, after so many updates."""
+        """Be as when ``tensors`` was called, after so many updates. Raises ValueError for those of other parameters."""
         self.adamw.state.clear()
         for name, value in tensors.items():
             owner, key = name.rsplit(".", 1)
             parameter = self.parameters[owner]
+            if value.ndim and (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
+                raise ValueError(f"{name} is {tuple(value.shape)} of {value.dtype}")
             self.adamw.state[parameter][key] = value.clone() if key == "step" else like(parameter, value.clone())
         self.updates = updates
 

@@ -78,15 +78,28 @@ class TrainingState:
         if len(set(processes.ask(digest.hexdigest()))) > 1:
             raise RunStopped(f"the processes have different weights after step {step}; the newest checkpoint is from before")
 
-    @torch.no_grad()
     def restore(self, found: Checkpoint) -> None:
         """Be as at ``capture``.
 
         Raises:
-            UserError: the checkpoint is of other weights, tasks or prompts, or began from another model, LoRA or reward.
+            UserError: the checkpoint is of other weights, tasks or prompts, began from another model, LoRA or reward, or is not
+                what this version writes.
         """
+        try:
+            self._restore(found)
+        except UserError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint of step {found.step} is whole, and not as this version writes it ({type(error).__name__}: "
+                f"{error}): go on with the version that began the run, or choose another --name"
+            ) from error
+
+    @torch.no_grad()
+    def _restore(self, found: Checkpoint) -> None:
         parameters, weights = self.optimization.parameters, found.tensors["policy"]
-        if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in weights.items()}:
+        expected = {name: (weight.shape, weight.dtype) for name, weight in parameters.items()}
+        if {name: (weight.shape, weight.dtype) for name, weight in weights.items()} != expected:
             raise UserError("the checkpoint holds other weights than this run trains: choose another --name")
         states = found.state["tasks"]
         if states.keys() != self.tasks.keys():
