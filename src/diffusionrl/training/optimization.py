@@ -136,7 +136,7 @@ class Optimization:
         for name, value in tensors.items():
             owner, key = name.rsplit(".", 1)
             parameter = self.parameters[owner]
-            if value.ndim and (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
+            if value.dtype != parameter.dtype or (key != "step" and value.shape != parameter.shape):
                 raise ValueError(f"{name} is {tuple(value.shape)} of {value.dtype}")
             self.adamw.state[parameter][key] = value.clone() if key == "step" else like(parameter, value.clone())
         self.updates = updates
