@@ -5,10 +5,12 @@ Processes are forked from a server that has imported the package already: an imp
 
 import errno
 import hashlib
+import importlib
 import io
 import json
 import multiprocessing
 import os
+import pkgutil
 import random
 import signal
 import socket
@@ -64,6 +66,44 @@ def finish(arguments: list[str], log: Path, prepare: str | None = None) -> int |
     process.join(60)
     assert process.exitcode is not None, f"still running: {log.read_text()[-2000:]}"
     return process.exitcode
+
+
+def finish_elsewhere(log: Path) -> int | None:
+    """Import every module of the package, and run a small part of it, as where Unix's own modules and functions are missing."""
+    process = _CONTEXT.Process(target=_import_elsewhere, args=(str(log),))
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def _import_elsewhere(log: str) -> None:
+    with open(log, "w") as sys.stderr:
+        for name in [each for each in sys.modules if each.partition(".")[0] == "diffusionrl"]:
+            del sys.modules[name]
+        for name in ("resource", "fcntl", "termios", "pwd", "grp"):
+            sys.modules[name] = None  # type: ignore[assignment]
+        for owner, names in (
+            (os, ("pread", "register_at_fork", "O_NOFOLLOW", "O_DIRECTORY", "getuid", "fchmod", "sched_getaffinity")),
+            (signal, ("SIGHUP", "SIGUSR1", "SIGALRM", "SIGKILL", "setitimer", "getitimer", "ITIMER_REAL", "alarm")),
+        ):
+            for name in names:
+                delattr(owner, name)
+        import diffusionrl
+
+        for module in pkgutil.walk_packages(diffusionrl.__path__, "diffusionrl."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+        import torch
+
+        from diffusionrl import devices
+        from diffusionrl.data.prompts import load_prompts
+        from diffusionrl.rewards import as_mixture, try_mixture
+
+        prompts = Path(log).with_suffix(".txt")
+        prompts.write_text("a cat\r\nan owl\n")
+        assert [prompt.text for prompt in load_prompts(str(prompts))] == ["a cat", "an owl"]
+        assert devices.peak_bytes(torch.device("cpu")) == 0
+        assert not try_mixture(as_mixture(lambda images, *_: [0.5] * len(images)), (3, 8, 8), ["a", "b"], [{}, {}])
 
 
 def finish_together(arguments: list[str], folder: Path, count: int) -> str:

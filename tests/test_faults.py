@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import die_at, finish, flip_bit, kill, start, tiny_run, wait_for, what_it_made
+from faults import die_at, finish, finish_elsewhere, flip_bit, kill, start, tiny_run, wait_for, what_it_made
 
 from diffusionrl import TrainConfig, UserError, interruption, train
 from diffusionrl.algorithms import DDPO, make_algorithm
@@ -433,6 +433,10 @@ def test_with_everything_at_hand_nobody_reaches_for_the_network(
         del files["export/README.md"]  # which names the model
     assert (made["files"], made["metrics"]) == (expected, undisturbed["metrics"])
     assert finish(tiny_run(tiny_folder, tmp_path / "other", "--model", "no/such"), tmp_path / "log", "cut_network") == 99
+
+
+def test_nothing_of_unix_alone_is_needed_to_import(tmp_path: Path) -> None:
+    assert finish_elsewhere(tmp_path / "log") == 0, (tmp_path / "log").read_text()
 
 
 def test_prompts_are_never_paths_or_markup(tiny_folder: Path, tmp_path: Path) -> None:

@@ -150,7 +150,17 @@ def test_own_rewards_are_found_by_name(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_reward("mine_found:red")(torch.ones(1, 3, 2, 2), ["a"], [{}]).tolist() == [1.0]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "beside_it.py").write_text("factor = 2\n")
+    (tmp_path / "sub" / "json.py").write_text(
+        "from beside_it import factor\ndef red(images, prompts, metadata): return factor * images[:, 0].mean((1, 2))\n"
+        "def no(images, prompts, metadata): return -red(images, prompts, metadata)\n"
+    )
+    red, no = load_reward("./sub/json.py:red"), load_reward(f"{tmp_path}/sub/json.py:no")
+    assert red(torch.ones(1, 3, 2, 2), ["a"], [{}]).tolist() == [2.0]
+    assert no.__globals__ is red.__globals__, "a file is one module"
     for name, said in [
+        ("none.py:red", "FileNotFoundError"),
         ("compresibility", "did you mean 'compressibility'"),
         ("mine_found:blue", "AttributeError"),
         ("mine_found:size", "is a int, not a function"),

@@ -12,11 +12,12 @@ from diffusers import StableDiffusionPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from diffusionrl import load_policy
 from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError
-from diffusionrl.policies import StableDiffusionPolicy
+from diffusionrl.policies import StableDiffusionPolicy, load_trained
 from diffusionrl.policies.loading import make_policy
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.policies.stable_diffusion import understood
@@ -93,6 +94,29 @@ def test_a_tokenizer_without_its_vocabulary_is_found_out(folder: Path) -> None:
         (folder / "tokenizer" / name).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"whatever the prompt|could not be loaded|fails when it is asked"):
         load_policy(str(folder), device="cpu", sampling=FEW)
+
+
+def test_words_that_the_text_encoder_has_not_are_named(folder: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<mycat>"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    for load in (load_policy, load_trained):
+        with pytest.raises(UserError, match=r"its text encoder knows .*: <mycat> would be none"):
+            load(str(folder))
+
+
+def test_parts_that_do_not_fit_are_one_message_in_every_command(folder: Path) -> None:
+    """Found while a policy is made, before it can be asked; of a model as it is, and of one that was trained."""
+    change(folder, "model_index.json", _class_name="StableDiffusionXLPipeline")
+    for load in (load_policy, load_trained):
+        with pytest.raises(UserError, match="was loaded, and fails when it is asked: AttributeError"):
+            load(str(folder))
+
+
+def test_pickles_are_refused_with_the_way_out(folder: Path) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"convert_to_safetensors.py diffusion_pytorch_model.bin diffusion_pytorch_model.safe"):
+        load_policy(str(folder))
 
 
 def test_a_live_pipeline_with_adapters_or_fused_projections_is_refused(

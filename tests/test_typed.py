@@ -158,6 +158,7 @@ def test_what_is_there_is_never_not_found(tmp_path: Path) -> None:
         (["train", "--model", "~nosuchuser/x"], "no user of that name"),
         (["train", "--model", "models/base"], "no model_index.json"),
         (["train", "--reward", "nomodule:f"], "no module 'nomodule'"),
+        (["train", "--reward", "./no/file.py:f"], "there is no file ./no/file.py"),
         (["train", "--steps", "1" + 30 * "0"], "must be at most 1,000,000,000"),
         (["train", "--steps", 5000 * "9"], "steps"),
         (["train", "--prompts-per-step", "100000000"], "samples a step"),

@@ -1,6 +1,5 @@
 """The devices that there are, and what is asked of each: the one place that names them."""
 
-import resource
 import sys
 from typing import Any
 
@@ -8,6 +7,11 @@ import torch
 from torch import Tensor
 
 from diffusionrl.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 KINDS = ("cuda", "mps", "cpu")
 """The best first."""
@@ -44,10 +48,12 @@ def own_memory(device: torch.device) -> Any:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most in use so far."""
+    """Most in use so far; 0 where it is not known."""
     backend = own_memory(device)
     if backend:
         return int(backend.max_memory_allocated(device))
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -150,9 +150,12 @@ def configured(arguments: Sequence[str], command: str) -> TrainConfig:
 def check_reward(name: str) -> None:
     """Raises UserError for a name that is neither built in nor a place to look for one."""
     if ":" not in name and name not in BUILT_IN_REWARDS:
-        raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function")
+        raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function or file.py:function")
+    file = name.rpartition(":")[0]
+    if file.endswith(".py") and not expand(file).is_file():
+        raise UserError(f"reward {name!r}: there is no file {file}")
     package = name.partition(":")[0].partition(".")[0]
-    if ":" in name and package.isidentifier() and "://" not in name:
+    if not file.endswith(".py") and ":" in name and package.isidentifier() and "://" not in name:
         importlib.invalidate_caches()
         places = [os.getcwd(), *sys.path]
         if package not in {*sys.builtin_module_names, *sys.modules} and PathFinder.find_spec(package, places) is None:

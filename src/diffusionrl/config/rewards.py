@@ -63,7 +63,7 @@ class ParityConfig:
 
     def __post_init__(self) -> None:
         if ":" not in self.attribute and self.attribute not in ATTRIBUTES:
-            raise one_of("rewards.parity.attribute", self.attribute, ATTRIBUTES, "; your own is package.module:function")
+            raise one_of("rewards.parity.attribute", self.attribute, ATTRIBUTES, "; your own is file.py:function")
         own = self.attribute == "clip" or ":" in self.attribute
         require(own or not self.classes, f"rewards.parity.classes is not for {self.attribute}, which has its own")
         require(
@@ -200,7 +200,7 @@ class ServeConfig:
     """Serve a reward over HTTP."""
 
     name: tyro.conf.Positional[str]
-    """A built-in reward, or package.module:function."""
+    """A built-in reward, package.module:function, or file.py:function."""
     host: str = "127.0.0.1"
     """Where to listen; anywhere but on loopback a token is needed."""
     port: int = 8100

@@ -80,8 +80,8 @@ class TrainConfig:
     """Of a single file: the folder or hub id of a pipeline of its family, whose settings, tokenizers and what else the file has
     not are taken; by default what diffusers takes the file for, from the hub."""
     reward: tuple[str, ...] = ("compressibility",)
-    """Built-in rewards, or package.module:function of your own, called with (images, prompts, metadata). NAME=WEIGHT where
-    several are added up."""
+    """Built-in rewards, or package.module:function or file.py:function of your own, called with (images, prompts, metadata).
+    NAME=WEIGHT where several are added up."""
     prompts: str = "ddpo-animals"
     """A built-in set; a file: a prompt a line, JSON, CSV, TSV or parquet ("prompt" and any metadata); or dataset:ID[:SPLIT] of
     the library datasets."""

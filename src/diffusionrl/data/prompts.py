@@ -162,7 +162,7 @@ class PromptFile(_Prompts):
     def __init__(self, path: Path, max_broken: int = 0, limit: int | None = None, kind: Format = "text") -> None:
         super().__init__(max_broken)
         self.path, self.kind = path, kind
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._seen = self._state()
         self._bounds, self.fingerprint = _line_bounds(path, limit)
         self._starts, self._ends = self._bounds[:-1], self._bounds[1:]
@@ -198,7 +198,7 @@ class PromptFile(_Prompts):
 
     def _read(self, index: int) -> Prompt | None:
         start, end = int(self._starts[index]), int(self._ends[index])
-        line = os.pread(self._file, end - start, start)
+        line = _read_at(self._file, start, end - start)
         if self._state() != self._seen:
             raise RunStopped(
                 f"{self.path} was written to while it was in use, and its lines are elsewhere now: put it back as it was, or "
@@ -209,6 +209,13 @@ class PromptFile(_Prompts):
     def _place(self, index: int) -> int:
         """Of a line among all: those that the check passes over have no index."""
         return int(np.searchsorted(self._bounds, self._starts[index]))
+
+
+def _read_at(file: int, start: int, count: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(file, count, start)
+    os.lseek(file, start, os.SEEK_SET)  # Windows
+    return os.read(file, count)
 
 
 def _line_bounds(path: Path, limit: int | None) -> tuple[np.ndarray, str]:

@@ -138,6 +138,13 @@ def load_network(
     """
     part = folder / name if (folder / name).is_dir() else folder  # where diffusers looks next
     found = variants_in(part)
+    pickles = [] if found else sorted(each.name for each in part.glob("*.bin"))
+    if pickles:
+        raise UserError(
+            f"{part} holds its weights as {listed(pickles)}, pickles, which may run code when they are read: convert them "
+            "once, if you trust them, by the script in the repository's examples/: python convert_to_safetensors.py "
+            f"{pickles[0]} {pickles[0].removeprefix('pytorch_').removesuffix('.bin')}.safetensors"
+        )
     variant = None if None in found else min(found, key=lambda each: (each != "fp16", each), default=None)
     settings: dict[str, Any] = {"variant": variant, "use_safetensors": True, "dtype": dtype, "output_loading_info": True}
     if quantization_config is not None:

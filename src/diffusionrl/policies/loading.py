@@ -20,7 +20,7 @@ from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.policies.quantization import check_quantization, is_quantized, quantization_settings
 from diffusionrl.policies.schedules import kind_of
 from diffusionrl.policies.single_file import SingleFile, find_file, load_file, look_into
-from diffusionrl.policies.soundness import check_sound
+from diffusionrl.policies.soundness import asking, check_sound
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy, check_pipeline_folder, understood
 from diffusionrl.runs.hub import cached_first
 
@@ -232,23 +232,24 @@ def load_policy(
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
             save_memory(getattr(pipeline, "vae", None), switch)
-    policy = make_policy(
-        pipeline,
-        sampling,
-        example,
-        networks,
-        lora_rank=lora_rank if training == "lora" else None,
-        lora_targets=targets,
-        dtype=precision,
-        device=chosen,
-        seed=seed,
-        source=model,
-        files=files | began,
-        gradient_checkpointing=gradient_checkpointing,
-        lora=lora,
-        reference=reference,
-        offload_text_encoders=offload_text_encoders,
-    )
+    with asking(model):
+        policy = make_policy(
+            pipeline,
+            sampling,
+            example,
+            networks,
+            lora_rank=lora_rank if training == "lora" else None,
+            lora_targets=targets,
+            dtype=precision,
+            device=chosen,
+            seed=seed,
+            source=model,
+            files=files | began,
+            gradient_checkpointing=gradient_checkpointing,
+            lora=lora,
+            reference=reference,
+            offload_text_encoders=offload_text_encoders,
+        )
     policy.settings = settings
     steps = sampling.num_steps if sampling else SamplingConfig().num_steps
     check_sound(policy, pipeline, model, steps, example)

@@ -15,6 +15,7 @@ from diffusionrl.paths import expand
 from diffusionrl.policies.adapters import find_lora, load_lora
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.loading import check_model, load_pipeline, make_policy
+from diffusionrl.policies.soundness import asking, check_sound
 from diffusionrl.runs.places import read_settings
 
 
@@ -104,7 +105,11 @@ def load_trained(
         put_export(pipeline, found.export, found.name)
     if found.lora is not None:
         _merge(pipeline, found.lora, found.name)
-    return make_policy(pipeline, sampling, example, lora_rank=None, device=devices.choose(), source=found.name)
+    sampling = sampling or SamplingConfig()
+    with asking(found.base):
+        policy = make_policy(pipeline, sampling, example, lora_rank=None, device=devices.choose(), source=found.name)
+    check_sound(policy, pipeline, found.name, sampling.num_steps, example)
+    return policy
 
 
 def put_export(pipeline: Any, export: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import math
 import sys
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, clean, describe, require
+from diffusionrl.paths import expand
 from diffusionrl.rewards import surroundings
 from diffusionrl.rewards.foreign import Job, anything
 
@@ -90,8 +92,8 @@ class NoScores(UserError):
 
 
 def find_function(kind: str, name: str, signature: str) -> Callable[..., Any]:
-    """``package.module:function``, looked up from the working directory too; ``kind`` and ``signature`` are for messages. The
-    module is imported in the thread of foreign code (``rewards.foreign``).
+    """``package.module:function``, looked up from the working directory too, or ``file.py:function``. The module is imported in
+    the thread of foreign code (``rewards.foreign``); ``kind`` and ``signature`` are for messages.
 
     Raises:
         UserError: it does not import, or is no function.
@@ -108,11 +110,35 @@ def find_function(kind: str, name: str, signature: str) -> Callable[..., Any]:
 
 
 def _import(name: str) -> Any:
-    module_name, _, attribute = name.partition(":")
+    module_name, _, attribute = name.rpartition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     with surroundings.kept(f"the module of {name}", []):
-        return getattr(importlib.import_module(module_name), attribute)
+        is_file = module_name.endswith(".py")
+        return getattr(_import_file(expand(module_name)) if is_file else importlib.import_module(module_name), attribute)
+
+
+def _import_file(file: Path) -> Any:
+    """A module by its file, once; it may import what lies beside it."""
+    path = str(file.absolute())
+    digest = hashlib.sha256(path.encode()).hexdigest()
+    for name in (file.stem, f"{file.stem}_{digest[:8]}"):  # another module may have that name
+        known = sys.modules.get(name)
+        if known is None:
+            break
+        if getattr(known, "__file__", None) == path:
+            return known
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    if str(file.absolute().parent) not in sys.path:
+        sys.path.append(str(file.absolute().parent))
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:

@@ -10,8 +10,8 @@ from diffusionrl.rewards.remote import RemoteReward
 
 
 def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
-    """A built-in reward by name, ``package.module:function`` (looked up from the working directory too), or the address of one
-    that is served (``rewards.remote``).
+    """A built-in reward by name, ``package.module:function`` (looked up from the working directory too), ``file.py:function``,
+    or the address of one that is served (``rewards.remote``).
 
     Raises:
         UserError: no such reward, it does not import, or what it is built from is not there.
@@ -22,7 +22,7 @@ def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
     if name.startswith(("http://", "https://")):
         return OnFrames(RemoteReward(name, config.remote), name, config.frames)
     if ":" not in name:
-        raise one_of("reward", name, REGISTRY, "; your own is package.module:function")
+        raise one_of("reward", name, REGISTRY, "; your own is package.module:function or file.py:function")
     return find_function("reward", name, "(images, prompts, metadata) -> scores")
 
 

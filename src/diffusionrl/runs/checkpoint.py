@@ -231,7 +231,9 @@ def free_bytes(folder: Path) -> int:
 
 
 def flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk."""
+    """Force a file or a folder's entries to the disk. On Windows, which opens no folder so, nothing."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
