@@ -92,6 +92,24 @@ def test_rank_and_alpha_are_those_of_the_file(tmp_path: Path) -> None:
     assert not torch.allclose(prediction(first), prediction(policy_of("sd1")), atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["sd1", "sd3"])
+def test_alpha_multiplies_what_the_adapter_adds(name: str, tmp_path: Path) -> None:
+    """By alpha / rank, in the run and in what it exports; and the adapter begins at nothing all the same."""
+    strong, weak = policy_of(name, lora_rank=2, lora_alpha=6.0), policy_of(name, lora_rank=2)
+    torch.testing.assert_close(prediction(strong), prediction(weak))
+    assert strong.settings.lora_alpha == 6.0
+    move(strong, 0)
+    move(weak, 0)
+    for key, weight in weak.trainable().items():
+        if "lora_B" in key:
+            weight.data *= 3
+    torch.testing.assert_close(prediction(strong), prediction(weak), rtol=1e-4, atol=1e-5)
+    strong.export(tmp_path / "lora")
+    torch.testing.assert_close(prediction(policy_of(name, lora=tmp_path / "lora")), prediction(strong), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"lora_alpha is of a new adapter"):
+        PolicyConfig(lora=tmp_path / "lora", lora_alpha=2.0)
+
+
 def test_files_that_are_no_lora_of_this_model(exported: tuple[str, Any, Path], tmp_path: Path) -> None:
     name, _, folder = exported
     file = folder / "pytorch_lora_weights.safetensors"

@@ -18,16 +18,26 @@ from torch import Tensor
 from diffusionrl.algorithms import EPG
 from diffusionrl.algorithms.advantages import Advantages, group_advantages
 from diffusionrl.api import train
-from diffusionrl.config import DDPOConfig, EPGConfig, EvaluationConfig, NFTConfig, RewardsConfig, SamplingConfig, TrainConfig
+from diffusionrl.config import (
+    DDPOConfig,
+    EPGConfig,
+    EvaluationConfig,
+    NFTConfig,
+    OptimizerConfig,
+    RewardsConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.interruption import Interrupted
 from diffusionrl.rewards import Mixture, Scores, load_mixture
 from diffusionrl.rewards.noise import noise
 from diffusionrl.runs.alarms import Watch
-from diffusionrl.runs.checkpoint import load_newest
+from diffusionrl.runs.checkpoint import complete_steps, load_newest
 from diffusionrl.runs.folder import read_metrics
 from diffusionrl.sampling.rollout import Rollout
+from diffusionrl.training.optimization import scheduled
 from diffusionrl.training.trainer import Trainer
 
 SAMPLING = SamplingConfig(num_steps=2, guidance=1.0, sampler="ode", eta=0.0, batch_size=4)
@@ -65,6 +75,51 @@ def test_a_run_ends_before_it_would_score_more_than_it_may(make_policy: Any, tmp
     assert [line["queries"] for line in read_metrics(tmp_path / "run")] == [0, 8, 16, 24]
     with pytest.raises(UserError, match="max_queries is 7, and a step takes 8"):
         small(tmp_path, max_queries=7)
+
+
+# The learning rate
+
+
+@pytest.mark.parametrize(("schedule", "middle", "end"), [("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("constant", 1.0, 1.0)])
+def test_a_schedule_falls_to_its_end(schedule: Any, middle: float, end: float) -> None:
+    optimizer = OptimizerConfig(learning_rate=1.0, schedule=schedule, schedule_end=0.1, warmup=4)
+    rates = [scheduled(optimizer, step / 8, 4 + step) for step in range(9)]
+    assert rates == sorted(rates, reverse=True)
+    assert [rates[0], rates[4], rates[8]] == pytest.approx([1.0, middle, end])
+    assert schedule != "cosine" or rates[1] > 0.96, "half a cosine begins flat"
+    assert scheduled(optimizer, 0, 1) == 0.25, "the warm-up comes on top"
+
+
+def test_a_run_with_a_schedule_goes_on_exactly_and_keeps_its_length(make_policy: Any, tmp_path: Path) -> None:
+    optimizer, calls = OptimizerConfig(schedule="linear"), []
+
+    def killing(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 7:  # the trial, the evaluation, two batches of each step: in the third
+            os.kill(os.getpid(), signal.SIGTERM)
+        return brightness(images, prompts, metadata)
+
+    rates, final = {}, []
+    for name in ("whole", "halves"):
+        config = small(tmp_path / name, steps=3, optimizer=optimizer)
+        given = {"prompts": ["a cat", "a dog"]}
+        if name == "halves":
+            with pytest.raises(Interrupted):
+                train(config, policy=make_policy(), reward=killing, **given)
+            assert complete_steps(tmp_path / name) in ([1], [2])
+            with pytest.raises(UserError, match="these change its result: steps"):
+                train(replace(config, steps=4), policy=make_policy(), reward=killing, **given)
+        else:
+            calls += 100 * [1]
+        train(config, policy=make_policy(), reward=killing, **given)
+        calls.clear()
+        final.append(load_newest(tmp_path / name, True))
+        rates[name] = [line["step"] for line in read_metrics(tmp_path / name)]
+    whole, halves = final
+    assert rates["whole"] == rates["halves"] == [0, 1, 2, 3]
+    assert whole is not None and halves is not None
+    for key, weight in whole.tensors["policy"].items():
+        assert torch.equal(weight, halves.tensors["policy"][key])
 
 
 # Groups drawn anew

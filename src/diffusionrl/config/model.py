@@ -86,7 +86,9 @@ class PolicyConfig:
     """Which parts of the pipeline are trained, such as transformer_2; none named: those that its loop calls, and of these the
     ones that it loads LoRA files for, if there are any."""
     lora_rank: int = 4
-    """Rank of the adapter; its alpha equals the rank, so the update is not rescaled."""
+    """Rank of the adapter."""
+    lora_alpha: float | None = None
+    """What the adapter adds is multiplied by alpha / rank; None: the rank, so by 1."""
     lora_targets: tuple[str, ...] = ("attention",)
     """"attention" (attention projections of every kind), "all" (feed-forward layers and convolutions of the blocks too), or
     ends of the names of layers."""
@@ -112,6 +114,11 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         check_values(self, "policy.")
         require(self.lora_rank >= 1, f"policy.lora_rank must be at least 1, not {self.lora_rank}")
+        require(self.lora_alpha is None or self.lora_alpha > 0, f"policy.lora_alpha must be positive, not {self.lora_alpha}")
+        require(
+            self.lora_alpha is None or (self.training == "lora" and self.lora is None),
+            "policy.lora_alpha is of a new adapter: leave it out with policy.lora, whose own is kept, and in full fine-tuning",
+        )
         require(
             self.training == "lora" or self.dtype == "float32",
             "policy.training 'full' needs policy.dtype float32: small updates are lost in bfloat16 weights",

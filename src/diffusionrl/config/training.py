@@ -1,6 +1,7 @@
 """Optimizer, checkpoints, evaluation, guard, and the pretraining loss."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from diffusionrl.config.rewards import CLIPScoreConfig
 from diffusionrl.errors import require
@@ -14,6 +15,11 @@ class OptimizerConfig:
     """3e-4 for a LoRA; the paper's 1e-5 for the whole UNet."""
     warmup: int = 0
     """Updates over which the learning rate rises from 0: AdamW's first steps are at full length, however noisy the gradient."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls from the first training step to the last: not at all, on a line, or on half a cosine. A run
+    that has one keeps its number of steps."""
+    schedule_end: float = 0.0
+    """Share of the learning rate that is left at the end."""
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 1e-4
@@ -25,6 +31,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
+        require(0 <= self.schedule_end <= 1, f"optimizer.schedule_end must lie in [0, 1], not {self.schedule_end}")
         require(self.warmup >= 0, f"optimizer.warmup must not be negative, not {self.warmup}")
         require(all(0 <= beta < 1 for beta in self.betas), f"optimizer.betas must lie in [0, 1), not {self.betas}")
         require(self.epsilon >= 0, f"optimizer.epsilon must not be negative, not {self.epsilon}")

@@ -71,9 +71,11 @@ def without_part(layers: Mapping[str, torch.nn.Module], run: Callable[[], Tensor
     return [name for name, gradient in zip(layers, gradients, strict=True) if gradient is None or not gradient]
 
 
-def add_lora(network: Any, rank: int, targets: Sequence[str], seed: int, purpose: str = "lora") -> dict[str, LoraLayer]:
-    """A new adapter whose alpha is its rank, in float32: layers by name. Its initial weights depend on the seed alone."""
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+def add_lora(
+    network: Any, rank: int, targets: Sequence[str], seed: int, purpose: str = "lora", alpha: float | None = None
+) -> dict[str, LoraLayer]:
+    """A new adapter in float32, its alpha by default its rank: layers by name. Its initial weights depend on the seed alone."""
+    config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; its draws are replaced below
         if hasattr(network, "add_adapter"):
             network.add_adapter(config)

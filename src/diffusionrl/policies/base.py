@@ -121,6 +121,7 @@ class Policy(Protocol):
 
 def describe(
     lora_rank: int | None,
+    lora_alpha: float | None,
     lora_targets: str | Sequence[str],
     dtype: torch.dtype,
     device: str,
@@ -130,7 +131,7 @@ def describe(
     **switches: bool,
 ) -> PolicyConfig | None:
     """``Policy.settings`` of what a policy was made with; None where a configuration cannot say it."""
-    given: dict[str, Any] = {"lora": lora, "reference": reference, **switches}
+    given: dict[str, Any] = {"lora": lora, "reference": reference, "lora_alpha": lora_alpha, **switches}
     if lora_rank is not None:
         given["lora_rank"] = lora_rank
     try:

@@ -186,6 +186,7 @@ def load_policy(
     model: str,
     training: str = "lora",
     lora_rank: int = 4,
+    lora_alpha: float | None = None,
     lora_targets: tuple[str, ...] = ("attention",),
     networks: tuple[str, ...] = (),
     dtype: str = "float32",
@@ -208,21 +209,24 @@ def load_policy(
     Raises:
         UserError: the model is not there, or cannot be a policy.
     """
-    targets = (lora_targets,) if isinstance(lora_targets, str) else tuple(lora_targets)
+    trained: dict[str, Any] = {
+        "lora_alpha": lora_alpha,
+        "lora_targets": (lora_targets,) if isinstance(lora_targets, str) else tuple(lora_targets),
+        "networks": networks,
+        "lora": lora,
+        "reference": reference,
+        "gradient_checkpointing": gradient_checkpointing,
+        "offload_text_encoders": offload_text_encoders,
+    }
     settings = PolicyConfig(  # which checks them
         training=training,  # type: ignore[arg-type]
-        networks=networks,
         lora_rank=lora_rank,
-        lora_targets=targets,
-        lora=lora,
-        reference=reference,  # type: ignore[arg-type]
-        gradient_checkpointing=gradient_checkpointing,
         vae_slicing=vae_slicing,
         vae_tiling=vae_tiling,
-        offload_text_encoders=offload_text_encoders,
         quantization=quantization,  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]
         device=device,
+        **trained,
     )
     precision: torch.dtype = getattr(torch, dtype)
     chosen = devices.choose(device)
@@ -232,24 +236,10 @@ def load_policy(
     for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
         if wanted:
             save_memory(getattr(pipeline, "vae", None), switch)
+    rank = lora_rank if training == "lora" else None
+    shared: dict[str, Any] = {"dtype": precision, "device": chosen, "seed": seed, "source": model, "files": files | began}
     with asking(model):
-        policy = make_policy(
-            pipeline,
-            sampling,
-            example,
-            networks,
-            lora_rank=lora_rank if training == "lora" else None,
-            lora_targets=targets,
-            dtype=precision,
-            device=chosen,
-            seed=seed,
-            source=model,
-            files=files | began,
-            gradient_checkpointing=gradient_checkpointing,
-            lora=lora,
-            reference=reference,
-            offload_text_encoders=offload_text_encoders,
-        )
+        policy = make_policy(pipeline, sampling, example, lora_rank=rank, **shared, **trained)
     policy.settings = settings
     steps = sampling.num_steps if sampling else SamplingConfig().num_steps
     check_sound(policy, pipeline, model, steps, example)

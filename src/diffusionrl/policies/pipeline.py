@@ -56,7 +56,7 @@ class PipelinePolicy:
         steps: denoising steps of a call.
         guidance: at which it is tried.
         arguments: of every call of the pipeline: height, width, num_frames, and others.
-        lora_rank: rank of a new adapter; None trains the whole networks.
+        lora_rank, lora_alpha: of a new adapter; no rank trains the whole networks.
         lora_targets: see ``find_targets``.
         networks: names of the parts that are trained; none named: see above.
         seed: seed of the adapter's initial weights.
@@ -88,11 +88,12 @@ class PipelinePolicy:
         reference: str = "start",
         files: Mapping[str, Any] | None = None,
         offload_text_encoders: bool = False,
+        lora_alpha: float | None = None,
     ) -> None:
         self.source, self.pipeline, self.device, self.dtype = source, pipeline, torch.device(device), dtype
         self._files = {"weights": fingerprint_of(pipeline.components), **(files or {})}
         switches = {"gradient_checkpointing": gradient_checkpointing, "offload_text_encoders": offload_text_encoders}
-        self.settings = describe(lora_rank, lora_targets, dtype, device, lora, reference, networks, **switches)
+        self.settings = describe(lora_rank, lora_alpha, lora_targets, dtype, device, lora, reference, networks, **switches)
         self.example, self._guidance = example or Prompt("a photograph"), guidance
         if lora_rank is None and dtype != torch.float32:
             raise UserError("full fine-tuning needs policy.dtype float32: small updates are lost in bfloat16 weights")
@@ -119,7 +120,7 @@ class PipelinePolicy:
         self.networks = self._choose(called, networks)
         self._called = [pipeline.components[name] for name in called]
         if lora is None:
-            self._adapted = self._adapt(lora_rank, lora_targets, seed)
+            self._adapted = self._adapt(lora_rank, lora_alpha, lora_targets, seed)
         else:
             load_lora(pipeline, find_lora(lora), source, self.networks)
             self._adapted = [layer for network in self._parts().values() for layer in take_lora(network).values()]
@@ -169,7 +170,7 @@ class PipelinePolicy:
     def _parts(self) -> dict[str, Any]:
         return {name: self.pipeline.components[name] for name in self.networks}
 
-    def _adapt(self, rank: int | None, asked: str | Sequence[str], seed: int) -> list[LoraLayer]:
+    def _adapt(self, rank: int | None, alpha: float | None, asked: str | Sequence[str], seed: int) -> list[LoraLayer]:
         if rank is None:
             for network in self._parts().values():
                 network.requires_grad_(True)
@@ -182,7 +183,8 @@ class PipelinePolicy:
         for index, (name, network) in enumerate(self._parts().items()):
             purpose = "lora" if index == 0 else f"lora/{name}"
             used = [layer for layer in full[name] if f"{name}.{layer}" not in idle]
-            added += add_lora(network, rank, list(targets[name]) if used == full[name] else used, seed, purpose).values()
+            ends = list(targets[name]) if used == full[name] else used
+            added += add_lora(network, rank, ends, seed, purpose, alpha).values()
         return added
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:

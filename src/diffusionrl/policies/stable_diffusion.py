@@ -49,7 +49,7 @@ class StableDiffusionPolicy:
     """A ``StableDiffusionPipeline`` as a policy. Only the UNet is trained; text encoder and VAE stay as they are.
 
     Args:
-        lora_rank: rank of a new adapter; None trains the whole UNet.
+        lora_rank, lora_alpha: of a new adapter; no rank trains the whole UNet.
         lora_targets: see ``find_targets``.
         seed: seed of the adapter's initial weights.
 
@@ -74,10 +74,11 @@ class StableDiffusionPolicy:
         reference: str = "start",
         files: Mapping[str, Any] | None = None,
         offload_text_encoders: bool = False,
+        lora_alpha: float | None = None,
     ) -> None:
         self.source, self._files = source, {"weights": fingerprint_of(pipeline.components), **(files or {})}
         switches = {"gradient_checkpointing": gradient_checkpointing, "offload_text_encoders": offload_text_encoders}
-        self.settings = describe(lora_rank, lora_targets, dtype, device, lora, reference, (), **switches)
+        self.settings = describe(lora_rank, lora_alpha, lora_targets, dtype, device, lora, reference, (), **switches)
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         self._alphas_cumprod = scheduler.alphas_cumprod
@@ -102,7 +103,8 @@ class StableDiffusionPolicy:
             load_lora(pipeline, find_lora(lora), source, ["unet"])
             self._adapted = take_lora(self.unet)
         elif lora_rank is not None:
-            self._adapted = add_lora(self.unet, lora_rank, list(find_targets(self.unet, lora_targets)), seed)
+            targets = list(find_targets(self.unet, lora_targets))
+            self._adapted = add_lora(self.unet, lora_rank, targets, seed, alpha=lora_alpha)
         elif dtype != torch.float32:
             raise UserError("full fine-tuning needs policy.dtype float32: small updates are lost in bfloat16 weights")
         else:

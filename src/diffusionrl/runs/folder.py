@@ -26,7 +26,7 @@ from diffusionrl.runs import checkpoint
 from diffusionrl.runs.alarms import Watch
 from diffusionrl.runs.checkpoint import Checkpoint
 from diffusionrl.runs.lines import PARTIAL, append_line, read_lines, read_metrics, read_object, replace_file
-from diffusionrl.runs.places import check_run_dir, default_of, flat, read_settings, same
+from diffusionrl.runs.places import check_run_dir, default_of, flat, read_settings, safe_changes, same
 from diffusionrl.runs.progress import GONE, Progress
 from diffusionrl.runs.trackers import IMAGES, Mirror, check_trackers, close_all, make_tracker
 
@@ -34,8 +34,6 @@ _RECORDED = ("diffusionrl", "torch", "diffusers", "peft", "transformers", "safet
 _LINES = ("metrics.jsonl", "alarms.jsonl")
 _SHOW_AFTER = 30.0  # seconds: the report is no older than that and a step
 _SHOW_SHARE, _SHOW_FREELY = 0.01, 30.0  # of a run's time, and seconds besides, for writing the report: it grows with the run
-SAFE_CHANGES = ("steps", "max_queries", "track", "evaluation.every", "checkpoint.", "guard.")
-"""Settings that a run may be taken up with in another value: they say how long it goes on and what it writes, nothing else."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +223,7 @@ class RunFolder:
             return
         listed = "\n".join(f"  {key}: {before.get(key)} -> {now.get(key)}" for key in changed)
         print(f"settings changed since {self.run_dir} began:\n{listed}", file=sys.stderr)
-        unsafe = [key for key in changed if not key.startswith(SAFE_CHANGES)]
+        unsafe = [key for key in changed if not key.startswith(safe_changes(self.config))]
         if unsafe and not self.config.checkpoint.allow_changes:
             raise UserError(
                 f"{self.run_dir} was begun with other settings, and these change its result: {', '.join(unsafe)}. "

@@ -114,6 +114,13 @@ def _moved(value: Any, then: Path, now: Path) -> Any:
     return str(beside) if is_there(beside) else value
 
 
+def safe_changes(config: TrainConfig) -> tuple[str, ...]:
+    """Beginnings of the names of settings that a run may be taken up with in another value: they say how long it goes on and
+    what it writes, nothing else. A schedule of the learning rate depends on how long."""
+    length = ("steps", "max_queries") if config.optimizer.schedule == "constant" else ()
+    return (*length, "track", "evaluation.every", "checkpoint.", "guard.")
+
+
 def same(before: Any, now: Any) -> bool:
     """Two settings, or two names of one place."""
     if before == now:

@@ -68,11 +68,27 @@ class NonFiniteError(Exception):
         (folder / "batch.json").write_text(json.dumps(prompts, indent=1) + "\n")
 
 
+def scheduled(config: OptimizerConfig, done: float, updates: int) -> float:
+    """The learning rate.
+
+    Args:
+        done: share of the run's training steps that are behind it, from 0 to 1.
+        updates: which one it is for; the first is 1.
+    """
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.schedule]
+    fallen = config.schedule_end + (1 - config.schedule_end) * left
+    return config.learning_rate * fallen * min(1.0, updates / max(1, config.warmup))
+
+
 class Optimization:
-    """AdamW on named parameters, with a count of its updates, which is all that the warm-up depends on."""
+    """AdamW on named parameters, with a count of its updates, which is all that the warm-up depends on.
+
+    Attributes:
+        done: share of the run's training steps before the one in progress, for the schedule.
+    """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], config: OptimizerConfig) -> None:
-        self.parameters, self.config, self.updates = parameters, config, 0
+        self.parameters, self.config, self.updates, self.done = parameters, config, 0, 0.0
         self.adamw = torch.optim.AdamW(
             parameters.values(), config.learning_rate, config.betas, config.epsilon, config.weight_decay
         )
@@ -103,7 +119,7 @@ class Optimization:
                 raise NonFiniteError("the gradient is", rollout, ordered, advantages, losses)
             self.updates += 1
             for group in self.adamw.param_groups:
-                group["lr"] = self.config.learning_rate * min(1.0, self.updates / max(1, self.config.warmup))
+                group["lr"] = scheduled(self.config, self.done, self.updates)
             try:
                 self.adamw.step()
             except RuntimeError as error:

@@ -50,6 +50,7 @@ class TrainingStep:
         metrics: dict[str, float] = {"step": step}
         traffic = replace(processes.traffic)
         metrics |= self.follow(step - 1)
+        self.optimization.done = (step - 1) / self.config.last_step
         for task in self.tasks:
             metrics |= {f"{task.prefix}{key}": value for key, value in self._train_on(task, step, samples).items()}
         metrics["queries"] = self.queries(step)
