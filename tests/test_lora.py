@@ -12,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusionrl import TrainConfig, UserError, load_policy, train
+from diffusionrl.cli import main
 from diffusionrl.config import (
     CheckpointConfig,
     CLIPScoreConfig,
     DDPOConfig,
     EvaluationConfig,
+    OptimizerConfig,
     PolicyConfig,
     SamplingConfig,
 )
@@ -174,3 +176,36 @@ def test_a_run_notices_another_lora_in_the_place_of_its_own(tiny_folder: Path, t
     with pytest.raises(UserError, match=r"the file of policy\.lora: not what the run began with"):
         train(longer, reward=brightness, prompts=["a cat"])
     train(replace(longer, checkpoint=CheckpointConfig(allow_changes=True)), reward=brightness, prompts=["a cat"])
+
+
+def test_the_weights_of_an_earlier_checkpoint_are_exported(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """And of a run that keeps an average, its average, as the run does itself."""
+    for average in (0.0, 0.5):
+        config = TrainConfig(
+            model=str(tiny_folder),
+            run_dir=tmp_path / f"run{average}",
+            steps=3,
+            prompts_per_step=2,
+            sampling=SamplingConfig(num_steps=2),
+            evaluation=EvaluationConfig(every=0, num_samples=2, embeddings=CLIPScoreConfig(model="none")),
+            algorithm=DDPOConfig(updates_per_step=1, min_count=1),
+            optimizer=OptimizerConfig(learning_rate=0.1, average=average),
+            checkpoint=CheckpointConfig(every=1, keep=3),
+        )
+        train(config, reward=lambda images, prompts, metadata: images.mean((1, 2, 3)), prompts=["a cat"])
+        assert config.run_dir is not None
+        files = {}
+        for step in (2, 3):
+            out = tmp_path / f"{average} {step}"
+            assert main(["export", str(config.run_dir), "--step", str(step), "--out", str(out)]) == 0
+            files[step] = load_file(out / "pytorch_lora_weights.safetensors")
+        own = load_file(config.run_dir / "export" / "pytorch_lora_weights.safetensors")
+        assert all(torch.equal(files[3][name], own[name]) for name in own)
+        assert not all(torch.equal(files[2][name], own[name]) for name in own)
+    for given, said in (
+        ([str(config.run_dir), "--step", "7"], "no checkpoint of step 7: there are 1, 2, 3"),
+        ([str(config.run_dir), "--out", str(tmp_path)], "exists"),
+        ([str(tmp_path)], "is no run"),
+    ):
+        assert main(["export", *given]) == 2
+        assert said in capsys.readouterr().err

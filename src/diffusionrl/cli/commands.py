@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NoReturn
 
-from diffusionrl.cli import compare, doctor, evaluate, push, report, sample, serve_reward, train
+from diffusionrl.cli import compare, doctor, evaluate, export, push, report, sample, serve_reward, train
 from diffusionrl.cli.streams import steady_streams
 from diffusionrl.config.presets import PRESETS
 from diffusionrl.errors import RunStopped, UserError
@@ -22,6 +22,7 @@ USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
   evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
   report        write a run's report.html again   RUN
   compare       several runs on one page          RUN RUN ... [--out compare.html]
+  export        write the weights of an earlier checkpoint          RUN [--step N] [--out FOLDER]
   push          upload what a run exported to the hub     RUN REPO_ID
   serve-reward  score images over HTTP            NAME [OPTIONS]
 
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "evaluate": evaluate.run,
     "report": report.run,
     "compare": compare.run,
+    "export": export.run,
     "push": push.run,
     "serve-reward": serve_reward.run,
 }

@@ -1,21 +1,23 @@
 """A model with what was trained on it: a LoRA, or what a run exported."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import PeftModel
 
 from diffusionrl import devices
 from diffusionrl.config import SamplingConfig, TrainConfig
-from diffusionrl.data.prompts import Prompt
+from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.errors import UserError
 from diffusionrl.paths import expand
 from diffusionrl.policies.adapters import find_lora, load_lora
 from diffusionrl.policies.base import Policy
-from diffusionrl.policies.loading import check_model, load_pipeline, make_policy
+from diffusionrl.policies.loading import check_model, load_pipeline, load_policy, make_policy
 from diffusionrl.policies.soundness import asking, check_sound
+from diffusionrl.runs import checkpoint
 from diffusionrl.runs.places import read_settings
 
 
@@ -110,6 +112,38 @@ def load_trained(
         policy = make_policy(pipeline, sampling, example, lora_rank=None, device=devices.choose(), source=found.name)
     check_sound(policy, pipeline, found.name, sampling.num_steps, example)
     return policy
+
+
+@torch.no_grad()
+def export_checkpoint(run_dir: Path, config: TrainConfig, step: int | None, out: Path) -> int:
+    """Write the weights of a run's checkpoint, the newest one or that of a step, as ``Policy.export`` does: their average,
+    where the run keeps one. Returns the step.
+
+    Raises:
+        UserError: there is no such checkpoint, it is corrupted, or it is of another model.
+    """
+    steps = checkpoint.complete_steps(run_dir)
+    chosen = steps[-1] if step is None and steps else step
+    if chosen not in steps:
+        raise UserError(f"{run_dir} has no checkpoint of step {step}: there are {', '.join(map(str, steps)) or 'none'}")
+    try:
+        found = checkpoint.load(checkpoint.folder_of(run_dir, chosen))
+    except checkpoint.Corrupted as error:
+        raise UserError(f"corrupted checkpoint: {error}") from error
+    known = not config.prompts.startswith("<")  # else they were handed over in Python
+    example = load_prompts(config.prompts, config.max_broken_prompts)[0] if known else None
+    settings = {field.name: getattr(config.policy, field.name) for field in fields(config.policy)}
+    policy = load_policy(
+        config.model, **settings, seed=config.seed, sampling=config.sampling, example=example, model_config=config.model_config
+    )
+    began = found.state.get("began_from", {}).get("policy", {}).get("the base model")
+    if began not in (None, policy.about.get("weights")):
+        raise UserError(f"model {config.model!r} has other weights than the run {run_dir} began with")
+    weights, copies = found.tensors["policy"], found.tensors.get("copies", {})
+    for name, parameter in policy.trainable().items():
+        parameter.copy_(copies.get(f"average/{name}", weights[name]).to(parameter.device))
+    policy.export(out)
+    return chosen
 
 
 def put_export(pipeline: Any, export: Path, name: str) -> None:
