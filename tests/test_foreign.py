@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -396,7 +397,7 @@ def test_what_a_reward_says_of_itself_may_be_anything() -> None:
     assert called(functools.partial(bright)).valid.all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     st.sampled_from([*CHANGES.keys() - REFUSED - {"output", "errors", "descriptor"}, None]),
     st.one_of(

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -16,11 +17,13 @@ from transformers import CLIPTokenizer
 
 from diffusionrl import load_policy
 from diffusionrl.config import SamplingConfig
+from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies import StableDiffusionPolicy, load_trained
 from diffusionrl.policies.loading import make_policy
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.policies.stable_diffusion import understood
+from diffusionrl.sampling.rollout import make_table, sample_trajectories
 
 FEW = SamplingConfig(num_steps=2)
 NO_SIGNAL = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -149,7 +152,7 @@ def test_no_setting_that_changes_what_is_asked_is_passed_over(extra: dict[str, s
     assert understood(PLAIN_UNET | extra, PLAIN_VAE, scheduler) is None
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_one_damaged_file_is_one_message_or_no_harm(tiny_folder: Path, tmp_path_factory: Any, data: st.DataObject) -> None:
     """Cut, emptied, or with one byte changed: a policy that gives finite numbers, or a UserError; never another error."""
@@ -167,3 +170,74 @@ def test_one_damaged_file_is_one_message_or_no_harm(tiny_folder: Path, tmp_path_
     except UserError:
         return
     assert policy.decode(torch.zeros(1, *policy.latent_shape), []).isfinite().all()
+
+
+CONFIGURATIONS = (
+    *("model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json"),
+    *("tokenizer/tokenizer_config.json", "unet/config.json", "vae/config.json"),
+)
+WORDS = (
+    "linear",
+    "squaredcos_cap_v2",
+    "trailing",
+    "linspace",
+    "v_prediction",
+    "sample",
+    "gelu",
+    "DDPMScheduler",
+    "UNet2DModel",
+    "",
+)
+
+
+def other_than(value: Any) -> st.SearchStrategy[Any]:
+    """What somebody may have put in its place."""
+    if isinstance(value, bool):
+        return st.just(not value)
+    if isinstance(value, int | float):
+        return st.sampled_from([0, 1, 2, 3, -1, value + 1, 2 * value, value / 2, None, str(value), [value]])
+    if isinstance(value, str):
+        return st.sampled_from([*WORDS, None, 3])
+    if isinstance(value, list):
+        return st.sampled_from([[], value[:-1], [*value, *value], value[::-1], None, "x"])
+    return st.sampled_from([0, 1, 0.5, True, "x", [1], {}])
+
+
+@torch.no_grad()
+def drawn_by(policy: StableDiffusionPolicy, start: torch.Tensor) -> torch.Tensor:
+    sampling = SamplingConfig(num_steps=2, sampler="ode", eta=0.0)
+    drawn = sample_trajectories(policy, make_table(policy, sampling), [Prompt("a cat")], start, torch.zeros(1, 2), 3.0)
+    return policy.decode(drawn.latents[:, -1])
+
+
+@settings(max_examples=examples(8), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_configuration_with_one_field_changed_is_followed_or_refused(
+    tiny_folder: Path, tmp_path_factory: Any, data: st.DataObject
+) -> None:
+    """What loads by the fast road draws what the pipeline itself draws; nothing ends in another error than ours."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("changed") / "model"))
+    file = folder / data.draw(st.sampled_from(CONFIGURATIONS))
+    content = json.loads(file.read_text())
+    known = sorted({*content, *(["num_class_embeds", "thresholding"] if file.parent != folder else ["feature_extractor"])})
+    key = data.draw(st.sampled_from(known))
+    if data.draw(st.booleans()) and key in content:
+        del content[key]
+    else:
+        content[key] = data.draw(other_than(content.get(key)))
+    file.write_text(json.dumps(content))
+    try:
+        policy = load_policy(str(folder), device="cpu", sampling=FEW)
+    except UserError:
+        return
+    finally:
+        kept = {path.relative_to(folder): path for path in folder.rglob("*.safetensors")}
+        assert len(kept) == 3, "nothing was written"
+    if isinstance(policy, StableDiffusionPolicy):
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        start = policy.start([Prompt("a cat")], [0])
+        given = {"latents": start, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
+        torch.testing.assert_close(drawn_by(policy, start), pipeline("a cat", **given).images, rtol=1e-3, atol=1e-3)
+    shutil.rmtree(folder)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
@@ -225,7 +226,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(values, st.text("abc01: -[]{}&*!|>'\"\n#%@`,?", max_size=40))
 def test_yaml_is_what_was_written_or_a_value_error(value: Any, text: str) -> None:
     assert parse_yaml(yaml.safe_dump(value)) == value

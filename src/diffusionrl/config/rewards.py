@@ -62,6 +62,7 @@ class ParityConfig:
     """The CLIP-type model behind "clip"."""
 
     def __post_init__(self) -> None:
+        check_values(self, "rewards.parity.")
         if ":" not in self.attribute and self.attribute not in ATTRIBUTES:
             raise one_of("rewards.parity.attribute", self.attribute, ATTRIBUTES, "; your own is file.py:function")
         own = self.attribute == "clip" or ":" in self.attribute
@@ -87,6 +88,7 @@ class CompositionConfig:
     """Boxes of lower confidence do not count; with 0 every box does, and a hint of an object is worth something."""
 
     def __post_init__(self) -> None:
+        check_values(self, "rewards.composition.")
         require(0 <= self.threshold < 1, f"rewards.composition.threshold must lie in [0, 1), not {self.threshold}")
         require("{object}" in self.query, f"rewards.composition.query must hold {{object}}, not {self.query!r}")
 
@@ -127,6 +129,7 @@ class VLMConfig:
     """The hidden layer that is compared: 40 is bert-score's choice for deberta-xlarge-mnli; -1 is the last."""
 
     def __post_init__(self) -> None:
+        check_values(self, "rewards.vlm.")
         require(self.concurrency >= 1, f"rewards.vlm.concurrency must be at least 1, not {self.concurrency}")
         require(self.timeout > 0, f"rewards.vlm.timeout must be positive, not {self.timeout}")
         require(self.retries >= 0, f"rewards.vlm.retries must not be negative, not {self.retries}")
@@ -156,6 +159,7 @@ class RemoteConfig:
     """Seconds before the first retry; each later one waits twice as long."""
 
     def __post_init__(self) -> None:
+        check_values(self, "rewards.remote.")
         require(self.batch_size >= 1, f"rewards.remote.batch_size must be at least 1, not {self.batch_size}")
         require(self.concurrency >= 1, f"rewards.remote.concurrency must be at least 1, not {self.concurrency}")
         require(self.timeout > 0, f"rewards.remote.timeout must be positive, not {self.timeout}")
@@ -186,6 +190,7 @@ class RewardsConfig:
     remote: RemoteConfig = field(default_factory=RemoteConfig)
 
     def __post_init__(self) -> None:
+        check_values(self, "rewards.")
         require(self.timeout > 0, f"rewards.timeout must be positive, not {self.timeout}")
         require(0 <= self.max_invalid <= 1, f"rewards.max_invalid must lie in [0, 1], not {self.max_invalid}")
         require(self.frames >= 0, f"rewards.frames must not be negative, not {self.frames}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffusionrl.config.checks import check_values
 from diffusionrl.config.rewards import CLIPScoreConfig
 from diffusionrl.errors import require
 
@@ -30,6 +31,7 @@ class OptimizerConfig:
     the weights themselves."""
 
     def __post_init__(self) -> None:
+        check_values(self, "optimizer.")
         require(self.learning_rate > 0, f"optimizer.learning_rate must be positive, not {self.learning_rate}")
         require(0 <= self.schedule_end <= 1, f"optimizer.schedule_end must lie in [0, 1], not {self.schedule_end}")
         require(self.warmup >= 0, f"optimizer.warmup must not be negative, not {self.warmup}")
@@ -59,6 +61,7 @@ class CheckpointConfig:
     """Go on although settings have changed that change the result."""
 
     def __post_init__(self) -> None:
+        check_values(self, "checkpoint.")
         require(self.every >= 1, f"checkpoint.every must be at least 1, not {self.every}")
         require(self.keep >= 2, f"checkpoint.keep must be at least 2, not {self.keep}: one may turn out corrupted")
 
@@ -80,6 +83,7 @@ class EvaluationConfig:
     "none" is none."""
 
     def __post_init__(self) -> None:
+        check_values(self, "evaluation.")
         require(self.every >= 0, f"evaluation.every must not be negative, not {self.every}")
         require(self.num_samples >= 2, f"evaluation.num_samples must be at least 2, not {self.num_samples}")
         require(self.samples_per_prompt >= 1, "evaluation.samples_per_prompt must be at least 1")
@@ -101,6 +105,7 @@ class GuardConfig:
     """Stop there; and export the best weights before any score had fallen, not the last ones."""
 
     def __post_init__(self) -> None:
+        check_values(self, "guard.")
         require(self.noise > 0, f"guard.noise must be positive, not {self.noise}")
         require(self.drop >= 0, f"guard.drop must not be negative, not {self.drop}")
         require(self.patience >= 1, f"guard.patience must be at least 1, not {self.patience}")
@@ -126,6 +131,7 @@ class PretrainingConfig:
     """Images that may turn out not to decode; they are passed over, and one more stops the run."""
 
     def __post_init__(self) -> None:
+        check_values(self, "pretraining.")
         require(self.weight > 0, f"pretraining.weight must be positive, not {self.weight}: an empty source switches it off")
         require(self.batch_size >= 1, f"pretraining.batch_size must be at least 1, not {self.batch_size}")
         require(self.updates >= 1, f"pretraining.updates must be at least 1, not {self.updates}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from diffusionrl.config.checks import check_values
 from diffusionrl.errors import require
 
 Normalisation = Literal["prompt", "batch", "group", "group-mean"]
@@ -33,6 +34,7 @@ class AdvantageConfig:
         return self.normalisation.startswith("group")
 
     def __post_init__(self) -> None:
+        check_values(self, "algorithm.")
         require(self.advantage_clip > 0, f"algorithm.advantage_clip must be positive, not {self.advantage_clip}")
         require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
         require(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffusionrl.config.algorithms.advantages import AdvantageConfig, Normalisation
+from diffusionrl.config.checks import check_values
 from diffusionrl.errors import require
 
 
@@ -22,6 +23,7 @@ class CopySchedule:
         return min(self.start + self.growth * max(0, done - self.flat), self.limit)
 
     def __post_init__(self) -> None:
+        check_values(self, "algorithm.older.")
         require(0 <= self.start <= self.limit < 1, f"a copy's decay must lie in [0, 1), not {self.start} to {self.limit}")
         require(self.growth >= 0 and self.flat >= 0, "a copy's growth and flat steps must not be negative")
 
@@ -242,6 +244,7 @@ class RWRConfig:
         return False
 
     def __post_init__(self) -> None:
+        check_values(self, "algorithm.")
         require(self.inverse_temperature > 0, f"algorithm.inverse_temperature must be positive, not {self.inverse_temperature}")
         require(0 <= self.percentile <= 1, f"algorithm.percentile must lie in [0, 1], not {self.percentile}")
         require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")

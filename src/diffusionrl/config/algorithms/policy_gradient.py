@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffusionrl.config.algorithms.advantages import AdvantageConfig, Normalisation
+from diffusionrl.config.checks import check_values
 from diffusionrl.errors import require
 
 
@@ -25,6 +26,7 @@ class WindowConfig:
     """After how many training steps it moves ("progressive" only)."""
 
     def __post_init__(self) -> None:
+        check_values(self, "algorithm.window.")
         low, high = self.within
         require(self.size >= 0, f"algorithm.window.size must not be negative, not {self.size}")
         require(0 <= low < high <= 1, f"algorithm.window.within must be two rising numbers in [0, 1], not {self.within}")

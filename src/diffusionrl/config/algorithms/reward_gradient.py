@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from diffusionrl.config.checks import check_values
 from diffusionrl.errors import require
 
 
@@ -27,6 +28,7 @@ class RewardGradientConfig:
         """Raises UserError where a sampler of ``count`` denoising steps has not what is to be trained."""
 
     def __post_init__(self) -> None:
+        check_values(self, "algorithm.")
         require(not math.isnan(self.target), "algorithm.target must be a number")
         require(self.reference_weight >= 0, f"algorithm.reference_weight must not be negative, not {self.reference_weight}")
         require(self.micro_batch_size >= 1, f"algorithm.micro_batch_size must be at least 1, not {self.micro_batch_size}")
