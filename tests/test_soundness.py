@@ -234,7 +234,7 @@ def test_a_configuration_with_one_field_changed_is_followed_or_refused(
         kept = {path.relative_to(folder): path for path in folder.rglob("*.safetensors")}
         assert len(kept) == 3, "nothing was written"
     if isinstance(policy, StableDiffusionPolicy):
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         start = policy.start([Prompt("a cat")], [0])

@@ -227,10 +227,11 @@ def test_a_server_that_is_not_there_is_named_before_anything_slow(server: Server
             try_reward(reward, (3, 8, 8), ["a cat"], [{}])
 
 
-def test_only_the_failed_sample_is_invalid(server: Server) -> None:
+@pytest.mark.parametrize("bad", ["{}", "[" * 90_000, json.dumps(yes_answer({"yes": 10**400})), "1" + 90_000 * "0"])
+def test_only_the_failed_sample_is_invalid(server: Server, bad: str) -> None:
     def picky(handler: Handler, request: dict[str, Any]) -> None:
         about_the_dog = "a dog" in request["messages"][0]["content"][1]["text"]
-        send(handler, json.dumps({} if about_the_dog else SURE).encode())
+        send(handler, (bad if about_the_dog else json.dumps(SURE)).encode())
 
     server.behaviour = picky
     scores, counts = ask(server)
@@ -271,7 +272,8 @@ def test_answers_are_kept_by_image_and_question(server: Server, tmp_path: Path) 
     _, other_question = ask(server, cache=cache, ask="Is this {prompt}?")
     _, other_model = ask(server, cache=cache, model="another")
     _, other_images = ask(server, 1 - IMAGES, cache=cache)
-    assert other_question["asked"] == other_model["asked"] == other_images["asked"] == 3
+    _, other_server = ask(server, cache=cache, url=server.url.replace("127.0.0.1", "localhost"))
+    assert other_question["asked"] == other_model["asked"] == other_images["asked"] == other_server["asked"] == 3
 
 
 def test_a_refused_answer_is_not_kept(server: Server, tmp_path: Path) -> None:
