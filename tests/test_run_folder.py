@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from diffusionrl import RunStopped, TrainConfig, UserError, interruption, train
 from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig
+from diffusionrl.evaluation.recent import write_recent
 from diffusionrl.interruption import Interrupted
 from diffusionrl.runs import checkpoint
 from diffusionrl.runs.checkpoint import Checkpoint
@@ -78,6 +80,19 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, name: str) -> None:
         assert found is not None and found.step == 2
         folder.begin(1, CPU)
     assert (tmp_path / name).is_dir()
+
+
+def test_folders_of_others_are_left_alone_while_samples_are_kept(tmp_path: Path) -> None:
+    for name in ("step_x", "step_000001_old", "step_2", "step_000001"):
+        (tmp_path / "recent" / name).mkdir(parents=True)
+    scores = SimpleNamespace(parts={}, valid=[], values=[])
+    write_recent(SimpleNamespace(own=range(0), scores=scores), tmp_path, 9)  # type: ignore[arg-type]
+    assert sorted(path.name for path in (tmp_path / "recent").iterdir()) == [
+        "step_000001_old",
+        "step_000009",
+        "step_2",
+        "step_x",
+    ]
 
 
 def test_one_line_a_step(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ class TrainingState:
         if states.keys() != self.tasks.keys():
             named = [", ".join(filter(None, each)) or "none" for each in (states, self.tasks)]
             raise UserError(f"the run began with other tasks (further ones: {named[0]}; now {named[1]}): choose another --name")
-        self.beginnings.check(found.state["began_from"], self._config.checkpoint.allow_changes)
+        if "began_from" in found.state:  # which an older version did not know
+            self.beginnings.check(found.state["began_from"], self._config.checkpoint.allow_changes)
         for name, task in self.tasks.items():
             task.check(states[name])
         if self.pretraining:
