@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from diffusionrl import devices, interruption
 from diffusionrl.errors import RunStopped, UserError
 
-_LOOK = 1.0  # seconds between two looks at the launcher
+_WATCH, _LOOK = "launcher", 1.0  # a thread, and seconds between two of its looks
 PATIENCE = 600.0  # seconds for which a process waits for the others, beside what a reward may take
 
 
@@ -62,8 +62,8 @@ def start(device: str, reward_timeout: float) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         PartialState(cpu=devices.choose(device) == "cpu", timeout=timedelta(seconds=reward_timeout + PATIENCE))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="launcher").start()
+    if "TORCHELASTIC_RUN_ID" in os.environ and _WATCH not in [thread.name for thread in threading.enumerate()]:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name=_WATCH).start()
 
 
 def _end_with(launcher: int) -> None:
