@@ -26,7 +26,7 @@ class ORW(ForwardProcess):
     def advantages(self, rollout: Rollout) -> Tensor:
         """Weights, of mean 1 over the valid samples."""
         scores = rollout.scores
-        weights = scores.values.clone().zero_()
+        weights = torch.zeros(len(scores.values))
         rewards = scores.values[scores.valid].double()
         weights[scores.valid] = (len(rewards) * (self.config.inverse_temperature * rewards).softmax(0)).float()
         return weights
