@@ -9,6 +9,7 @@ factor changes nothing but the anchor's weight, which is here free of the reward
     diffusionrl train --algorithm.name orw
 """
 
+import torch
 from torch import Tensor
 
 from diffusionrl.algorithms.forward_process import ForwardProcess, Point
