@@ -25,7 +25,7 @@ from diffusionrl.api import _check_shares, train
 from diffusionrl.config import CheckpointConfig, DDPOConfig, EvaluationConfig, PretrainingConfig, SamplingConfig, TrainConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import RunStopped, UserError
-from diffusionrl.policies import EMBEDDED_MODEL, StableDiffusionPolicy
+from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.rewards import as_mixture
 from diffusionrl.runs.checkpoint import load_newest
 from diffusionrl.runs.lines import read_metrics
@@ -127,8 +127,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_two_processes_make_the_run_of_one(folder: Path) -> None:
     for count, name in ((1, "one"), (2, "two")):
-        judge = ("--evaluation.held-out", "clip-score", "--rewards.clip-score.model", str(EMBEDDED_MODEL.parent / "clip"))
-        run(folder, count, *judge, "--run-dir", name)
+        run(folder, count, "--evaluation.held-out", "incompressibility", "--run-dir", name)
     one, two = folder / "one", folder / "two"
     assert torch.equal(weights(one), weights(two))
     assert samples(one) == samples(two)

@@ -36,6 +36,6 @@ def steady_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
         if isinstance(stream, io.TextIOWrapper):
-            with suppress(OSError, ValueError):  # of one that is no longer what it was opened as
+            with suppress(OSError, ValueError):  # a terminal that cannot be flushed
                 stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Steady(stream))
