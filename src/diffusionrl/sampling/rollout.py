@@ -90,13 +90,21 @@ class Rollout:
         """The samples that a process drew at once, batch by batch."""
         return cut(self.shares[process], self.batch_size)
 
+    def middle(self, rows: Tensor) -> int:
+        """The first sample of the second half of the groups that rows of work belong to; 0 where that is one group."""
+        groups = torch.unique(rows[:, 0] // self.group_size)
+        return int(groups[len(groups) // 2]) * self.group_size if len(groups) > 1 else 0
+
     def micro_batches(self, rows: Tensor, size: int, process: int) -> list[Tensor]:
         """A process's rows of work, whose first column is a sample, cut. No micro-batch has rows of two batches in it, so they
-        are the same however many processes share the batches."""
+        are the same however many processes share the batches; nor of two halves of the groups (``middle``)."""
         found: list[Tensor] = []
+        middle = self.middle(rows)
         for batch in self.batches(process):
-            inside = rows[(rows[:, 0] >= batch.start) & (rows[:, 0] < batch.stop)]
-            found += [inside[part] for part in chunks(len(inside), size)]
+            place = min(max(middle, batch.start), batch.stop)
+            for half in (range(batch.start, place), range(place, batch.stop)):
+                inside = rows[(rows[:, 0] >= half.start) & (rows[:, 0] < half.stop)]
+                found += [inside[part] for part in chunks(len(inside), size)]
         return found
 
     def idle_groups(self) -> list[int]:
