@@ -309,7 +309,7 @@ def test_the_reward_is_the_mean_over_the_objects_of_the_prompt(family: str, requ
     found = score(reward, IMAGES, ["a cat next to a dog", "", "an ant"], [{}, {}, {"objects": ["cat"]}])
     by_hand = Detector(folder).confidences(IMAGES[[0, 2]], [["cat", "dog"], ["cat"]])
     assert found.valid.tolist() == [True, False, True]
-    torch.testing.assert_close(found.values[[0, 2]], torch.stack([each.mean() for each in by_hand]))
+    torch.testing.assert_close(found.values[[0, 2]], torch.stack([each.mean() for each in by_hand]).double())
 
 
 def test_models_that_do_not_fit_are_refused(tiny_owl: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def verdicts(found: dict[str, Finding]) -> dict[str, str]:
         CONFIG,
         replace(CONFIG, algorithm=DDPOConfig(variant="sf", updates_per_step=1, normalisation="group")),
         replace(CONFIG, policy=PolicyConfig(training="full"), optimizer=OptimizerConfig(learning_rate=1e-5)),
-        replace(CONFIG, policy=PolicyConfig(dtype="bfloat16", lora_targets="all")),
+        replace(CONFIG, policy=PolicyConfig(dtype="bfloat16", lora_targets=("all",))),
         replace(CONFIG, algorithm=RWRConfig(updates_per_step=3, batch_size=8), rewards=RewardsConfig(normalise=True)),
     ],
     ids=["ddpo", "score function", "full", "bfloat16", "rwr"],

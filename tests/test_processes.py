@@ -126,7 +126,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def test_two_processes_make_the_run_of_one(folder: Path) -> None:
     for count, name in ((1, "one"), (2, "two")):
-        run(folder, count, "--evaluation.held-out", "clip-score", "--run-dir", name)
+        run(folder, count, "--evaluation.held-out", "incompressibility", "--run-dir", name)
     one, two = folder / "one", folder / "two"
     assert torch.equal(weights(one), weights(two))
     assert samples(one) == samples(two)

@@ -115,7 +115,7 @@ def test_a_run_rewrites_its_report_at_every_evaluation_and_at_its_end(
 
     # What it says of the result is true: five lines of plain diffusers draw with what was learned.
     code = code_of(tmp_path / "run" / "report.html")
-    assert "load_lora_weights('run/export')" in code and len(code.splitlines()) == 5
+    assert f"load_lora_weights({str(tmp_path / 'run/export')!r})" in code and len(code.splitlines()) == 5
     (tmp_path / "load.py").write_text(code)
     image = runpy.run_path(str(tmp_path / "load.py"))["image"]
     assert image.size == (32, 32)

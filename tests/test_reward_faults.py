@@ -387,8 +387,9 @@ def test_a_checkpoint_of_other_weights_is_refused(make_policy: Any, tmp_path: Pa
         evaluation=EvaluationConfig(num_samples=2),
     )
     train(config, policy=make_policy(), reward=brightness, prompts=["a cat"])
+    more = replace(config, steps=2, checkpoint=CheckpointConfig(allow_changes=True))
     with pytest.raises(UserError, match="other weights"):
-        train(replace(config, steps=2), policy=make_policy(lora_rank=2), reward=brightness, prompts=["a cat"])
+        train(more, policy=make_policy(lora_rank=2), reward=brightness, prompts=["a cat"])
 
 
 def test_threads_use_the_gpu_of_the_thread_that_made_them(monkeypatch: pytest.MonkeyPatch) -> None:

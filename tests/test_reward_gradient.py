@@ -360,7 +360,7 @@ def test_a_target_that_is_reached_teaches_nothing_and_the_reference_holds(flow: 
     assert anchored.needs_reference and found_gradient(anchored, flow, rollout).any()
     rows = next(anchored.updates(rollout, rollout.scores.values, 0, 1))
     losses, figures = anchored.losses(flow, rollout, rows, torch.ones(len(rows)))
-    torch.testing.assert_close(losses.detach(), 1.0 + figures["policy/distance_from_reference"])
+    torch.testing.assert_close(losses.detach(), 1.0 + figures["policy/distance_from_reference"].double())
     assert (figures["policy/distance_from_reference"] > 0).all()
     assert (figures["reward/differentiated_gap"] < 1e-5).all()
 
@@ -413,7 +413,7 @@ def test_a_built_in_rewards_gradient_is_that_of_its_score(name: str) -> None:
     (gradient,) = torch.autograd.grad(scores.values.sum(), images)
     up, down = (score(reward, images.detach() + sign * 2e-3 * direction, prompts, metadata).values for sign in (1, -1))
     expected = (up - down) / 4e-3
-    torch.testing.assert_close((gradient * direction).flatten(1).sum(1), expected, rtol=0.05, atol=1e-3)
+    torch.testing.assert_close((gradient * direction).flatten(1).sum(1).double(), expected, rtol=0.05, atol=1e-3)
     assert gradient.flatten(1).any(1).all()
 
 
@@ -423,7 +423,7 @@ def test_a_mixture_adds_gradients_and_frames_of_videos_share_one() -> None:
     images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     values = mixture.differentiate(images, ["a", "b"], [{}, {}]).values
     expected = 2 * (lightness(images, [], []) - 0.3) / 0.2 - 0.5 * curved(images, [], [])
-    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(values, expected.double())
     one, other = (torch.autograd.grad(each.sum(), images, retain_graph=True)[0] for each in (values, expected))
     torch.testing.assert_close(one, other)
     video = torch.rand(1, 3, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()

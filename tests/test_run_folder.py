@@ -166,15 +166,16 @@ def test_a_run_and_its_model_are_found_after_both_have_moved(tiny_folder: Path, 
 # Signals
 
 
-def test_a_closed_terminal_is_a_request_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    with interruption.noted():
-        interruption.begin_polling()
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Interrupted, match="SIGHUP"):
-            interruption.check()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+def test_a_closed_terminal_is_a_request_to_save() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        with interruption.noted():
+            interruption.begin_polling()
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(Interrupted, match="SIGHUP"):
+                interruption.check()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
         with interruption.noted():
             os.kill(os.getpid(), signal.SIGHUP)
             interruption.check()

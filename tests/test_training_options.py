@@ -85,7 +85,7 @@ def test_groups_that_score_alike_give_way_to_other_prompts_and_are_counted(make_
         images = trainer.policy.decode(rollout.latents[:, -1], rollout.prompts)
         torch.testing.assert_close(rollout.images, images, rtol=1e-4, atol=1e-4)  # all of a sample came along
         expected = only_dogs_differ(images, [prompt.text for prompt in rollout.prompts], [])
-        torch.testing.assert_close(rollout.scores.values, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rollout.scores.values, expected.double(), rtol=1e-4, atol=1e-4)
         groups = [rollout.prompts[i].text for i in range(0, 8, 2)]
         assert groups == [rollout.prompts[i].text for i in range(1, 8, 2)]
     assert counts[0] > counts[2] >= counts[40] == 0

@@ -72,8 +72,8 @@ def train(
         Interrupted: a signal asked it to save and stop.
     """
     config, reward, prompts = _settle(config, policy, reward, prompts)
-    run_dir = expand(config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S")))
-    run_dir = run_dir.absolute()  # a reward may change the working directory
+    named = expand(config.run_dir or Path("runs") / (config.name or time.strftime("%Y%m%d-%H%M%S")))
+    run_dir = named.absolute()  # a reward may change the working directory
     processes.start(config.policy.device, config.rewards.timeout)
     with interruption.noted(), RunFolder(run_dir, config, keep_report) if processes.is_main() else NoFolder(config) as folder:
         finished = processes.tell(folder.finished)
@@ -93,7 +93,7 @@ def train(
                 raise
     if config.push_to_hub is not None and processes.is_main():
         result = dataclasses.replace(result, not_pushed=_push(run_dir, config.push_to_hub))
-    return result
+    return dataclasses.replace(result, run_dir=named)
 
 
 def _push(run_dir: Path, repo_id: str) -> str | None:
@@ -332,7 +332,7 @@ def _settle(
     if isinstance(reward, str) or (isinstance(reward, list | tuple) and reward and all(isinstance(r, str) for r in reward)):
         config = dataclasses.replace(config, reward=(reward,) if isinstance(reward, str) else tuple(reward))
         reward = None
-    if not (reward is None or callable(reward)):
+    if not (reward is None or isinstance(reward, Mixture) or callable(reward)):
         raise UserError(
             f"reward is a {type(reward).__name__}: give a function (images, prompts, metadata) -> scores, names of rewards, or "
             "a Mixture of several functions"

@@ -121,7 +121,7 @@ class Advantages:
     def _combined(self, rollout: Rollout, keys: Sequence[str]) -> Tensor:
         """The weighted sum of each reward's own advantages, scaled to a standard deviation of 1 over the step. A sample counts
         where all rewards are valid."""
-        scores, total = rollout.scores, torch.zeros_like(rollout.scores.values)
+        scores, total = rollout.scores, torch.zeros(len(rollout.scores.values))
         for name, part in scores.parts.items():
             own = Scores(part.nan_to_num(0.0, 0.0, 0.0), scores.valid)
             total += rollout.reward_weights.get(name, 1.0) * self._relative(own, keys)

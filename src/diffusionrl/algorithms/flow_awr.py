@@ -31,7 +31,7 @@ class FlowAWR(ForwardProcess):
         self.copies["older"] = config.older
 
     def advantages(self, rollout: Rollout) -> Tensor:
-        scores, advantages = rollout.scores, torch.zeros_like(rollout.scores.values)
+        scores, advantages = rollout.scores, torch.zeros(len(rollout.scores.values))
         rewards = scores.values.double()
         spread = rewards[scores.valid].std(correction=0).clamp(min=1e-6) if scores.valid.any() else 1.0
         for indices in members_of([prompt.key for prompt in rollout.prompts]).values():

@@ -9,6 +9,7 @@ factor changes nothing but the anchor's weight, which is here free of the reward
     diffusionrl train --algorithm.name orw
 """
 
+import torch
 from torch import Tensor
 
 from diffusionrl.algorithms.forward_process import ForwardProcess, Point
@@ -26,7 +27,7 @@ class ORW(ForwardProcess):
     def advantages(self, rollout: Rollout) -> Tensor:
         """Weights, of mean 1 over the valid samples."""
         scores = rollout.scores
-        weights = scores.values.clone().zero_()
+        weights = torch.zeros(len(scores.values))
         rewards = scores.values[scores.valid].double()
         weights[scores.valid] = (len(rewards) * (self.config.inverse_temperature * rewards).softmax(0)).float()
         return weights

@@ -36,5 +36,6 @@ def steady_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # a terminal that cannot be flushed
+                stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Steady(stream))
