@@ -108,6 +108,11 @@ def test_noise_alone_has_no_signal() -> None:
     assert signal.walk(-2) == 1
 
 
+def test_a_trend_is_no_noise() -> None:
+    signal = signal_of([{COSINE: 0.01 * step, UPDATES: 1, SAMPLES: 4} for step in range(10)])
+    assert signal is not None and signal.is_seen and signal.error == pytest.approx(0.01 / math.sqrt(2 * 10))
+
+
 def test_few_lines_say_nothing() -> None:
     line = {COSINE: 0.5, UPDATES: 1, SAMPLES: 4}
     assert signal_of([line, line, {"step": 3}]) is None

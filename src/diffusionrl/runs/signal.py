@@ -18,6 +18,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 COSINE = "signal/cosine"
@@ -36,7 +37,7 @@ class Signal:
 
     Attributes:
         cosine: mean over the steps.
-        error: its standard error.
+        error: its standard error, from the differences between one step and the next: a trend is no noise.
         updates: their number.
         samples: in one update.
     """
@@ -78,5 +79,6 @@ def signal_of(lines: Sequence[dict[str, Any]], task: str = "") -> Signal | None:
     cosines = [line[f"{task}{COSINE}"] for line in said]
     updates = sum(int(line[f"{task}{UPDATES}"]) for line in said)
     samples = sum(line[f"{task}{SAMPLES}"] for line in said)
-    error = statistics.stdev(cosines) / math.sqrt(len(cosines))
+    jumps = [(later - earlier) ** 2 for earlier, later in pairwise(cosines)]
+    error = math.sqrt(sum(jumps) / (2 * len(jumps)) / len(cosines))
     return Signal(statistics.fmean(cosines), error, updates, samples / updates)
