@@ -3,6 +3,7 @@
 Where it runs on several processes, every weight costs time, and where it runs on one, every layer.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -84,11 +85,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pipeline"
 
 
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_folder: Path) -> StableDiffusionPipeline:
+    """As it is loaded; to be copied, which takes a tenth of the time."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @pytest.fixture
-def load_tiny(tiny_folder: Path) -> Callable[..., StableDiffusionPipeline]:
+def load_tiny(tiny_pipeline: StableDiffusionPipeline) -> Callable[..., StableDiffusionPipeline]:
     def load(**scheduler_settings: object) -> StableDiffusionPipeline:
-        pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = copy.deepcopy(tiny_pipeline)
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **scheduler_settings)
         return pipeline
 

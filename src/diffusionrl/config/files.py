@@ -1,5 +1,7 @@
 """YAML that people write, within bounds: a file that nests, repeats itself or explodes is refused, not waited for."""
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,11 @@ class _Loader(yaml.SafeLoader):
 
 def parse_yaml(text: str) -> Any:
     """What ``yaml.safe_load`` gives. Raises ValueError, in a line or two, for whatever is wrong with it."""
+    return copy.deepcopy(_parsed(text))
+
+
+@lru_cache(maxsize=16)  # a report reads the same settings again and again, and YAML is slow to read
+def _parsed(text: str) -> Any:
     try:
         loader = _Loader(text)
         try:

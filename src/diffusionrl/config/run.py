@@ -253,11 +253,17 @@ class TrainConfig:
             )
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """The configuration as YAML that ``--config`` reads back, but for the run folder, which is where it lies, and the
-    repository, which another run should not overwrite."""
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as a run records it: but for the run folder, which is where it lies, and the repository, which another
+    run should not overwrite."""
     own = {"name": None, "run_dir": None, "push_to_hub": None}
-    return yaml.safe_dump(plain(dataclasses.asdict(config)) | own, sort_keys=False)
+    settings: dict[str, Any] = plain(dataclasses.asdict(config))
+    return settings | own
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """``settings_of`` as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(settings_of(config), sort_keys=False)
 
 
 def plain(value: Any) -> Any:

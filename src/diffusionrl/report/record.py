@@ -8,8 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diffusionrl.config.files import parse_yaml
 from diffusionrl.errors import UserError
 from diffusionrl.runs.lines import read_metrics
 from diffusionrl.runs.places import is_held
@@ -133,13 +132,13 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is no run folder: it has no config.yaml. Runs are in runs/NAME, or where --run-dir said")
     try:
         config_text = (folder / "config.yaml").read_text()
-        config = yaml.safe_load(config_text)
+        config = parse_yaml(config_text)
         metrics = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
         hours = accumulate(sum(line[key] or 0.0 for key in line if key.endswith(TRAINING)) for line in metrics)
         metrics = [line | {"hours": seconds / 3600} for line, seconds in zip(metrics, hours, strict=True)]
         queries = {int(line["step"]): int(line["queries"]) for line in metrics}
         steps = int(config["steps"])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{folder} cannot be read as a run: {type(error).__name__}: {error}") from error
     evaluations = [
         Evaluated(step, queries[step], samples)

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from diffusionrl.config.files import parse_yaml
 from diffusionrl.runs.hub import is_single_file, local_folder
 from diffusionrl.runs.lines import read_metrics, replace_file
 from diffusionrl.runs.usage import about_of, loading_lines
@@ -49,7 +50,7 @@ def _write(run_dir: Path, step: int) -> None:
         for number, (index, _) in enumerate(prompts):
             for when, folder in folders.items():
                 shutil.copyfile(folder / f"{index:05d}.png", images / f"{when}_{number}.png")
-    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config = parse_yaml((run_dir / "config.yaml").read_text())
     environment = json.loads((run_dir / "env.json").read_text())
     text = make_card(
         config, environment, lines, [prompt for _, prompt in prompts], full=about_of(environment, config)["format"] == "full"

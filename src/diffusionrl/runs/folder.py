@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
 from diffusionrl import devices, processes
 from diffusionrl.config import TrainConfig, to_yaml
+from diffusionrl.config.run import settings_of
 from diffusionrl.errors import RunStopped, UserError
 from diffusionrl.interruption import Interrupted
 from diffusionrl.runs import checkpoint
@@ -213,7 +213,7 @@ class RunFolder:
             raise UserError(f"{self.run_dir} cannot be written to: {error}") from error
 
     def _compare_settings(self) -> None:
-        before, now = flat(read_settings(self.run_dir)), flat(yaml.safe_load(to_yaml(self.config)))
+        before, now = flat(read_settings(self.run_dir)), flat(settings_of(self.config))
         for key in now.keys() - before.keys():  # which an older version did not know
             before[key] = default_of(self.config, key)
         changed = [key for key in sorted(before.keys() | now.keys()) if not same(before.get(key), now.get(key))]
@@ -270,7 +270,7 @@ class RunFolder:
         }
         self._compare_environment(environment)
         replace_file(self.run_dir / "env.json", json.dumps(environment, indent=2) + "\n")
-        settings = flat(yaml.safe_load(to_yaml(self.config)))
+        settings = flat(settings_of(self.config))
         self._mirrors = [Mirror(name, partial(make_tracker, name, self.run_dir, settings)) for name in self.config.track]
         if step is not None:
             self._show()
