@@ -55,7 +55,7 @@ def rollout_of(samples: int, group_size: int, batch_size: int) -> Rollout:
     return Rollout(table, prompts, empty, empty, empty, scores, {}, group_size=group_size, batch_size=batch_size)
 
 
-def halves_of(gradients: Tensor, group_size: int = 1, batch_size: int = 5) -> Halves:
+def halves_of(gradients: Tensor, group_size: int = 1, batch_size: int = 8) -> Halves:
     policy, rollout = Given(gradients), rollout_of(len(gradients), group_size, batch_size)
     rows = torch.arange(len(gradients))[:, None]
     found = accumulate_gradient(Linear(), policy, rollout, rows, torch.ones(len(rows)))[1]  # type: ignore[arg-type]
@@ -68,11 +68,26 @@ def halves_of(gradients: Tensor, group_size: int = 1, batch_size: int = 5) -> Ha
 def test_halves_are_those_of_whole_groups(groups: int, size: int, batch: int, seed: int) -> None:
     """However the samples were drawn in batches and are cut into micro-batches."""
     gradients = torch.randn(groups * size, 5, generator=torch.Generator().manual_seed(seed))
+    rows = torch.arange(len(gradients))[:, None]
+    middle = rollout_of(len(gradients), size, batch).middle(rows, 3)
+    if len(rows) <= min(3, batch):
+        assert middle == 0, "a micro-batch is not cut"
+        return
+    assert 0 < middle < len(rows) and middle % size == 0
     found = halves_of(gradients, size, batch)
-    middle = groups // 2 * size
     first, second = (each.sum(0).double() / len(gradients) for each in (gradients[:middle], gradients[middle:]))
     expected = [(first @ second).item(), (first @ first).item(), (second @ second).item()]
     assert list(found) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_halves_are_whole_batches_where_they_can_be() -> None:
+    """So that an update which is cut as the rollout was computes the same to the bit."""
+    rows = torch.arange(64)[:, None]
+    assert rollout_of(64, 4, 32).middle(rows, 32) == 32
+    assert rollout_of(64, 4, 24).middle(rows, 64) in (24, 48)
+    assert rollout_of(64, 4, 64).middle(rows, 63) == 32
+    assert rollout_of(64, 4, 64).middle(rows, 64) == 0
+    assert rollout_of(64, 4, 30).middle(rows, 8) == 60, "the batch that begins with a group"
 
 
 def test_one_group_has_no_halves() -> None:

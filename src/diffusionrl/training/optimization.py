@@ -112,8 +112,8 @@ class Optimization:
             figures, halves = accumulate_gradient(algorithm, policy, rollout, rows, advantages)
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
             losses = figures.pop("loss")
-            everyone = range(processes.count())
-            ordered = torch.cat([micro for each in everyone for micro in rollout.micro_batches(rows, len(rows), each)])
+            everyone, size = range(processes.count()), algorithm.micro_batch_size
+            ordered = torch.cat([micro for each in everyone for micro in rollout.micro_batches(rows, size, each)])
             if not (norm.isfinite() and losses.isfinite().all()):
                 raise NonFiniteError("the gradient is", rollout, ordered, advantages, losses)
             self.updates += 1
@@ -179,7 +179,7 @@ def accumulate_gradient(
     filler = rows[:1].clone()
     filler[:, 0] = own.start
     weights = _weights(algorithm, policy, rollout, rows, mine, advantages)
-    gradient, middle = Sum(policy.trainable().values()), rollout.middle(rows)
+    gradient, middle = Sum(policy.trainable().values()), rollout.middle(rows, algorithm.micro_batch_size)
     parts: list[dict[str, Tensor]] = []
     for turn in range(max(map(len, shared))):
         check()
@@ -234,16 +234,17 @@ class Sum:
         if not self.precise:
             processes.add_up([parameter.grad for parameter in self.parameters if parameter.grad is not None])
             return None
+        firsts = [
+            self.first[parameter].float() if parameter in self.first else torch.zeros_like(gradient, dtype=torch.float32)
+            for parameter, gradient in self.doubles.items()
+        ]  # which are others than the sums from here on
         processes.add_up(list(self.doubles.values()))
         for parameter, gradient in self.doubles.items():
             parameter.grad = gradient.float()
-        return self._halves() if halved and self.whole and self.doubles else None
+        return self._halves(firsts) if halved and self.whole and self.doubles else None
 
-    def _halves(self) -> Halves:
-        firsts = [
-            self.first[parameter].float() if parameter in self.first else torch.zeros_like(parameter, dtype=torch.float32)
-            for parameter in self.doubles
-        ]
+    def _halves(self, firsts: list[Tensor]) -> Halves:
+        """From the first half of each parameter's gradient."""
         processes.add_up(firsts)
         products = torch.zeros(3, dtype=torch.float64)
         for first, both in zip(firsts, self.doubles.values(), strict=True):
