@@ -146,7 +146,7 @@ def test_every_step_of_a_run_tells(make_policy: Any, tmp_path: Path, algorithm: 
         steps=3,
         prompts_per_step=4,
         samples_per_prompt=2,
-        sampling=SamplingConfig(num_steps=2, guidance=1.0, batch_size=8),
+        sampling=SamplingConfig(num_steps=2, guidance=1.0, batch_size=4),
         algorithm=algorithm,
         evaluation=EvaluationConfig(num_samples=2),
     )
