@@ -27,8 +27,6 @@ from diffusionrl.policies import StableDiffusionPolicy, load_trained
 from diffusionrl.runs import card
 from diffusionrl.runs.card import make_card
 
-pytestmark = pytest.mark.xdist_group("card")  # a fixture made once
-
 VERSIONS = {"diffusionrl": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1"}
 ENVIRONMENT = {"command": ["/opt/bin/diffusionrl", "train", "--steps", "2"], "versions": VERSIONS}
 METRICS = [

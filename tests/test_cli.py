@@ -28,8 +28,6 @@ from diffusionrl.interruption import Interrupted
 from diffusionrl.policies import StableDiffusionPolicy, load_pipeline
 from diffusionrl.runs.checkpoint import complete_steps
 
-pytestmark = pytest.mark.xdist_group("cli")  # a fixture made once
-
 SMALL = ["--steps", "2", "--prompts-per-step", "4", "--samples-per-prompt", "2", "--sampling.num-steps", "4"]
 SMALL += ["--sampling.batch-size", "8"]
 SMALL += ["--algorithm.updates-per-step", "2", "--evaluation.num-samples", "4", "--evaluation.every", "0"]

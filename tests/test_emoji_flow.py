@@ -16,8 +16,6 @@ from diffusionrl.emoji.recipe.flow_quality import draw_samples, kernel_distance,
 from diffusionrl.emoji.recipe.publish import WEIGHTS
 from diffusionrl.emoji.vocabulary import with_article
 
-pytestmark = pytest.mark.xdist_group("emoji_flow")  # a fixture made once
-
 FOLDER = WEIGHTS / "flow"
 CAPTIONS = ["a cat", "a dog and an apple", "a rhinoceros", ""]
 

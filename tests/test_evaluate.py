@@ -25,8 +25,6 @@ from diffusionrl.evaluation.intervals import (
 )
 from diffusionrl.rewards import Mixture
 
-pytestmark = pytest.mark.xdist_group("evaluate")  # a fixture made once
-
 NAN = math.nan
 
 # Intervals

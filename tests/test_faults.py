@@ -32,8 +32,6 @@ from diffusionrl.sampling import rollout
 from diffusionrl.training.state import TrainingState
 from diffusionrl.training.tasks import Task
 
-pytestmark = pytest.mark.xdist_group("processes")  # forked from one server
-
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -79,7 +77,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
 
 @pytest.mark.parametrize(
     "place",
-    ["write:4", "describe:2", "manifest:1", "flush:1", "flush:6", "rename:1", "prune:2", "remove:1"],
+    ["write:4", "manifest:1", "flush:6", "rename:1", "prune:2"],
 )
 def test_a_kill_while_saving(tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any], place: str) -> None:
     assert callable(die_at)
@@ -392,7 +390,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_corrupted_one(
     assert_same(run_dir, undisturbed)
 
 
-@pytest.mark.parametrize("fault", ["1", "6", "11", "17", "20", "25", "17:EROFS"])
+@pytest.mark.parametrize("fault", ["1", "11", "20", "17:EROFS"])
 def test_a_full_or_read_only_disk_stops_the_run_and_loses_nothing(
     tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any], fault: str
 ) -> None:

@@ -32,8 +32,6 @@ from diffusionrl.sampling.rollout import Rollout, predict
 from diffusionrl.training.monitor import compare, paired, read_samples
 from diffusionrl.transitions import SAMPLERS, NoiseLevels, variance_preserving_grid
 
-pytestmark = pytest.mark.xdist_group("processes")  # forked from one server
-
 # Measures
 
 
@@ -342,7 +340,7 @@ def test_a_run_writes_its_measures_and_alarms(watched: Path) -> None:
     checkpoint.verify(checkpoint.folder_of(watched, best))
 
 
-@pytest.mark.parametrize("place", ["write:3", "manifest:2", "prune:2"])
+@pytest.mark.parametrize("place", ["write:3", "prune:2"])
 def test_a_killed_run_is_resumed_to_the_bit_with_the_guard_on(
     tiny_folder: Path, tmp_path: Path, watched: Path, place: str
 ) -> None:

@@ -29,8 +29,6 @@ from diffusionrl.policies.quantization import is_quantized
 from diffusionrl.policies.single_file import look_into
 from diffusionrl.runs.usage import loading_lines
 
-pytestmark = pytest.mark.xdist_group("model_files")  # a fixture made once
-
 QUICK = [
     *("--sampling.num-steps", "2", "--sampling.guidance", "2", "--sampling.batch-size", "2", "--steps", "1"),
     *("--prompts-per-step", "2", "--samples-per-prompt", "2", "--evaluation.num-samples", "2"),

@@ -179,7 +179,7 @@ def test_kto_measures_from_a_gain_of_all_and_never_from_a_loss(flow: PipelinePol
     rows = next(algorithm.updates(rollout, advantages, 0, 1))
     for by in (0.1, -0.1):
         gains = torch.linspace(0, by, len(rows))
-        algorithm.over = lambda rollout, rows, measure, gains=gains: gains  # type: ignore[method-assign, misc]
+        algorithm.over = lambda rows, measure, gains=gains: gains  # type: ignore[method-assign, misc]
         algorithm.weights(flow, rollout, rows, advantages)
         centre = max(0.0, gains.double().mean().item())
         torch.testing.assert_close(slopes[-1], advantages[rows[:, 0]].sign().double() * (gains.double() - centre))

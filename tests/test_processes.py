@@ -34,10 +34,7 @@ from diffusionrl.training.optimization import Optimization
 from diffusionrl.training.state import TrainingState
 from diffusionrl.training.tasks import Task
 
-pytestmark = [
-    pytest.mark.xdist_group("processes"),  # forked from one server
-    pytest.mark.timeout(400),  # starts of several processes on what may be a busy machine
-]
+pytestmark = pytest.mark.timeout(400)  # starts of several processes on what may be a busy machine
 
 SMALL = (
     *("--model", "./tiny", "--policy.device", "cpu", "--steps", "3", "--prompts-per-step", "4", "--samples-per-prompt", "2"),

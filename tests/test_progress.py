@@ -16,8 +16,6 @@ from faults import start, tiny_run
 from diffusionrl.cli import START_AGAIN
 from diffusionrl.runs.progress import Progress
 
-pytestmark = pytest.mark.xdist_group("processes")  # forked from one server
-
 EVALUATION = {"eval/reward": 2.5, "eval/reward_se": 0.25}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -318,22 +319,26 @@ class Counting:
         self.seen = state.get("seen", 0.0)
 
 
-def resumed_and_whole(make_policy: Any, tmp_path: Path, make: Callable[[], Any], needs_groups: bool = False) -> tuple[Any, Any]:
-    """The final weights of a run in two halves and of one in one piece."""
+def whole_and_resumed(make_policy: Any, run_dir: Path, make: Callable[[], Any]) -> tuple[Any, Any]:
+    """The final weights of a run in one piece, and of the same one taken up from its first step."""
+    config = TrainConfig(
+        steps=2,
+        prompts_per_step=4,
+        samples_per_prompt=2,
+        run_dir=run_dir,
+        sampling=SAMPLING,
+        algorithm=DDPOConfig(updates_per_step=2, min_count=1),
+        evaluation=EvaluationConfig(every=0, num_samples=2),
+        checkpoint=CheckpointConfig(every=1, keep=2),
+    )
     final = []
-    for name, halves in (("whole", (2,)), ("halves", (1, 2))):
-        for steps in halves:
-            config = TrainConfig(
-                steps=steps,
-                prompts_per_step=4,
-                samples_per_prompt=2,
-                run_dir=tmp_path / name,
-                sampling=SAMPLING,
-                algorithm=DDPOConfig(updates_per_step=2, min_count=1),
-                evaluation=EvaluationConfig(every=0, num_samples=2),
-            )
-            train(config, policy=make_policy(), reward=lightness, prompts=["a cat", "a dog"], algorithm=make())
-        final.append(load_file(checkpoint.folder_of(tmp_path / name, 2) / "policy.safetensors"))
+    for _ in range(2):
+        train(config, policy=make_policy(), reward=lightness, prompts=["a cat", "a dog"], algorithm=make())
+        last = checkpoint.folder_of(run_dir, 2)
+        final.append(load_file(last / "policy.safetensors"))
+        shutil.rmtree(last)  # as if it had been killed before
+        (run_dir / "finished.json").unlink()
+    assert json.loads((run_dir / "env.json").read_text())["resumed_from_step"] == 1
     return final[0], final[1]
 
 
@@ -358,23 +363,23 @@ def test_the_list_of_algorithms_is_complete() -> None:
 
 
 def test_full_fine_tuning_resumes_exactly(make_policy: Any, tmp_path: Path) -> None:
-    whole, halves = resumed_and_whole(lambda: make_policy(lora_rank=None), tmp_path, ALGORITHMS["ddpo-is"])
-    assert len(whole) > 100 and all(torch.equal(whole[key], halves[key]) for key in whole)
+    whole, resumed = whole_and_resumed(lambda: make_policy(lora_rank=None), tmp_path, ALGORITHMS["ddpo-is"])
+    assert len(whole) > 100 and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_resumes_exactly(make_policy: Any, tmp_path: Path, name: str) -> None:
-    whole, halves = resumed_and_whole(make_policy, tmp_path, ALGORITHMS[name])
-    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    whole, resumed = whole_and_resumed(make_policy, tmp_path, ALGORITHMS[name])
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 def test_an_algorithm_that_forgets_its_state_is_found_out(make_policy: Any, tmp_path: Path) -> None:
     """The test above can fail: it does for an algorithm that has a state and does not save it."""
     for forgets in (False, True):
-        whole, halves = resumed_and_whole(
+        whole, resumed = whole_and_resumed(
             make_policy, tmp_path / str(forgets), lambda forgets=forgets: Counting(ALGORITHMS["ddpo-group"](), forgets)
         )
-        assert all(torch.equal(whole[key], halves[key]) for key in whole) != forgets
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole) != forgets
 
 
 def test_a_checkpoint_of_other_weights_is_refused(make_policy: Any, tmp_path: Path) -> None:

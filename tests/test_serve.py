@@ -29,8 +29,6 @@ from diffusionrl.rewards.http import MAX_REPLY_BYTES, BadAnswer, JSONClient
 from diffusionrl.serving import server as server_module
 from diffusionrl.serving.server import RewardServer
 
-pytestmark = pytest.mark.xdist_group("processes")  # forked from one server
-
 IMAGES = (torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255).round() / 255  # as a PNG holds them
 PROMPTS, NOTHING = ["a", "b", "c", "d", "e"], [{"i": i} for i in range(5)]
 QUICK = RemoteConfig(batch_size=2, timeout=5.0, retries=0, backoff=0.01)

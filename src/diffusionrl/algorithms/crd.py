@@ -45,7 +45,7 @@ class CRD(ForwardProcess):
             older = self.ask(policy, at, policy.copies.used("older"), self.guidance)
             return at.error(older) - at.error(at.ask(policy, self.guidance))
 
-        implied = self.over(rollout, rows, measure).double()
+        implied = self.over(rows, measure).double()
         residual = self.config.beta * (implied - draw_mean(implied, rows)) - advantages[rows[:, 0]].double()
         return (-2 * self.config.beta * (residual - draw_mean(residual, rows))).float()
 

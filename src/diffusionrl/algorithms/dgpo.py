@@ -45,7 +45,7 @@ class DGPO(ForwardProcess):
 
         if len(rows) == 0:
             return torch.zeros(0)
-        own, reference, old = self.over(rollout, rows, measure).double().unbind(1)
+        own, reference, old = self.over(rows, measure).double().unbind(1)
         advantage = advantages[rows[:, 0]].double()
         preference = (self.config.beta * draw_mean(advantage * (own - reference), rows)).sigmoid()
         ratio = (old - own).exp()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl import processes, seeds
+from diffusionrl import seeds
 from diffusionrl.algorithms.advantages import Advantages
 from diffusionrl.algorithms.base import PlainAlgorithm
 from diffusionrl.algorithms.groups import shared_out
@@ -224,15 +224,12 @@ class ForwardProcess(PlainAlgorithm):
         with another:
             return at.ask(policy, guidance)
 
-    def over(self, rollout: Rollout, rows: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
-        """What a look at all of this process's rows gives, in the micro-batches of the update, joined. Without gradient."""
+    def over(self, rows: Tensor, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a look at all of this process's rows gives, in micro-batches, joined. Without gradient."""
         if len(rows) == 0:
             return torch.zeros(0)
-        first = torch.zeros_like(rows[:1])
-        first[:, 0] = rollout.own.start
-        micro = rollout.micro_batches(rows + first, self.micro_batch_size, processes.index())
         with torch.no_grad():
-            return torch.cat([measure(part - first).cpu() for part in micro])
+            return torch.cat([measure(part).cpu() for part in torch.split(rows, self.micro_batch_size)])
 
     def loss(self, point: Point, weights: Tensor) -> Tensor:
         """The loss of each row, (R,), with gradient, but for the distance from the reference.

@@ -50,7 +50,7 @@ class KTO(ForwardProcess):
             reference = at.error(self.ask(policy, at, policy.reference(), self.guidance))
             return reference - at.error(at.ask(policy, self.guidance))
 
-        label, gain = advantages[rows[:, 0]].sign().double(), self.over(rollout, rows, measure).double()
+        label, gain = advantages[rows[:, 0]].sign().double(), self.over(rows, measure).double()
         sums = processes.ask([gain[label != 0].sum().item(), int(label.count_nonzero())])
         total, count = map(sum, zip(*sums, strict=True))
         centre = max(0.0, total / max(1, count))

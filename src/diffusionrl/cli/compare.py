@@ -6,19 +6,45 @@ from pathlib import Path
 
 import tyro
 
+from diffusionrl.errors import require
+
 
 @dataclass(frozen=True)
 class CompareConfig:
     """Several runs on one page; those that differ in the seed alone are taken together."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Two run folders or more."""
+    """Two run folders or more; with --control, one."""
     out: Path = Path("compare.html")
     """The page; one that is there is written over."""
+    control: bool = False
+    """Put a run beside its control: the same training on a reward of noise, in RUN-noise. It is trained first, where it is not
+    there yet."""
 
 
 def run(arguments: Sequence[str]) -> None:
     config = tyro.cli(CompareConfig, args=arguments, prog="diffusionrl compare")
+    runs = [*config.runs, *([_controlled(config.runs)] if config.control else [])]
     from diffusionrl.report.compare_page import write_comparison
 
-    print(f"comparison: {write_comparison(config.runs, config.out)}")
+    print(f"comparison: {write_comparison(runs, config.out)}")
+
+
+def _controlled(runs: Sequence[Path]) -> Path:
+    """The folder of a run's control, which is trained where it must be; what the reward did is printed."""
+    require(len(runs) == 1, f"--control takes one run folder, not {len(runs)}")
+    from diffusionrl.cli.parsing import parse_train, quiet_libraries
+    from diffusionrl.report.record import read_run
+
+    folder = runs[0]
+    read_run(folder)
+    target = folder.resolve().with_name(f"{folder.resolve().name}-noise")
+    settings = parse_train(["--config", str(folder / "config.yaml")], "compare")
+    quiet_libraries()
+    from diffusionrl.api import train
+    from diffusionrl.report.control import control_of, effects, table
+
+    train(control_of(settings, target))
+    run, control = read_run(folder), read_run(target)
+    print(f"\nchange of each score since before training, mean ± 95 %\n{table(effects(run, control), run, control)}")
+    return target

@@ -42,8 +42,8 @@ def check_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages: T
     decoded_before = trainer.policy.decode(rollout.latents[:1, -1], rollout.prompts[:1])
     handle = optimization.adamw.register_step_pre_hook(note)
     try:
-        figures, norm = optimization.update(trainer.algorithm, trainer.policy, rollout, rows, advantages)
-        later, _ = optimization.update(trainer.algorithm, trainer.policy, rollout, rows, advantages)
+        figures, norm, _ = optimization.update(trainer.algorithm, trainer.policy, rollout, rows, advantages)
+        later, _, _ = optimization.update(trainer.algorithm, trainer.policy, rollout, rows, advantages)
     except NonFiniteError as error:
         remedy = "try policy.dtype float32, a lower optimizer.learning_rate, and sampling.eta above 0"
         yield Finding("fail", "gradient", f"{error} not finite", remedy)

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from diffusionrl.report.page import (
 )
 from diffusionrl.report.record import Evaluated, Run, Sample, read_run, time_unit
 from diffusionrl.report.thumbnails import data_uri
+from diffusionrl.runs.signal import COSINE, Signal, signal_of
 from diffusionrl.runs.usage import about_of, loading_lines
 
 MAX_TILES = 48
@@ -143,11 +145,31 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
             rates = signed(1000 * gain.value / queries), f"{signed(gain.value / hours)} per hour of training"
             figures.append(("gain per 1,000 queries", *rates))
     figures.append(("queries", f"{queries:,}", "rewards computed for training"))
+    figures += [_signal(signal) for signal in [signal_of(run.metrics)] if signal is not None]
     figures.append(("training time", duration(hours), _seconds_a_step(run)))
     invalid = sum(value or 0 for value in run.column("reward/invalid")[1])
     if invalid:
         figures.append(("invalid", f"{invalid:,.0f}", "samples of training without a score"))
     return figures
+
+
+def _signal(signal: Signal) -> tuple[str, str, str]:
+    """How much of what the run moved is noise."""
+    if not signal.is_seen:
+        return "random walk", "all of it?", f"no signal is seen in {signal.updates:,} updates: halves agree by chance"
+    low, high = (f"{100 * signal.walk(sigmas):.0f}" for sigmas in (2, -2))
+    said = f"of what {signal.updates:,} updates moved ({low} to {high}); half at {signal.needed:,.0f} samples"
+    return "random walk", f"{100 * signal.walk():.0f} %", said
+
+
+def _signal_chart(run: Run, task: str, marks: list[float]) -> Chart | None:
+    """How far the two halves of each update agree, and their mean so far."""
+    lines, values = run.column(f"{task}{COSINE}")
+    queries, known = [line["queries"] for line in lines], [value or 0.0 for value in values]
+    means = [total / count for count, total in enumerate(accumulate(known), 1)]
+    drawn = [Line("of a step", queries, values, faint=True), Line("mean so far", queries, means, colour=6)]
+    note = "cosine of the gradients of two halves of an update's groups: 0 is a random walk"
+    return draw(f"signal {task.removesuffix('/')}".strip(), "queries", drawn, note, marks, from_zero=True)
 
 
 def _seconds_a_step(run: Run) -> str:
@@ -189,6 +211,7 @@ def _main_charts(run: Run, marks: list[float]) -> list[Chart]:
         summed = (run.config.get("algorithm") or {}).get("logprob_reduction") == "sum"
         unit = "denoising step" if summed else "latent dimension"
         charts.append(draw("approximate KL", "queries", [line], f"of a step's updates from its rollout, nats a {unit}", marks))
+    charts += [_signal_chart(run, task, marks) for task in ("", *(f"{name}/" for name in run.tasks()))]
     parts = ["rollout", "reward", "update", *(["pretraining"] if run.column("time/pretraining")[0] else [])]
     times = [_line(run, f"time/{part}", part, colour=i) for i, part in enumerate(parts)]
     charts.append(
@@ -207,6 +230,7 @@ def _other_charts(run: Run, marks: list[float]) -> list[Chart]:
         "eval/reward",
         *run.scores(),
         *(f"{task}/reward/mean" for task in run.tasks()),
+        *(f"{task}{COSINE}" for task in ("", *(f"{name}/" for name in run.tasks()))),
         *([KL] if any(run.column(KL)[1]) else []),
     }
     keys = dict.fromkeys(key for line in run.metrics for key in line)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusionrl.config import TrainConfig
+from diffusionrl.runs.signal import COSINE, SAMPLES, UPDATES, signal_of
 
 PATIENCE = 3
 """Steps in a row that a rule must find wrong: one batch may be so by chance."""
@@ -27,6 +28,9 @@ CLIPPED = 0.5
 LONGER = 1.15
 """Length of a prediction relative to the reference model's: regressions and preferences have been seen to inflate it by 5 to
 15 %."""
+
+WALK = 0.8
+"""Share of the weights' squared displacement that is random walk."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,12 @@ class Watch:
         self._streaks: dict[str, int] = {}
         self._raised: set[str] = set()
         self._largest_std = 0.0
+        self._signals: list[dict[str, Any]] = []
 
     def see(self, line: dict[str, Any]) -> list[Alarm]:
         """The alarms that this line raises."""
         found = []
+        self._signals.append({key: line[key] for key in (COSINE, UPDATES, SAMPLES) if key in line})
         for kind, patience, message in self._judge(line):
             if message is None:
                 self._streaks[kind] = 0
@@ -96,6 +102,8 @@ class Watch:
             yield "policy-still", 1, None if constant else self._unmoved(line["step"], distance)
         if line.get("eval/prediction_norm") is not None:
             yield "longer-predictions", 1, self._longer(line["eval/prediction_norm"])
+        if any(key.endswith("_from_peak") for key in line):
+            yield "drifting", 1, None if constant else self._drifting(line)
         for key in line:
             if key.startswith("policy/decay_of_"):
                 yield f"copy-{key.removeprefix('policy/decay_of_')}", PATIENCE, None if constant else self._copy(line, key)
@@ -186,6 +194,20 @@ class Watch:
             "algorithm.reference_weight or kl_weight, or lower optimizer.learning_rate"
         )
 
+    def _drifting(self, line: dict[str, Any]) -> str | None:
+        """Scores fall though nothing pushes them, as weights that move at random make worse images."""
+        signal, name = signal_of(self._signals), fallen_score(line)
+        if signal is None or name is None or (signal.is_seen and signal.walk() < WALK):
+            return None
+        if signal.is_seen:
+            moved = f"{signal.walk():.0%} of what {signal.updates:,} updates moved is random walk"
+        else:
+            moved = f"no signal is seen in {signal.updates:,} updates, whose halves agree by chance"
+        return (
+            f"{name} falls, and {moved}: that is drift. Lower optimizer.learning_rate, raise the samples of a step (now "
+            f"{signal.samples:,.0f} an update), or lower sampling.guidance, under which samples differ little"
+        )
+
     def _copy(self, line: dict[str, Any], key: str) -> str | None:
         """A copy that lags behind must differ from the policy once there were updates."""
         name = key.removeprefix("policy/decay_of_")
@@ -205,3 +227,14 @@ class Watch:
             f"{share:.0%} of the ratios are beyond the clip range, where they teach nothing: "
             "lower optimizer.learning_rate or algorithm.updates_per_step"
         )
+
+
+def fallen_score(line: dict[str, Any]) -> str | None:
+    """The held-out score that is below its peak by more than two standard errors; of several, the one that is so by most."""
+    found = {}
+    for key, difference in line.items():
+        error = line.get(f"{key}_se")
+        if key.startswith("eval/") and key.endswith("_from_peak") and difference is not None and error:
+            found[key.removeprefix("eval/").removesuffix("_from_peak")] = difference / error
+    worst = min(found, key=lambda name: found[name], default=None)
+    return worst if worst is not None and found[worst] < -2 else None

@@ -15,7 +15,7 @@ from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture, surroundings
-from diffusionrl.rewards.base import are_whole, broken_image
+from diffusionrl.rewards.base import are_whole, broken_image, gather_scores
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
 
 Needs = Literal["trajectories", "means", "endpoints"]
@@ -90,13 +90,27 @@ class Rollout:
         """The samples that a process drew at once, batch by batch."""
         return cut(self.shares[process], self.batch_size)
 
+    def middle(self, rows: Tensor, size: int) -> int:
+        """The first sample of the second half of the groups that rows of work belong to; if it can be, where a batch begins. 0
+        where there is one group, or one micro-batch, which is not cut for this."""
+        groups = torch.unique(rows[:, 0] // self.group_size) * self.group_size
+        starts = [batch.start for process in range(processes.count()) for batch in self.batches(process)]
+        if len(groups) < 2 or (len(starts) == 1 and len(rows) <= size):
+            return 0
+        middle = int(groups[len(groups) // 2])
+        fitting = [start for start in starts if start % self.group_size == 0 and groups[0] < start <= groups[-1]]
+        return min(fitting, key=lambda start: abs(start - middle), default=middle)
+
     def micro_batches(self, rows: Tensor, size: int, process: int) -> list[Tensor]:
         """A process's rows of work, whose first column is a sample, cut. No micro-batch has rows of two batches in it, so they
-        are the same however many processes share the batches."""
+        are the same however many processes share the batches; nor of two halves of the groups (``middle``)."""
         found: list[Tensor] = []
+        middle = self.middle(rows, size)
         for batch in self.batches(process):
-            inside = rows[(rows[:, 0] >= batch.start) & (rows[:, 0] < batch.stop)]
-            found += [inside[part] for part in chunks(len(inside), size)]
+            place = min(max(middle, batch.start), batch.stop)
+            for half in (range(batch.start, place), range(place, batch.stop)):
+                inside = rows[(rows[:, 0] >= half.start) & (rows[:, 0] < half.stop)]
+                found += [inside[part] for part in chunks(len(inside), size)]
         return found
 
     def idle_groups(self) -> list[int]:
@@ -379,12 +393,3 @@ def metadata_of(prompts: Sequence[Prompt], sampling_rate: int | None = None) -> 
     if sampling_rate is None:
         return [prompt.metadata for prompt in prompts]
     return [prompt.metadata | {"sampling_rate": sampling_rate} for prompt in prompts]
-
-
-def gather_scores(own: Scores, shares: Sequence[range]) -> Scores:
-    """The scores of all processes, in the order of the samples; what a reward says on one of them, all know."""
-    errors = [error for error in processes.ask(own.error) if error]
-    sizes = list(map(len, shares))
-    values, valid = processes.gather(own.values, sizes), processes.gather(own.valid, sizes)
-    parts = {name: processes.gather(part, sizes) for name, part in own.parts.items()}
-    return Scores(values, valid, errors[-1] if errors else None, parts)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -80,6 +81,19 @@ def scheduled(config: OptimizerConfig, done: float, updates: int) -> float:
     return config.learning_rate * fallen * min(1.0, updates / max(1, config.warmup))
 
 
+class Halves(NamedTuple):
+    """Of the gradients of an update's two halves.
+
+    Attributes:
+        product: of one with the other.
+        first, second: of each with itself.
+    """
+
+    product: float
+    first: float
+    second: float
+
+
 class Optimization:
     """AdamW on named parameters, with a count of its updates, which is all that the warm-up depends on.
 
@@ -100,21 +114,22 @@ class Optimization:
 
     def update(
         self, algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
-    ) -> tuple[dict[str, Tensor], float]:
+    ) -> tuple[dict[str, Tensor], float, Halves | None]:
         """One optimizer step on the mean loss over the rows.
 
         Returns:
-            The algorithm's figures, one number a row; and the norm of the gradient before it was clipped.
+            The algorithm's figures, one number a row; the norm of the gradient before it was clipped; and how far its halves
+            agree.
 
         Raises:
             NonFiniteError: instead of the step, or after one that made weights or moments of the optimizer infinite.
         """
         try:
-            figures = accumulate_gradient(algorithm, policy, rollout, rows, advantages)
+            figures, halves = accumulate_gradient(algorithm, policy, rollout, rows, advantages)
             norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
             losses = figures.pop("loss")
-            everyone = range(processes.count())
-            ordered = torch.cat([micro for each in everyone for micro in rollout.micro_batches(rows, len(rows), each)])
+            everyone, size = range(processes.count()), algorithm.micro_batch_size
+            ordered = torch.cat([micro for each in everyone for micro in rollout.micro_batches(rows, size, each)])
             if not (norm.isfinite() and losses.isfinite().all()):
                 raise NonFiniteError("the gradient is", rollout, ordered, advantages, losses)
             self.updates += 1
@@ -131,7 +146,7 @@ class Optimization:
                 raise NonFiniteError("the weights after the update are", rollout, ordered, advantages, losses)
         finally:
             self.adamw.zero_grad()
-        return figures, norm.item()
+        return figures, norm.item(), halves
 
     def rms(self, norm: float) -> float:
         """The root mean square of a gradient of this norm, as AdamW gets it: clipped."""
@@ -166,7 +181,7 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 def accumulate_gradient(
     algorithm: Objective, policy: Policy, rollout: Rollout, rows: Tensor, advantages: Tensor
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Halves | None]:
     """Add the gradient of the mean loss over all rows, in micro-batches; how they are cut changes only rounding.
 
     Every process runs over its own rows, in as many passes as the others (with a row that does not count where it has none
@@ -174,14 +189,15 @@ def accumulate_gradient(
     does not matter: Adam would make much of their rounding.
 
     Returns:
-        The algorithm's figures and the "loss", one number a row, process by process, as in ``Rollout.micro_batches``.
+        The algorithm's figures and the "loss", one number a row, process by process, as in ``Rollout.micro_batches``; and how
+        far the gradients of the two halves of the groups agree, where there are two.
     """
     shared = [rollout.micro_batches(rows, algorithm.micro_batch_size, process) for process in range(processes.count())]
     own, mine = rollout.own, shared[processes.index()]
     filler = rows[:1].clone()
     filler[:, 0] = own.start
     weights = _weights(algorithm, policy, rollout, rows, mine, advantages)
-    gradient = Sum(policy.trainable().values())
+    gradient, middle = Sum(policy.trainable().values()), rollout.middle(rows, algorithm.micro_batch_size)
     parts: list[dict[str, Tensor]] = []
     for turn in range(max(map(len, shared))):
         check()
@@ -190,11 +206,11 @@ def accumulate_gradient(
         losses, figures = algorithm.losses(policy, rollout, micro, weights[turn] if turn < len(mine) else torch.zeros(1))
         counted = len(micro) if turn < len(mine) else 0
         (losses[:counted].sum() / len(rows) + 0 * losses[counted:].sum()).backward()  # type: ignore[no-untyped-call]
-        gradient.take()
+        gradient.take(first=turn < len(mine) and bool(micro[0, 0] + own.start < middle))
         parts.append({key: each[:counted] for key, each in (figures | {"loss": losses.detach()}).items()})
-    gradient.give()
+    halves = gradient.give(halved=middle > 0)
     sizes = [sum(map(len, each)) for each in shared]
-    return {key: processes.gather(torch.cat([part[key] for part in parts]), sizes) for key in parts[0]}
+    return {key: processes.gather(torch.cat([part[key] for part in parts]), sizes) for key in parts[0]}, halves
 
 
 @torch.no_grad()
@@ -212,23 +228,44 @@ class Sum:
     """Of gradients, over micro-batches and processes. Sharded weights add up their own."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self.parameters = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        everything = list(parameters)
+        self.parameters = [parameter for parameter in everything if not isinstance(parameter, DTensor)]
         self.doubles: dict[torch.nn.Parameter, Tensor] = {}
+        self.first: dict[torch.nn.Parameter, Tensor] = {}
         self.precise = sum(parameter.numel() for parameter in self.parameters) <= FEW
+        self.whole = len(self.parameters) == len(everything)
 
-    def take(self) -> None:
-        """The gradients of a micro-batch."""
-        if self.precise:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    gradient, parameter.grad = in_double(parameter.grad), None
-                    self.doubles[parameter] = self.doubles[parameter] + gradient if parameter in self.doubles else gradient
+    def take(self, first: bool) -> None:
+        """The gradients of a micro-batch; those of the first half of the groups come first."""
+        if not self.precise:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                gradient, parameter.grad = in_double(parameter.grad), None
+                self.doubles[parameter] = self.doubles[parameter] + gradient if parameter in self.doubles else gradient
+        if first:
+            self.first = dict(self.doubles)
 
-    def give(self) -> None:
-        """Their sum over all processes becomes the gradient."""
+    def give(self, halved: bool) -> Halves | None:
+        """Their sum over all processes becomes the gradient. Returns how far its halves agree; None where there
+        are more weights than are added up here."""
         if not self.precise:
             processes.add_up([parameter.grad for parameter in self.parameters if parameter.grad is not None])
-            return
+            return None
+        firsts = [
+            self.first[parameter].float() if parameter in self.first else torch.zeros_like(gradient, dtype=torch.float32)
+            for parameter, gradient in self.doubles.items()
+        ]  # which are others than the sums from here on
         processes.add_up(list(self.doubles.values()))
         for parameter, gradient in self.doubles.items():
             parameter.grad = gradient.float()
+        return self._halves(firsts) if halved and self.whole and self.doubles else None
+
+    def _halves(self, firsts: list[Tensor]) -> Halves:
+        """From the first half of each parameter's gradient."""
+        processes.add_up(firsts)
+        products = torch.zeros(3, dtype=torch.float64)
+        for first, both in zip(firsts, self.doubles.values(), strict=True):
+            one, other = in_double(first), both - in_double(first)
+            products += torch.stack([(one * other).sum(), (one * one).sum(), (other * other).sum()]).cpu()
+        return Halves(*products.tolist())

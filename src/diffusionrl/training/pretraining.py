@@ -51,7 +51,7 @@ class Pretraining:
             draws = [seeds.address(self.config.seed, "pretraining", step, i) for i in indices]
             rows = torch.stack([torch.arange(len(draws)), torch.tensor(draws)], 1)
             weights = torch.full((len(draws),), settings.weight)
-            figures, norm = optimization.update(self, policy, self.batch(policy, step, indices), rows, weights)
+            figures, norm, _ = optimization.update(self, policy, self.batch(policy, step, indices), rows, weights)
             losses.append(figures["pretraining/loss"].mean().item())
             norms.append(norm)
         share_broken(self.pairs, settings.max_broken, MAX_BROKEN)

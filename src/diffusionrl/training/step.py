@@ -1,5 +1,6 @@
 """One training step: sample, score, weigh and update, for every task in turn."""
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,8 +15,9 @@ from diffusionrl.config import TrainConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.evaluation import recent
 from diffusionrl.policies.base import Policy
+from diffusionrl.runs.signal import COSINE, SAMPLES, UPDATES
 from diffusionrl.sampling.rollout import Rollout, collect, make_table
-from diffusionrl.training.optimization import Optimization
+from diffusionrl.training.optimization import Halves, Optimization
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.tasks import Task
 
@@ -131,11 +133,16 @@ class TrainingStep:
     def _update(self, task: Task, rollout: Rollout, advantages: Tensor, step: int) -> dict[str, float]:
         logged: dict[str, list[Tensor]] = {}
         norms: list[float] = []
+        halves: list[Halves] = []
+        samples = 0
         first: dict[str, float] = {}
         for rows in task.algorithm.updates(rollout, advantages, task.seed, step):
             if len(rows) == 0:
                 continue
-            figures, norm = self.optimization.update(task.algorithm, self.policy, rollout, rows, advantages)
+            figures, norm, agreement = self.optimization.update(task.algorithm, self.policy, rollout, rows, advantages)
+            if agreement is not None:
+                halves.append(agreement)
+                samples += len(torch.unique(rows[:, 0]))
             self._average()
             gap = figures.pop("ratio_gap", None)
             if gap is not None:
@@ -145,4 +152,12 @@ class TrainingStep:
             norms.append(norm)
         means = {key: torch.cat(values).nanmean().item() for key, values in logged.items()}
         norm = sum(norms) / max(1, len(norms))
-        return first | means | {"grad_norm": norm, "grad_rms": self.optimization.rms(norm)}
+        return first | means | _signal(halves, samples) | {"grad_norm": norm, "grad_rms": self.optimization.rms(norm)}
+
+
+def _signal(halves: Sequence[Halves], samples: int) -> dict[str, float]:
+    """What the halves of a step's updates, made of so many samples, say; see ``runs/signal.py``."""
+    product, first, second = (sum(column) for column in zip(*halves, strict=True)) if halves else (0.0, 0.0, 0.0)
+    if first * second == 0:  # none, or no gradient
+        return {}
+    return {COSINE: product / math.sqrt(first * second), UPDATES: len(halves), SAMPLES: samples}
