@@ -33,7 +33,7 @@ def test_a_family_learns(tmp_path: Path, preset: str, name: str, settings: dict[
         reward=(reward,),
         steps=steps,
         run_dir=tmp_path / "run",
-        evaluation=EvaluationConfig(every=0, num_samples=24),
+        evaluation=EvaluationConfig(every=0, num_samples=16),
     )
     train(config)
     last = read_metrics(tmp_path / "run")[-1]

@@ -22,7 +22,6 @@ SMALL = [
 CLIPPED = ["--algorithm.updates-per-step", "1", "--algorithm.normalisation", "group"]
 ALGORITHMS = {
     "ddpo": CLIPPED,
-    "diffusionrl": ["--algorithm.timesteps-per-step", "1"],
     "rwr": ["--algorithm.updates-per-step", "2", "--algorithm.batch-size", "4"],
 }
 BRIGHTNESS = """

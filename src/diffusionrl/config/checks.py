@@ -15,7 +15,7 @@ LARGEST = 10**9
 """Of counts: more is a slip of the keyboard."""
 _MOST_SECONDS = 10**7
 _ANY_SIZE = ("seed",)
-_MAY_BE_INFINITE = ("max_grad_norm", "target", "advantage_clip", "clip_range")  # no bound, then
+_MAY_BE_INFINITE = ("max_grad_norm", "target", "advantage_clip", "clip_range", "divergence")  # no bound, then
 _SECONDS = ("timeout", "backoff", "wait")
 
 

@@ -16,7 +16,7 @@ from diffusionrl.data.media import stills, write_inputs, write_sample
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores, as_mixture
-from diffusionrl.rewards.base import gather_scores
+from diffusionrl.sampling.gathering import gather_scores
 from diffusionrl.sampling.rollout import Needs, Rollout, collect, metadata_of
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusionrl import processes
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, clean, describe, require
 from diffusionrl.paths import expand
@@ -82,15 +81,6 @@ class Scores:
         values, valid = torch.cat([each.values for each in scores]), torch.cat([each.valid for each in scores])
         parts = {name: torch.cat([each.parts[name] for each in scores]) for name in scores[0].parts}
         return Scores(values, valid, errors[-1] if errors else None, parts)
-
-
-def gather_scores(own: Scores, shares: Sequence[range]) -> Scores:
-    """The scores of all processes, in the order of the samples; what a reward says on one of them, all know."""
-    errors = [error for error in processes.ask(own.error) if error]
-    sizes = list(map(len, shares))
-    values, valid = processes.gather(own.values, sizes), processes.gather(own.valid, sizes)
-    parts = {name: processes.gather(part, sizes) for name, part in own.parts.items()}
-    return Scores(values, valid, errors[-1] if errors else None, parts)
 
 
 class NothingSeen(UserError):

@@ -15,7 +15,8 @@ from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.base import Policy, chunks
 from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture, surroundings
-from diffusionrl.rewards.base import are_whole, broken_image, gather_scores
+from diffusionrl.rewards.base import are_whole, broken_image
+from diffusionrl.sampling.gathering import gather_scores
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
 
 Needs = Literal["trajectories", "means", "endpoints"]
