@@ -33,13 +33,12 @@ def run(arguments: Sequence[str]) -> None:
 def _controlled(runs: Sequence[Path]) -> Path:
     """The folder of a run's control, which is trained where it must be; what the reward did is printed."""
     require(len(runs) == 1, f"--control takes one run folder, not {len(runs)}")
-    from diffusionrl.cli.parsing import parse_train, quiet_libraries
+    from diffusionrl.cli.parsing import parse_run, quiet_libraries
     from diffusionrl.report.record import read_run
 
     folder = runs[0]
-    read_run(folder)
     target = folder.resolve().with_name(f"{folder.resolve().name}-noise")
-    settings = parse_train(["--config", str(folder / "config.yaml")], "compare")
+    settings = parse_run(folder)
     quiet_libraries()
     from diffusionrl.api import train
     from diffusionrl.report.control import control_of, effects, table

@@ -1,13 +1,12 @@
 """``diffusionrl export``."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from diffusionrl.cli.parsing import parse_train, quiet_libraries
+from diffusionrl.cli.parsing import parse_run, quiet_libraries
 from diffusionrl.errors import UserError
 from diffusionrl.paths import expand, is_there
 
@@ -27,16 +26,11 @@ class ExportConfig:
 def run(arguments: Sequence[str]) -> None:
     asked = tyro.cli(ExportConfig, args=arguments, prog="diffusionrl export")
     run_dir, out = expand(asked.run), expand(asked.out)
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is no run: it has no config.yaml")
+    config = parse_run(run_dir)
     if is_there(out):
         raise UserError(f"{out} exists: choose another --out")
-    config = parse_train(["--config", str(run_dir / "config.yaml")])
     quiet_libraries()
     from diffusionrl.policies.trained import export_checkpoint
-    from diffusionrl.runs.places import read_settings
 
-    settings = read_settings(run_dir)  # with the places of what has moved
-    config = dataclasses.replace(config, model=str(settings["model"]), model_config=settings.get("model_config"))
     step = export_checkpoint(run_dir, config, asked.step, out)
     print(f"weights of step {step}: {out}")

@@ -69,6 +69,21 @@ def _preset_of(model: str | None) -> str:
     return model if model in PRESETS and PRESETS[model]().model == model else "emoji"
 
 
+def parse_run(run_dir: Path) -> TrainConfig:
+    """The settings of a run, with the places of what has moved along with it.
+
+    Raises:
+        UserError: it is no run folder, or its settings cannot be read.
+    """
+    from diffusionrl.runs.places import read_settings
+
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is no run folder: it has no config.yaml")
+    config, settings = parse_train(["--config", str(run_dir / "config.yaml")]), read_settings(run_dir)
+    moved = {name: settings.get(name, getattr(config, name)) for name in ("model", "model_config", "prompts")}
+    return dataclasses.replace(config, **moved)
+
+
 def take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
     """Remove ``option VALUE`` or ``option=VALUE`` from the arguments."""
     for index, argument in enumerate(arguments):

@@ -252,14 +252,18 @@ class Sum:
         if not self.precise:
             processes.add_up([parameter.grad for parameter in self.parameters if parameter.grad is not None])
             return None
-        firsts = [
-            self.first[parameter].float() if parameter in self.first else torch.zeros_like(gradient, dtype=torch.float32)
-            for parameter, gradient in self.doubles.items()
-        ]  # which are others than the sums from here on
+        firsts = self._firsts() if halved and self.whole and self.doubles else []
         processes.add_up(list(self.doubles.values()))
         for parameter, gradient in self.doubles.items():
             parameter.grad = gradient.float()
-        return self._halves(firsts) if halved and self.whole and self.doubles else None
+        return self._halves(firsts) if firsts else None
+
+    def _firsts(self) -> list[Tensor]:
+        """The first half of each gradient; adding up changes the tensors that it is in."""
+        return [
+            self.first[parameter].float() if parameter in self.first else torch.zeros_like(gradient, dtype=torch.float32)
+            for parameter, gradient in self.doubles.items()
+        ]
 
     def _halves(self, firsts: list[Tensor]) -> Halves:
         """From the first half of each parameter's gradient."""
