@@ -12,7 +12,7 @@ demo: $(READY)  ## train the embedded model with DDPO on JPEG compressibility
 	$(BIN)/diffusionrl train --name demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(READY)  ## the test suite, a process a core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ parts it loads LoRA files, those among them. Adapters run beside their layers, a
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class PipelinePolicy:
         lora_alpha: float | None = None,
     ) -> None:
         self.source, self.pipeline, self.device, self.dtype = source, pipeline, torch.device(device), dtype
-        self._files = {"weights": fingerprint_of(pipeline.components), **(files or {})}
+        self._files = files or {}
         switches = {"gradient_checkpointing": gradient_checkpointing, "offload_text_encoders": offload_text_encoders}
         self.settings = describe(lora_rank, lora_alpha, lora_targets, dtype, device, lora, reference, networks, **switches)
         self.example, self._guidance = example or Prompt("a photograph"), guidance
@@ -213,6 +214,11 @@ class PipelinePolicy:
 
     # The policy
 
+    @cached_property
+    def _weights(self) -> str:
+        """Of the model before training, if it is asked for before."""
+        return fingerprint_of(self.pipeline.components)
+
     @property
     def about(self) -> dict[str, Any]:
         schedule = self.asked.listener.schedule
@@ -228,6 +234,7 @@ class PipelinePolicy:
             "calls": list(self.asked.ways),
             "arguments": self.asked.arguments,
             "distilled": distillation(self.pipeline, self.source),
+            "weights": self._weights,
             **self._files,
             "makes": kind_of(self.sample_shape),
         }

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class StableDiffusionPolicy:
         offload_text_encoders: bool = False,
         lora_alpha: float | None = None,
     ) -> None:
-        self.source, self._files = source, {"weights": fingerprint_of(pipeline.components), **(files or {})}
+        self.source, self._files = source, files or {}
         switches = {"gradient_checkpointing": gradient_checkpointing, "offload_text_encoders": offload_text_encoders}
         self.settings = describe(lora_rank, lora_alpha, lora_targets, dtype, device, lora, reference, (), **switches)
         self.pipeline, self.unet, self.device, self.dtype = pipeline, pipeline.unet, torch.device(device), dtype
@@ -127,9 +128,14 @@ class StableDiffusionPolicy:
             self._alphas_cumprod, num_steps, self._spacing, self._steps_offset, self._final_alpha_cumprod
         )
 
+    @cached_property
+    def _weights(self) -> str:
+        """Of the model before training, if it is asked for before."""
+        return fingerprint_of(self.pipeline.components)
+
     @property
     def about(self) -> dict[str, Any]:
-        return ABOUT_STABLE_DIFFUSION | {"format": "lora" if self._adapted else "full", **self._files}
+        return ABOUT_STABLE_DIFFUSION | {"format": "lora" if self._adapted else "full", "weights": self._weights, **self._files}
 
     def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
         drawn = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(each)) for each in addresses]
