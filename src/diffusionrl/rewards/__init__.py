@@ -1,8 +1,8 @@
 """Rewards: one file each. ``load_reward`` finds them by name."""
 
+from diffusionrl.foreign.thread import within
 from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, noise, parity, preference, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, differentiable, register, score, try_reward
-from diffusionrl.rewards.foreign import within
 from diffusionrl.rewards.gradient import require_gradient, try_gradient
 from diffusionrl.rewards.loading import load_reward
 from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture

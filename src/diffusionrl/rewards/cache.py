@@ -15,7 +15,8 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError
-from diffusionrl.rewards.base import Reward, Scores, as_scores, attribute_of, code_of, counts_of, is_differentiable
+from diffusionrl.foreign.finding import code_of
+from diffusionrl.rewards.base import Reward, Scores, as_scores, attribute_of, counts_of, is_differentiable
 
 _NOT_OF_A_SCORE = {"timeout", "max_invalid", "invalid_window", "normalise", "cache"}
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, one_of
-from diffusionrl.rewards.base import REGISTRY, Reward, find_function
+from diffusionrl.foreign.finding import find_function
+from diffusionrl.rewards.base import REGISTRY, Reward
 from diffusionrl.rewards.frames import OnFrames
 from diffusionrl.rewards.remote import RemoteReward
 

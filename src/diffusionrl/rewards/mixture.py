@@ -13,6 +13,8 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, one_of
+from diffusionrl.foreign.finding import code_of
+from diffusionrl.foreign.thread import within
 from diffusionrl.rewards.base import (
     Reward,
     Scores,
@@ -20,7 +22,6 @@ from diffusionrl.rewards.base import (
     as_scores,
     attribute_of,
     broken_image,
-    code_of,
     counts_of,
     looks_at_groups,
     name_of,
@@ -29,7 +30,6 @@ from diffusionrl.rewards.base import (
     try_reward,
 )
 from diffusionrl.rewards.cache import AnswerCache, CachedReward
-from diffusionrl.rewards.foreign import within
 from diffusionrl.rewards.loading import load_reward
 
 _ROUNDING = 1e-3  # relative, of a score: networks in low precision may round by the place in a batch

@@ -13,8 +13,9 @@ from diffusionrl import interruption, processes, seeds
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
+from diffusionrl.foreign import surroundings
 from diffusionrl.policies.base import Policy, chunks
-from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture, surroundings
+from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture
 from diffusionrl.rewards.base import are_whole, broken_image
 from diffusionrl.sampling.gathering import gather_scores
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
