@@ -21,8 +21,8 @@ class EvaluateConfig:
     """Score a model on fixed seeds, with intervals; see docs/evaluate.md. What is not given is the run's, or the preset's."""
 
     model: str = "emoji"
-    """"emoji", a folder in diffusers' format, a hub id, a single .safetensors file, or a run folder (its model with what it
-    learned)."""
+    """"emoji", a folder in diffusers' format, a hub id, a single .safetensors file, file.py:function, or a run folder (its
+    model with what it learned)."""
     model_config: str | None = None
     """Of a single file, also of the baseline: as in train."""
     lora: Path | None = None

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffusionrl.errors import UserError
 
 MAX_LENGTH = 10_000  # characters
@@ -23,7 +25,8 @@ class Prompt:
     """What a sample is made from.
 
     Attributes:
-        metadata: whatever its file says beside it, which is handed to the reward.
+        metadata: whatever its file says beside it, which is handed to the reward, and to a model of one's own. From Python it
+            may hold arrays and tensors, which are part of what the model is asked.
         media: images that the pipeline takes beside the text, by the name of its argument: paths, or PIL images.
     """
 
@@ -34,14 +37,24 @@ class Prompt:
     @cached_property
     def key(self) -> str:
         """Of what a model makes of it: prompts of one key are alike to it."""
-        if not self.media:
+        arrays = {name: each for name, each in self.metadata.items() if is_array(each)}
+        if not (self.media or arrays):
             return self.text
-        named = [(name, str(each) if isinstance(each, Path) else content_of(each)) for name, each in self.media.items()]
+        seen = self.media | arrays
+        named = [(name, str(each) if isinstance(each, Path) else content_of(each)) for name, each in seen.items()]
         return f"{self.text}\0{named}"
 
 
+def is_array(value: Any) -> bool:
+    """NumPy's, or a tensor; no image of PIL's."""
+    return hasattr(value, "__array__") and hasattr(value, "dtype")
+
+
 def content_of(medium: Any) -> str:
-    """A hash of an image, a file or PIL's. Raises UserError where it cannot be read."""
+    """A hash of an image (a file or PIL's) or of an array. Raises UserError where it cannot be read."""
+    if is_array(medium):
+        values = np.ascontiguousarray(medium)
+        return hashlib.blake2b(f"{values.dtype}{values.shape}".encode() + values.tobytes(), digest_size=32).hexdigest()
     if not isinstance(medium, Path):
         return hashlib.blake2b(f"{medium.mode}{medium.size}".encode() + medium.tobytes(), digest_size=32).hexdigest()
     try:
@@ -49,6 +62,11 @@ def content_of(medium: Any) -> str:
             return hashlib.file_digest(file, "blake2b").hexdigest()
     except OSError as error:
         raise UserError(f"image {medium} of a prompt cannot be read: {error}") from error
+
+
+def in_json(value: Any) -> str:
+    """For ``json.dumps`` where it knows no better: an array by its content, anything else as it is written."""
+    return content_of(value) if is_array(value) else str(value)
 
 
 def from_text(text: str, where: str) -> Prompt:
@@ -115,7 +133,7 @@ def _media(entry: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     """The images that an entry names. Raises UserError for one that is not there."""
     media = {}
     for name in _MEDIA:
-        if entry.get(name) not in (None, ""):
+        if not is_array(entry.get(name)) and entry.get(name) not in (None, ""):
             file = folder / str(entry[name])
             try:
                 found = file.is_file()

@@ -242,6 +242,8 @@ def grey(sample_shape: tuple[int, ...]) -> Tensor:
 
 
 def describe_grey(sample_shape: tuple[int, ...]) -> str:
+    if len(sample_shape) not in (2, 3, 4):
+        return f"samples of the shape {sample_shape}"
     *before, height, width = sample_shape
     if len(before) == 0:
         return f"silent sounds of {width} values"

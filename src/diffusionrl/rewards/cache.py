@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.data.entries import in_json
 from diffusionrl.errors import UserError
 from diffusionrl.foreign.finding import code_of
 from diffusionrl.rewards.base import Reward, Scores, as_scores, attribute_of, counts_of, is_differentiable
@@ -65,7 +66,7 @@ class CachedReward:
     def _key(self, sample: Tensor, prompt: str, metadata: dict[str, Any]) -> str:
         seen = (255 * sample).round().to(torch.uint8) if sample.ndim > 2 else sample
         digest = hashlib.sha256(self._about)
-        digest.update(json.dumps([prompt, metadata, list(seen.shape)], default=str, sort_keys=True).encode())
+        digest.update(json.dumps([prompt, metadata, list(seen.shape)], default=in_json, sort_keys=True).encode())
         digest.update(seen.contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
 
