@@ -11,6 +11,8 @@ from diffusionrl.config import PolicyConfig
 from diffusionrl.rewards import differentiable
 from diffusionrl.transitions import flow_grid
 
+LORA = PolicyConfig(lora_targets=("every",), lora_rank=2)
+
 
 class Network(nn.Module):
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ from diffusionrl.sampling.rollout import Rollout, collect, denoise_step, draw_no
 from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import flow_grid, karras_grid, log_density, variance_preserving_grid
 
-LORA = PolicyConfig(lora_targets=("every",), lora_rank=2)
+LORA = own_points.LORA
 FULL = PolicyConfig(training="full")
 SPARING = replace(LORA, gradient_checkpointing=True)
 PROMPTS = [Prompt("a", {"place": np.array([1.0, 0.0])}), Prompt("b", {"place": [0.0, 1.0]})]

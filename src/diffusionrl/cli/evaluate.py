@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from diffusionrl.cli.parsing import check_reward, quiet_libraries, settings_of
+from diffusionrl.cli.parsing import check_rewards, quiet_libraries, settings_of
 from diffusionrl.config import RewardsConfig, SamplingConfig
 from diffusionrl.errors import UserError, require
 from diffusionrl.paths import expand, is_there
@@ -65,8 +65,7 @@ def run(arguments: Sequence[str]) -> None:
     from diffusionrl.data.prompts import load_prompts  # which imports NumPy
 
     prompts = load_prompts(config.prompts)
-    for name in config.reward:
-        check_reward(name)
+    check_rewards(config.reward, config.rewards)
     config = dataclasses.replace(config, out=expand(config.out))
     if is_there(config.out):
         raise UserError(f"{config.out} exists: choose another --out")

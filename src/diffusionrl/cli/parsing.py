@@ -12,8 +12,8 @@ import tyro
 from diffusionrl.config import ALGORITHMS, TaskConfig, TrainConfig
 from diffusionrl.config.files import read_yaml
 from diffusionrl.config.presets import PRESETS
-from diffusionrl.config.rewards import BUILT_IN_REWARDS
-from diffusionrl.errors import UserError, one_of
+from diffusionrl.config.rewards import BUILT_IN_REWARDS, RewardsConfig
+from diffusionrl.errors import UserError, one_of, require
 from diffusionrl.foreign.names import check_code, is_code
 from diffusionrl.paths import expand
 
@@ -153,11 +153,20 @@ def configured(arguments: Sequence[str], command: str) -> TrainConfig:
     for task in config.all_tasks:
         try:
             load_prompts(task.prompts, config.max_broken_prompts, _FIRST_PROMPTS)
-            for entry in (*task.reward, *config.evaluation.held_out):
-                check_reward(entry.partition("=")[0])
+            check_rewards((*task.reward, *config.evaluation.held_out), config.rewards)
         except UserError as error:
             raise UserError(f"{task.whose}{error}") from error
     return config
+
+
+def check_rewards(entries: Sequence[str], config: RewardsConfig) -> None:
+    """``check_reward`` for NAME or NAME=WEIGHT each, and for the one that is to be smoothed."""
+    for entry in entries:
+        name = entry.partition("=")[0]
+        check_reward(name)
+        if name == "smooth":
+            require(bool(config.smooth.reward), "the reward smooth needs another one in it: --rewards.smooth.reward")
+            check_reward(config.smooth.reward)
 
 
 def check_reward(name: str) -> None:

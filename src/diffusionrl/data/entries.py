@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from diffusionrl.errors import UserError
+from diffusionrl.paths import is_there
 
 MAX_LENGTH = 10_000  # characters
 _MEDIA = ("image", "mask_image", "control_image")
 """Keys of an entry that name an image for the pipeline, under the names of its arguments."""
+_TARGET = "target"
+"""Key of an entry that may name an image for rewards."""
 _FLAG = re.compile(r"(?:^|\s)(--[A-Za-z][\w-]*(?=[\s=]|$)|-[A-Za-z](?=\s+[\d.]))")
 """As prompts of other tools end: "a castle --n trees --w 512", "a castle -W 512"."""
 _EXAMPLE = '{"prompt": "a cat"}'
@@ -105,6 +108,8 @@ def from_entry(entry: Any, folder: Path, where: str) -> Prompt:
         )
     media = _media(entry, folder, where)
     rest = {key: value for key, value in entry.items() if key != "prompt"}
+    if isinstance(rest.get(_TARGET), str) and is_there(folder / rest[_TARGET]):
+        rest[_TARGET] = str(folder / rest[_TARGET])
     return checked(Prompt(entry["prompt"].strip(), rest | {name: str(file) for name, file in media.items()}, media), where)
 
 

@@ -148,6 +148,13 @@ def name_of(reward: Reward) -> str:
     return clean(f"{module}:{name}")
 
 
+def innermost(reward: Reward) -> Reward:
+    """What those of ours that are around another reward are around."""
+    while name_of(reward).startswith("diffusionrl.") and "reward" in getattr(reward, "__dict__", {}):
+        reward = reward.reward  # type: ignore[attr-defined]
+    return reward
+
+
 def attribute_of(reward: Reward, name: str, default: Any) -> Any:
     """What a reward says of itself; the default where it says nothing, or fails to."""
     try:

@@ -23,6 +23,7 @@ from diffusionrl.rewards.base import (
     attribute_of,
     broken_image,
     counts_of,
+    innermost,
     looks_at_groups,
     name_of,
     score,
@@ -131,7 +132,7 @@ class Mixture:
 
     def code(self) -> dict[str, dict[str, str | None]]:
         """``code_of`` each reward that is not this package's own."""
-        inner = {name: reward.reward if isinstance(reward, CachedReward) else reward for name, reward in self.rewards.items()}
+        inner = {name: innermost(reward) for name, reward in self.rewards.items()}
         return {name: code_of(reward) for name, reward in inner.items() if not name_of(reward).startswith("diffusionrl.")}
 
     def counts(self) -> dict[str, float]:
