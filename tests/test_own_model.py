@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,11 +23,13 @@ from torch import Tensor
 from diffusionrl import NetworkPolicy, Prompt, TrainConfig, UserError, train
 from diffusionrl.algorithms import make_algorithm
 from diffusionrl.cli import main
-from diffusionrl.config import DDPOConfig, EvaluationConfig, OptimizerConfig, PolicyConfig, SamplingConfig
+from diffusionrl.config import DDPOConfig, EvaluationConfig, NFTConfig, OptimizerConfig, PolicyConfig, SamplingConfig
 from diffusionrl.data.prompts import fingerprint
 from diffusionrl.policies.own import check_policy
 from diffusionrl.runs import checkpoint
 from diffusionrl.sampling.rollout import Rollout, collect, denoise_step, draw_noise, make_table, sample_trajectories
+from diffusionrl.training.optimization import Optimization
+from diffusionrl.training.parts import draw, follow, learn, scored
 from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import flow_grid, karras_grid, log_density, variance_preserving_grid
 
@@ -398,3 +401,50 @@ def test_a_file_that_is_not_there_is_found_before_torch_is_imported(
         given = OPTIONS if command in ("train", "doctor") else []
         assert main([command, *given, "--model", "other.py:make_policy"]) == 2
         assert "model 'other.py:make_policy': there is no file other.py" in capsys.readouterr().err
+
+
+def test_the_loop_of_the_docs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Where the next prompt depends on the last sample: what it prints rises, in fewer episodes here."""
+    page = (HERE.parent / "docs" / "own_model.md").read_text()
+    blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    loop = next(block for block in blocks if "follow(policy" in block)
+    (tmp_path / "loop.py").write_text(loop.replace("range(20)", "range(10)"))
+    with torch.random.fork_rng(devices=[]):
+        runpy.run_path(str(tmp_path / "loop.py"))
+    returns = [float(line.split()[1].rstrip(",")) for line in capsys.readouterr().out.splitlines()]
+    assert len(returns) == 10 and sum(returns[-3:]) > sum(returns[:3]) + 3
+
+
+def test_the_parts_make_the_step_that_the_trainer_makes() -> None:
+    """With an older copy that samples, and with an average."""
+    config = replace(CONFIG, algorithm=NFTConfig(noisings=2), optimizer=OptimizerConfig(learning_rate=1e-2, average=0.9))
+    ours, theirs = policy_of(), policy_of()
+    trainer = Trainer(ours, own_points.to_the_right, PROMPTS, make_algorithm(config), config)
+    own, optimization = make_algorithm(config), Optimization(theirs.trainable(), config.optimizer)
+    for step in (1, 2):
+        metrics = trainer.step(step)
+        prompts = trainer.tasks[0].prompts_of(step)
+        follow(theirs, own, step - 1)
+        rollout = draw(theirs, own, own_points.to_the_right, prompts, CPS, 0, step, group_size=4)
+        figures = learn(theirs, own, optimization, rollout, 0, step)
+        assert all(figures[key] == metrics[key] for key in figures)
+    assert all(torch.equal(weight, theirs.trainable()[key]) for key, weight in ours.trainable().items())
+    copies = theirs.copies.tensors()
+    assert len(copies) > len(ours.trainable()) and all(
+        torch.equal(each, copies[key]) for key, each in ours.copies.tensors().items()
+    )
+
+
+def test_scores_that_come_later() -> None:
+    policy, algorithm = policy_of(), make_algorithm(CONFIG)
+    prompts = [prompt for prompt in PROMPTS for _ in range(4)]
+    rollout = draw(policy, algorithm, None, prompts, CPS, 0, 1, group_size=4)
+    assert not rollout.scores.valid.any() and rollout.images.shape == (8, 2) and rollout.latents.shape == (8, 5, 2)
+    values = rollout.images[:, 0].clone()
+    values[3] = torch.nan
+    later = scored(rollout, values)
+    assert later.scores.valid.tolist() == [True] * 3 + [False] + [True] * 4
+    before = {key: weight.detach().clone() for key, weight in policy.trainable().items()}
+    optimization = Optimization(policy.trainable(), CONFIG.optimizer)
+    learn(policy, algorithm, optimization, later, 0, 1, advantages=torch.linspace(-1, 1, 8))
+    assert any(not torch.equal(weight, before[key]) for key, weight in policy.trainable().items())

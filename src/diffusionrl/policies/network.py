@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_model
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from diffusionrl import devices, processes
@@ -42,7 +43,8 @@ class NetworkPolicy:
         prediction: what the network returns: "epsilon" (the noise), "v_prediction" (alpha * noise - sigma * x0), "sample" (x0),
             or "flow" (the velocity noise - x0, on a linear path).
         latent_shape: of one latent.
-        condition: prompts -> the network's third argument, for so many samples. Called at every step, without gradient.
+        condition: prompts -> the network's third argument, for so many samples: a tensor (B, ...), or several in a list, tuple
+            or dict, which are put on the device; or what you like. Called at every step, without gradient.
         decode: latents -> samples; by default they are the samples.
         show: pictures of samples that are no images, videos or sound; see ``Policy.show``.
         encode: images -> latents, for losses on images from disk; by default there is none, but where nothing is decoded.
@@ -136,7 +138,7 @@ class NetworkPolicy:
 
     def _predict(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt]) -> Tensor:
         with torch.no_grad():
-            condition = self._condition(prompts)
+            condition = tree_map(lambda each: each.to(x.device) if isinstance(each, Tensor) else each, self._condition(prompts))
         inputs = (x, levels.timesteps.to(x.device), condition)
         if self._checkpoints and torch.is_grad_enabled():
             return checkpoint(self.network, *inputs, use_reentrant=False).float()
