@@ -343,6 +343,7 @@ def raising(*_: Any) -> Any:
         ({"decode": lambda x, *_: x[:1]}, r"decode gives \(1, 2\)"),
         ({"grid": lambda steps: 3}, "grid is a int, not a diffusionrl.transitions.Grid"),
         ({"trainable": dict}, "trains nothing"),
+        ({"about": {"weights": "1"}}, r"about names no \"network\": \['weights'\]"),
         ({"trainable": lambda: {"w": torch.nn.Parameter(torch.zeros(1), requires_grad=False)}}, "without gradient"),
         ({"device": torch.device("meta")}, "on cpu, with gradient: it has to be torch.float32 on meta"),
     ],

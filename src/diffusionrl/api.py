@@ -147,7 +147,7 @@ def _prepare(
         _check_preferences(preferences, config)
     if policy is None:
         check_quantization(config.policy.quantization, devices.choose(config.policy.device))
-    if policy is not None:
+    else:
         check_policy(policy, chosen[0], config.sampling.num_steps)
     shape = check_model(config.model, config.model_config) if policy is None else policy.sample_shape
     if policy is None and config.sampling.arguments:  # which may ask for another one

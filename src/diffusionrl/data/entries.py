@@ -68,8 +68,8 @@ def content_of(medium: Any) -> str:
 
 
 def in_json(value: Any) -> str:
-    """For ``json.dumps`` where it knows no better: an array by its content, anything else as it is written."""
-    return content_of(value) if is_array(value) else str(value)
+    """For ``json.dumps`` where it knows no better: an array or image by its content, anything else as it is written."""
+    return content_of(value) if is_array(value) or hasattr(value, "tobytes") else str(value)
 
 
 def from_text(text: str, where: str) -> Prompt:
@@ -108,8 +108,9 @@ def from_entry(entry: Any, folder: Path, where: str) -> Prompt:
         )
     media = _media(entry, folder, where)
     rest = {key: value for key, value in entry.items() if key != "prompt"}
-    if isinstance(rest.get(_TARGET), str) and is_there(folder / rest[_TARGET]):
-        rest[_TARGET] = str(folder / rest[_TARGET])
+    target = folder / str(rest.get(_TARGET, ""))
+    if _TARGET in rest and is_there(target) and target.is_file():
+        rest[_TARGET] = str(target)
     return checked(Prompt(entry["prompt"].strip(), rest | {name: str(file) for name, file in media.items()}, media), where)
 
 

@@ -63,7 +63,8 @@ def check_policy(policy: Policy, example: Prompt, steps: int) -> None:
         UserError: it raises, gives something of another shape, device or precision, something that is not finite, or not the
             same twice.
     """
-    device = torch.device(policy.device)
+    device, about = torch.device(policy.device), _ask("about", lambda: policy.about)
+    require("network" in about or "pipeline" in about, f'the policy\'s about names no "network": {sorted(about)}. {_SEE}')
     _require_weights(_ask("trainable", policy.trainable), device)
     prompts, shape = [example, example], (2, *policy.latent_shape)
     start, again = (_ask("start", lambda: policy.start(prompts, [0, 1])) for _ in range(2))
