@@ -2,18 +2,12 @@
 
     python examples/own_model.py                # half a minute on two cores; runs/own_model/report.html shows it
 
-The same on the command line, where every setting is an option:
-
     diffusionrl train --model examples/own_model.py:make_policy --reward examples/own_model.py:to_the_right \\
-        --prompts points.txt --policy.lora-targets every --sampling.sampler cps --sampling.eta 0.7 --name points
+        --policy.lora-targets every --sampling.sampler cps --sampling.eta 0.7 --algorithm.clip-range 0.2 --name points
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffusionrl import NetworkPolicy, TrainConfig, train
 from diffusionrl.config import EvaluationConfig, GRPOConfig, OptimizerConfig, PolicyConfig, SamplingConfig
@@ -25,51 +19,50 @@ MODES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
 class Velocity(nn.Module):
     """(x, time, condition) -> noise - x0."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
 
-    def forward(self, x: Tensor, time: Tensor, condition: None) -> Tensor:
+    def forward(self, x, time, condition):
         return self.layers(torch.cat([x, time[:, None] / 1000], 1))  # the grid's times run from 1000 to 0
 
 
-def four_modes(steps: int = 1500) -> Velocity:
-    """A network that has learned the four modes by flow matching. Yours would load its weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Velocity()
-        optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-        for _ in range(steps):
-            x0 = MODES[torch.randint(4, (256,))] + 0.15 * torch.randn(256, 2)
-            noise, s = torch.randn(256, 2), torch.rand(256)
-            predicted = network((1 - s[:, None]) * x0 + s[:, None] * noise, 1000 * s, None)
-            optimizer.zero_grad()
-            (predicted - (noise - x0)).square().mean().backward()
-            optimizer.step()
+def four_modes(steps=1500):
+    """A network that has learned them by flow matching, the same at every start. Yours would load its weights."""
+    torch.manual_seed(0)
+    network = Velocity()
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(steps):
+        x0 = MODES[torch.randint(4, (256,))] + 0.15 * torch.randn(256, 2)
+        noise, s = torch.randn(256, 2), torch.rand(256)
+        predicted = network((1 - s[:, None]) * x0 + s[:, None] * noise, 1000 * s, None)
+        optimizer.zero_grad()
+        (predicted - (noise - x0)).square().mean().backward()
+        optimizer.step()
     return network
 
 
-def show(points: Tensor) -> Tensor:
+def show(points):
     """A picture of each point, red, among all others, (B, 2) -> (B, 3, 64, 64)."""
     places = (32 + 18 * points).round().long().clamp(1, 62)
     plane = torch.ones(3, 64, 64)
     plane[:, 63 - places[:, 1], places[:, 0]] = 0.7
     pictures = plane.repeat(len(points), 1, 1, 1)
     for picture, (x, y) in zip(pictures, places.tolist(), strict=True):
-        picture[:, 62 - y : 65 - y, x - 1 : x + 2] = torch.tensor([0.8, 0.1, 0.2])[:, None, None]
+        picture[1:, 62 - y : 65 - y, x - 1 : x + 2] = 0.1
     return pictures
 
 
-def make_policy(settings: PolicyConfig, seed: int) -> NetworkPolicy:
+def make_policy(settings, seed):
     return NetworkPolicy(four_modes(), flow_grid, "flow", (2,), show=show, settings=settings, seed=seed)
 
 
-def to_the_right(points: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Tensor:
+def to_the_right(points, prompts, metadata):
     """Minus the distance from the mode on the right, (B, 2) -> (B,)."""
     return -(points - MODES[0]).norm(dim=1)
 
 
-def main(run_dir: Path = Path("runs/own_model"), steps: int = 20) -> None:
+def main(run_dir="runs/own_model", steps=20):
     config = TrainConfig(
         run_dir=run_dir,
         steps=steps,
@@ -80,8 +73,8 @@ def main(run_dir: Path = Path("runs/own_model"), steps: int = 20) -> None:
         optimizer=OptimizerConfig(learning_rate=3e-3),
         evaluation=EvaluationConfig(every=5, num_samples=64),
     )
-    settings = PolicyConfig(lora_targets=("every",), lora_rank=8)
-    result = train(config, policy=make_policy(settings, seed=0), reward=to_the_right, prompts=["a point"])
+    policy = make_policy(PolicyConfig(lora_targets=("every",), lora_rank=8), seed=0)
+    result = train(config, policy=policy, reward=to_the_right, prompts=["a point"])
     print(f"{result.before.mean:.2f} before, {result.after.mean:.2f} after: {result.run_dir / 'report.html'}")
 
 

@@ -303,7 +303,8 @@ def test_the_example_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     monkeypatch.setattr(example, "four_modes", partial(example.four_modes, steps=100))
-    example.main(tmp_path / "run", steps=5)
+    with torch.random.fork_rng(devices=[]):
+        example.main(tmp_path / "run", steps=5)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval/reward_change"] > 2 * last["eval/reward_change_se"] > 0
 
