@@ -358,12 +358,27 @@ def test_what_answers_otherwise_is_named_before_anything_slow(answers: dict[str,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_network_that_gives_another_shape() -> None:
+    class Scalar(own_points.Network):
+        def forward(self, *given: Any) -> Tensor:
+            return super().forward(*given)[:, :1]
+
+    policy = NetworkPolicy(Scalar(), flow_grid, "flow", (2,), own_points.where, show=own_points.show, settings=LORA)
+    with pytest.raises(UserError, match=r"the network gives \(2, 1\) for latents \(2, 2\)"):
+        check_policy(policy, PROMPTS[0], 4)
+
+
 def test_what_is_no_policy_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"policy, a Network, is no policy: it has no about, .*NetworkPolicy makes one"):
         train(few(tmp_path / "run"), own_points.network(), own_points.to_the_right, PROMPTS)  # type: ignore[arg-type]
     for settings, more, said in (
         (replace(LORA, quantization="int8"), {}, "policy.quantization is for diffusers pipelines"),
         (replace(LORA, lora_targets=("attention",)), {}, "no layer 'attention'; its layers' names end in inner, outer; every"),
+        (
+            LORA,
+            {"decode": lambda x: x @ torch.zeros(2, 2, device="meta")},
+            r"decode fails on latents \(1, 2\) on cpu: RuntimeError",
+        ),
         (LORA, {"show": None}, r"samples of the shape \(2,\) are no images"),
         (LORA, {"path": karras_grid}, "'flow' is a velocity on a linear path"),
     ):

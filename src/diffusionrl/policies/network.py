@@ -18,7 +18,7 @@ from diffusionrl import devices, processes
 from diffusionrl.config import PolicyConfig
 from diffusionrl.data.media import Show, kind_of
 from diffusionrl.data.prompts import Prompt
-from diffusionrl.errors import UserError, require
+from diffusionrl.errors import UserError, describe, require
 from diffusionrl.policies.adapters import Copies, add_lora, find_targets, lora_weights, save_lora, switched_off
 from diffusionrl.policies.base import standard_noise
 from diffusionrl.policies.identity import fingerprint_of
@@ -98,13 +98,21 @@ class NetworkPolicy:
             targets = list(find_targets(network, asked.lora_targets))
             self._adapted = list(add_lora(network, asked.lora_rank, targets, seed, alpha=asked.lora_alpha).values())
         self.copies = Copies(self.trainable)
-        self.sample_shape: tuple[int, ...] = tuple(self.decode(self.start([Prompt("")], [0]), [Prompt("")]).shape[1:])
+        self.sample_shape: tuple[int, ...] = self._try_to_decode()
         known = len(self.sample_shape) in (3, 4) and self.sample_shape[-3] == 3
         require(
             show is not None or known or (len(self.sample_shape) == 2 and sampling_rate is not None),
             f"samples of the shape {self.sample_shape} are no images (3, H, W), videos (F, 3, H, W), or sound (C, S) with a "
             "sampling_rate: give show, which makes pictures (B, 3, H, W) of them",
         )
+
+    def _try_to_decode(self) -> tuple[int, ...]:
+        """The shape of a sample. Raises UserError where decode fails."""
+        start = self.start([Prompt("")], [0])
+        try:
+            return tuple(self.decode(start, [Prompt("")]).shape[1:])
+        except Exception as error:  # whatever it raises is the answer
+            raise UserError(f"decode fails on latents {tuple(start.shape)} on {self.device}: {describe(error)}") from error
 
     @cached_property
     def _weights(self) -> str:
@@ -140,9 +148,11 @@ class NetworkPolicy:
         with torch.no_grad():
             condition = tree_map(lambda each: each.to(x.device) if isinstance(each, Tensor) else each, self._condition(prompts))
         inputs = (x, levels.timesteps.to(x.device), condition)
-        if self._checkpoints and torch.is_grad_enabled():
-            return checkpoint(self.network, *inputs, use_reentrant=False).float()
-        return self.network(*inputs).float()
+        remade = self._checkpoints and torch.is_grad_enabled()
+        output: Tensor = checkpoint(self.network, *inputs, use_reentrant=False) if remade else self.network(*inputs)
+        told = f"the network gives {tuple(output.shape)} for latents {tuple(x.shape)}: it has to give as many numbers"
+        require(output.shape == x.shape, told)
+        return output.float()
 
     def after(
         self, y: Tensor, x: Tensor, levels: NoiseLevels, following: NoiseLevels | None, prompts: Sequence[Prompt]
