@@ -1,7 +1,10 @@
 """What must hold on a GPU: ``python -m pytest -m gpu``. On a machine without one the same tests run on the CPU, so that they
 cannot rot; what only a card can show is skipped there."""
 
+import importlib
+import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_pipelines as tiny
 import torch
+import tyro
 from faults import finish_together, tiny_run, what_it_made
 from torch import Tensor
 
@@ -165,3 +169,43 @@ def test_too_little_memory_is_said(tiny_folder: Path, tmp_path: Path, capsys: py
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "--sampling.batch-size 2048" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="it is for machines without a card")
+@pytest.mark.filterwarnings("ignore")  # of the peers' ways
+def test_the_benchmark_runs_at_toy_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its workers in this process; what is there already is not measured again, what failed is."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import gpu
+
+    asked: list[list[str]] = []
+
+    def worker(script: str, options: list[str], seconds: float, python: str = sys.executable) -> dict[str, Any]:
+        asked.append([script, *options])
+        module = importlib.import_module(script.removesuffix(".py"))
+        capsys.readouterr()
+        module.main(tyro.cli(module.Config, args=options))
+        found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    monkeypatch.setattr(gpu, "worker", worker)
+    parts = [
+        "rate",
+        "sd15/fused AdamW",
+        "sd15/TRL, as documented",
+        "sd3-medium",
+        "sd3-medium/rebuilt loop of flow_grpo, batch 8",
+    ]
+    monkeypatch.setattr(gpu, "PARTS", {name: gpu.PARTS[name] for name in parts})
+    config = gpu.Config(out=tmp_path, toy=True)
+    gpu.main(config)
+    results = json.loads((tmp_path / "toy.json").read_text())
+    assert set(results) == {"versions", *parts}
+    assert "trl" in results.pop("sd15/TRL, as documented")["error"]
+    assert all("error" not in found for found in results.values()), results
+    measured = len(asked)
+    gpu.main(config)
+    assert [script for script, *_ in asked[measured:]] == ["throughput_trl.py"]
+    assert "| sd3-medium/rebuilt loop of flow_grpo, batch 8 |" in capsys.readouterr().out
