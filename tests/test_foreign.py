@@ -40,7 +40,8 @@ from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import clean
 from diffusionrl.evaluation.assessment import score_model
 from diffusionrl.evaluation.guard import judge
-from diffusionrl.rewards import Mixture, RewardCall, Scores, as_mixture, load_reward, score, surroundings, try_mixture
+from diffusionrl.foreign import surroundings
+from diffusionrl.rewards import Mixture, RewardCall, Scores, as_mixture, load_reward, score, try_mixture
 from diffusionrl.rewards.base import counts_of
 from diffusionrl.rewards.jpeg import compressibility
 from diffusionrl.rewards.loading import require_world

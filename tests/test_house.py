@@ -26,6 +26,7 @@ ROOMS = [
     {"data"},
     {"config"},
     {"emoji"},
+    {"foreign"},
     {"processes"},
     {"interruption", "seeds", "transitions"},
     {"devices"},

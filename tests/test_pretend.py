@@ -1,6 +1,7 @@
 """Nothing assumes the CPU: whole runs on a device that is another one, with the numbers of the CPU. See ``pretend.py``."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def test_an_algorithm(algorithm: str, tiny_folder: Path, reward: str, monkeypatc
         if algorithm == "ddpo":
             found = train("there", *options, "--steps", steps)
     assert json.loads(Path("there/env.json").read_text())["device"] == pretend.NAME
+    assert_alike(found, expected)
+
+
+def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose condition is made on the CPU."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(Path(__file__).parent / "own_points.py", "there.py")
+    options = ["--model", "there.py:make_policy", "--reward", "there.py:to_the_right", "--prompts", "things", *CLIPPED]
+    options += ["--policy.lora-targets", "every", *tiny.QUICK]
+    expected = train("cpu", *options, "--steps", "1")
+    with pretend.best_device(monkeypatch):
+        found = train("pretend", *options, "--steps", "1")
     assert_alike(found, expected)
 
 

@@ -86,7 +86,7 @@ def test_folders_of_others_are_left_alone_while_samples_are_kept(tmp_path: Path)
     for name in ("step_x", "step_000001_old", "step_2", "step_000001"):
         (tmp_path / "recent" / name).mkdir(parents=True)
     scores = SimpleNamespace(parts={}, valid=[], values=[])
-    write_recent(SimpleNamespace(own=range(0), scores=scores), tmp_path, 9)  # type: ignore[arg-type]
+    write_recent(SimpleNamespace(own=range(0), scores=scores, images=torch.zeros(0, 3, 8, 8), show=None), tmp_path, 9)  # type: ignore[arg-type]
     assert sorted(path.name for path in (tmp_path / "recent").iterdir()) == [
         "step_000001_old",
         "step_000009",

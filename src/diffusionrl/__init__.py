@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from diffusionrl.data.prompts import Prompt as Prompt
     from diffusionrl.errors import RunStopped as RunStopped
     from diffusionrl.errors import UserError as UserError
+    from diffusionrl.policies import NetworkPolicy as NetworkPolicy
     from diffusionrl.policies import load_policy as load_policy
 
 # huggingface_hub reports home even when it is asked for cached files only; it reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
+    "NetworkPolicy": "diffusionrl.policies",
     "Prompt": "diffusionrl.data.prompts",
     "RunStopped": "diffusionrl.errors",
     "TrainConfig": "diffusionrl.config",

@@ -24,6 +24,7 @@ from diffusionrl.errors import UserError
 from diffusionrl.paths import expand
 from diffusionrl.policies import check_model, check_quantization, load_policy
 from diffusionrl.policies.base import Policy
+from diffusionrl.policies.own import check_policy, require_answers
 from diffusionrl.policies.trained import begin_from_run
 from diffusionrl.report.run_page import keep_report
 from diffusionrl.rewards import (
@@ -60,7 +61,7 @@ def train(
 
     Args:
         config: everything; by default the preset "emoji". The parts below take the place of what it names.
-        policy: from ``load_policy``, or your own.
+        policy: from ``load_policy``, ``NetworkPolicy`` of a network of your own, or whatever answers as they do.
         reward: any function (images, prompts, metadata) -> scores (see ``diffusionrl.rewards.base.Reward``), a ``Mixture``, or
             names as in ``config.reward``.
         prompts: texts, ``Prompt`` with metadata, or objects as of a JSONL file; one text names a set or a file.
@@ -146,6 +147,8 @@ def _prepare(
         _check_preferences(preferences, config)
     if policy is None:
         check_quantization(config.policy.quantization, devices.choose(config.policy.device))
+    else:
+        check_policy(policy, chosen[0], config.sampling.num_steps)
     shape = check_model(config.model, config.model_config) if policy is None else policy.sample_shape
     if policy is None and config.sampling.arguments:  # which may ask for another one
         shape = None
@@ -326,9 +329,11 @@ def _settle(
     """The configuration with whole paths and with what is handed over in it; names become settings.
 
     Raises:
-        UserError: a reward is neither a function nor a name, or a prompt no text.
+        UserError: a reward is neither a function nor a name, a prompt no text, or the policy none.
     """
     config = config or emoji()
+    if policy is not None:
+        require_answers(policy, "policy")
     if isinstance(reward, str) or (isinstance(reward, list | tuple) and reward and all(isinstance(r, str) for r in reward)):
         config = dataclasses.replace(config, reward=(reward,) if isinstance(reward, str) else tuple(reward))
         reward = None

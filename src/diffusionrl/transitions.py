@@ -179,6 +179,17 @@ def flow_grid(num_steps: int, shift: float = 1.0, num_train_timesteps: int = 100
     return Grid(*(column.float() for column in columns))
 
 
+def karras_grid(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Grid:
+    """A grid of models that count noise over signal, s: latents at unit scale, alpha = 1 / sqrt(1 + s^2), sigma = s * alpha;
+    the network is told s (Karras et al., arXiv 2206.00364, Eq. 5). For models of one's own.
+    """
+    s = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=torch.float64) ** rho
+    s = torch.cat([s, torch.zeros(1, dtype=torch.float64)])
+    alpha = (1 + s**2).rsqrt()
+    columns = (s[:-1], alpha[:-1], (s * alpha)[:-1], alpha[1:], (s * alpha)[1:])
+    return Grid(*(column.float() for column in columns))
+
+
 # Sampler tables, all of the form (grid, eta) -> table
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from diffusionrl.cli.parsing import check_reward, quiet_libraries, settings_of
+from diffusionrl.cli.parsing import check_rewards, quiet_libraries, settings_of
 from diffusionrl.config import RewardsConfig, SamplingConfig
 from diffusionrl.errors import UserError, require
 from diffusionrl.paths import expand, is_there
@@ -21,8 +21,8 @@ class EvaluateConfig:
     """Score a model on fixed seeds, with intervals; see docs/evaluate.md. What is not given is the run's, or the preset's."""
 
     model: str = "emoji"
-    """"emoji", a folder in diffusers' format, a hub id, a single .safetensors file, or a run folder (its model with what it
-    learned)."""
+    """"emoji", a folder in diffusers' format, a hub id, a single .safetensors file, file.py:function, or a run folder (its
+    model with what it learned)."""
     model_config: str | None = None
     """Of a single file, also of the baseline: as in train."""
     lora: Path | None = None
@@ -65,8 +65,7 @@ def run(arguments: Sequence[str]) -> None:
     from diffusionrl.data.prompts import load_prompts  # which imports NumPy
 
     prompts = load_prompts(config.prompts)
-    for name in config.reward:
-        check_reward(name)
+    check_rewards(config.reward, config.rewards)
     config = dataclasses.replace(config, out=expand(config.out))
     if is_there(config.out):
         raise UserError(f"{config.out} exists: choose another --out")

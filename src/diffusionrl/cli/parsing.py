@@ -1,12 +1,9 @@
 """Options to configurations: preset, then YAML file, then options."""
 
 import dataclasses
-import importlib
 import logging
 import os
-import sys
 from collections.abc import Sequence
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,9 @@ import tyro
 from diffusionrl.config import ALGORITHMS, TaskConfig, TrainConfig
 from diffusionrl.config.files import read_yaml
 from diffusionrl.config.presets import PRESETS
-from diffusionrl.config.rewards import BUILT_IN_REWARDS
-from diffusionrl.errors import UserError, one_of
+from diffusionrl.config.rewards import BUILT_IN_REWARDS, RewardsConfig
+from diffusionrl.errors import UserError, one_of, require
+from diffusionrl.foreign.names import check_code, is_code
 from diffusionrl.paths import expand
 
 _SECTIONS = {
@@ -155,26 +153,28 @@ def configured(arguments: Sequence[str], command: str) -> TrainConfig:
     for task in config.all_tasks:
         try:
             load_prompts(task.prompts, config.max_broken_prompts, _FIRST_PROMPTS)
-            for entry in (*task.reward, *config.evaluation.held_out):
-                check_reward(entry.partition("=")[0])
+            check_rewards((*task.reward, *config.evaluation.held_out), config.rewards)
         except UserError as error:
             raise UserError(f"{task.whose}{error}") from error
     return config
+
+
+def check_rewards(entries: Sequence[str], config: RewardsConfig) -> None:
+    """``check_reward`` for NAME or NAME=WEIGHT each, and for the one that is to be smoothed."""
+    for entry in entries:
+        name = entry.partition("=")[0]
+        check_reward(name)
+        if name == "smooth":
+            require(bool(config.smooth.reward), "the reward smooth needs another one in it: --rewards.smooth.reward")
+            check_reward(config.smooth.reward)
 
 
 def check_reward(name: str) -> None:
     """Raises UserError for a name that is neither built in nor a place to look for one."""
     if ":" not in name and name not in BUILT_IN_REWARDS:
         raise one_of("reward", name, BUILT_IN_REWARDS, "; your own is package.module:function or file.py:function")
-    file = name.rpartition(":")[0]
-    if file.endswith(".py") and not expand(file).is_file():
-        raise UserError(f"reward {name!r}: there is no file {file}")
-    package = name.partition(":")[0].partition(".")[0]
-    if not file.endswith(".py") and ":" in name and package.isidentifier() and "://" not in name:
-        importlib.invalidate_caches()
-        places = [os.getcwd(), *sys.path]
-        if package not in {*sys.builtin_module_names, *sys.modules} and PathFinder.find_spec(package, places) is None:
-            raise UserError(f"reward {name!r} does not import: there is no module {package!r} here or installed")
+    if is_code(name):
+        check_code("reward", name)
 
 
 def settings_of(arguments: Sequence[str]) -> TrainConfig:

@@ -17,8 +17,8 @@ class SampleConfig:
     """Make images."""
 
     model: str = "emoji"
-    """"emoji", a folder in diffusers' format, a hub id, a single .safetensors file, or a run folder (its model with what it
-    learned)."""
+    """"emoji", a folder in diffusers' format, a hub id, a single .safetensors file, file.py:function, or a run folder (its
+    model with what it learned)."""
     model_config: str | None = None
     """Of a single file: as in train."""
     lora: Path | None = None

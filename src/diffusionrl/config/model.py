@@ -90,8 +90,8 @@ class PolicyConfig:
     lora_alpha: float | None = None
     """What the adapter adds is multiplied by alpha / rank; None: the rank, so by 1."""
     lora_targets: tuple[str, ...] = ("attention",)
-    """"attention" (attention projections of every kind), "all" (feed-forward layers and convolutions of the blocks too), or
-    ends of the names of layers."""
+    """"attention" (attention projections of every kind), "all" (feed-forward layers and convolutions of the blocks too),
+    "every" (all linear layers and convolutions, whatever their names), or ends of the names of layers."""
     lora: Path | None = None
     """Go on from a LoRA: a .safetensors file, or a folder that holds one. Its rank, alpha and layers are kept."""
     reference: Literal["start", "base"] = "start"

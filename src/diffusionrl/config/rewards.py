@@ -11,11 +11,12 @@ from diffusionrl.errors import one_of, require
 
 BUILT_IN_REWARDS = (
     *("aesthetic", "clip-score", "composition", "composition-judge", "compressibility", "emoji-gold", "emoji-judge"),
-    *("incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "vlm-bertscore", "vlm-yes"),
+    *("incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "psnr", "smooth", "ssim"),
+    *("vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
-DIFFERENTIABLE_REWARDS = ("aesthetic", "clip-score", "composition", "composition-judge", "preference")
-"""Those of them that have a gradient."""
+DIFFERENTIABLE_REWARDS = ("aesthetic", "clip-score", "composition", "composition-judge", "preference", "psnr", "ssim")
+"""Those of them that have a gradient; "smooth" has that of the reward in it."""
 ATTRIBUTES = ("emoji-skin-tone", "clip", "ita")
 
 
@@ -168,6 +169,25 @@ class RemoteConfig:
 
 
 @dataclass(frozen=True)
+class SmoothConfig:
+    """The reward "smooth": the mean of another one over Gaussian noise on the sample; see docs/rewards.md."""
+
+    reward: str = ""
+    """Which one, as in ``reward``, without a weight."""
+    sigma: float = 0.1
+    """Standard deviation of the noise; images are in [0, 1]."""
+    draws: int = 8
+    """How often the reward is asked about a sample."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_values(self, "rewards.smooth.")
+        require(self.sigma > 0, f"rewards.smooth.sigma must be positive, not {self.sigma}")
+        require(self.draws >= 1, f"rewards.smooth.draws must be at least 1, not {self.draws}")
+        require(self.reward != "smooth", "rewards.smooth.reward names the reward to be smoothed, not smooth itself")
+
+
+@dataclass(frozen=True)
 class RewardsConfig:
     """How rewards are mixed, and what the built-in ones need."""
 
@@ -188,6 +208,7 @@ class RewardsConfig:
     composition: CompositionConfig = field(default_factory=CompositionConfig)
     vlm: VLMConfig = field(default_factory=VLMConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
+    smooth: SmoothConfig = field(default_factory=SmoothConfig)
 
     def __post_init__(self) -> None:
         check_values(self, "rewards.")

@@ -75,7 +75,8 @@ class TrainConfig:
     """A whole run."""
 
     model: str = "emoji"
-    """"emoji" or "emoji-flow" (the embedded models), a folder in diffusers' format, a hub id, or a single .safetensors file."""
+    """"emoji" or "emoji-flow" (the embedded models), a folder in diffusers' format, a hub id, a single .safetensors file, or
+    code of your own, file.py:function or package.module:function, called with (settings, seed); see docs/own_model.md."""
     model_config: str | None = None
     """Of a single file: the folder or hub id of a pipeline of its family, whose settings, tokenizers and what else the file has
     not are taken; by default what diffusers takes the file for, from the hub."""
@@ -259,6 +260,13 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     own = {"name": None, "run_dir": None, "push_to_hub": None}
     settings: dict[str, Any] = plain(dataclasses.asdict(config))
     return settings | own
+
+
+def changed(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Of two configurations of a kind, the fields that differ: what each says."""
+    names = [each.name for each in dataclasses.fields(before)]
+    pairs = {name: (getattr(before, name), getattr(now, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def to_yaml(config: TrainConfig) -> str:

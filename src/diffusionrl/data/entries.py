@@ -8,11 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffusionrl.errors import UserError
+from diffusionrl.paths import is_there
 
 MAX_LENGTH = 10_000  # characters
 _MEDIA = ("image", "mask_image", "control_image")
 """Keys of an entry that name an image for the pipeline, under the names of its arguments."""
+_TARGET = "target"
+"""Key of an entry that may name an image for rewards."""
 _FLAG = re.compile(r"(?:^|\s)(--[A-Za-z][\w-]*(?=[\s=]|$)|-[A-Za-z](?=\s+[\d.]))")
 """As prompts of other tools end: "a castle --n trees --w 512", "a castle -W 512"."""
 _EXAMPLE = '{"prompt": "a cat"}'
@@ -23,7 +28,8 @@ class Prompt:
     """What a sample is made from.
 
     Attributes:
-        metadata: whatever its file says beside it, which is handed to the reward.
+        metadata: whatever its file says beside it, which is handed to the reward, and to a model of one's own. From Python it
+            may hold arrays and tensors, which are part of what the model is asked.
         media: images that the pipeline takes beside the text, by the name of its argument: paths, or PIL images.
     """
 
@@ -34,14 +40,24 @@ class Prompt:
     @cached_property
     def key(self) -> str:
         """Of what a model makes of it: prompts of one key are alike to it."""
-        if not self.media:
+        arrays = {name: each for name, each in self.metadata.items() if is_array(each)}
+        if not (self.media or arrays):
             return self.text
-        named = [(name, str(each) if isinstance(each, Path) else content_of(each)) for name, each in self.media.items()]
+        seen = self.media | arrays
+        named = [(name, str(each) if isinstance(each, Path) else content_of(each)) for name, each in seen.items()]
         return f"{self.text}\0{named}"
 
 
+def is_array(value: Any) -> bool:
+    """NumPy's, or a tensor; no image of PIL's."""
+    return hasattr(value, "__array__") and hasattr(value, "dtype")
+
+
 def content_of(medium: Any) -> str:
-    """A hash of an image, a file or PIL's. Raises UserError where it cannot be read."""
+    """A hash of an image (a file or PIL's) or of an array. Raises UserError where it cannot be read."""
+    if is_array(medium):
+        values = np.ascontiguousarray(medium)
+        return hashlib.blake2b(f"{values.dtype}{values.shape}".encode() + values.tobytes(), digest_size=32).hexdigest()
     if not isinstance(medium, Path):
         return hashlib.blake2b(f"{medium.mode}{medium.size}".encode() + medium.tobytes(), digest_size=32).hexdigest()
     try:
@@ -49,6 +65,11 @@ def content_of(medium: Any) -> str:
             return hashlib.file_digest(file, "blake2b").hexdigest()
     except OSError as error:
         raise UserError(f"image {medium} of a prompt cannot be read: {error}") from error
+
+
+def in_json(value: Any) -> str:
+    """For ``json.dumps`` where it knows no better: an array or image by its content, anything else as it is written."""
+    return content_of(value) if is_array(value) or hasattr(value, "tobytes") else str(value)
 
 
 def from_text(text: str, where: str) -> Prompt:
@@ -87,6 +108,9 @@ def from_entry(entry: Any, folder: Path, where: str) -> Prompt:
         )
     media = _media(entry, folder, where)
     rest = {key: value for key, value in entry.items() if key != "prompt"}
+    target = folder / str(rest.get(_TARGET, ""))
+    if _TARGET in rest and is_there(target) and target.is_file():
+        rest[_TARGET] = str(target)
     return checked(Prompt(entry["prompt"].strip(), rest | {name: str(file) for name, file in media.items()}, media), where)
 
 
@@ -115,7 +139,7 @@ def _media(entry: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
     """The images that an entry names. Raises UserError for one that is not there."""
     media = {}
     for name in _MEDIA:
-        if entry.get(name) not in (None, ""):
+        if not is_array(entry.get(name)) and entry.get(name) not in (None, ""):
             file = folder / str(entry[name])
             try:
                 found = file.is_file()

@@ -2,7 +2,7 @@
 
 import io
 import wave
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from diffusionrl.data.entries import Prompt
 from diffusionrl.data.images import to_pil
-from diffusionrl.errors import UserError
+from diffusionrl.errors import UserError, describe, require
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # of Pillow's some forty decoders, the ones that are needed
 FRAME_RATE = 16
 """Frames a second of a clip that is written."""
+Show = Callable[[Tensor], Tensor]
+"""Pictures of samples that are none themselves: (B, *sample_shape) -> (B, 3, H, W) in [0, 1]."""
+_BLANK = (3, 64, 64)
 _WAVE = (256, 96)  # pixels of the picture of a wave
 _INPUT = 512  # longest side
 
@@ -26,6 +29,21 @@ _INPUT = 512  # longest side
 def kind_of(sample_shape: Sequence[int]) -> str:
     """ "sound", "image" or "video"."""
     return {2: "sound", 3: "image", 4: "video"}[len(sample_shape)]
+
+
+def shown(show: Show | None, samples: Tensor) -> tuple[Tensor, str | None]:
+    """What is to be seen of samples, on the CPU: they themselves, or pictures of them. Where these cannot be made, grey ones,
+    and what is wrong."""
+    if show is None:
+        return samples, None
+    try:
+        with torch.no_grad():
+            made = torch.as_tensor(show(samples.clone())).float().cpu()
+        told = f"show makes {tuple(made.shape)} of {len(samples)} samples, not ({len(samples)}, 3, H, W)"
+        require(made.ndim == 4 and made.shape[:2] == (len(samples), 3) and made.numel() > 0, told)
+    except Exception as error:  # it is the user's, and a run goes on without
+        return torch.full((len(samples), *_BLANK), 0.5), describe(error)
+    return made.nan_to_num(0.5).clamp(0, 1), None
 
 
 def still(sample: Tensor) -> Image.Image:

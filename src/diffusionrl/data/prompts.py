@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 
 from diffusionrl.data.entries import Prompt as Prompt
-from diffusionrl.data.entries import checked, content_of, from_entry, from_json, from_text
+from diffusionrl.data.entries import checked, content_of, from_entry, from_json, from_text, in_json
 from diffusionrl.data.formats import Format, read_entries, recognise
 from diffusionrl.emoji.vocabulary import prompt_sets
 from diffusionrl.errors import RunStopped, UserError
@@ -87,7 +87,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     if known is not None:
         return str(known)
     said = [[prompt.text, prompt.metadata, *map(content_of, prompt.media.values())] for prompt in prompts]
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=in_json).encode()).hexdigest()
 
 
 class _Prompts(Sequence[Prompt]):

@@ -28,6 +28,7 @@ from diffusionrl.doctor.resources import (
 from diffusionrl.doctor.reward import check_repeats, check_scores, check_variation, normalised
 from diffusionrl.doctor.update import check_update, rows_of_an_update
 from diffusionrl.sampling.rollout import Rollout, collect, make_table
+from diffusionrl.training.parts import follow
 from diffusionrl.training.trainer import Trainer
 
 __all__ = ["Finding", "check_groups", "examine"]
@@ -61,7 +62,7 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
         yield check_repeats(trainer, rollout)
         yield check_variation(trainer, rollout)
     rollout = normalised(trainer, rollout)
-    trainer.training.follow(0)
+    follow(trainer.policy, trainer.algorithm, 0)
     rollout, advantages = _something_to_learn(trainer, rollout)
     rows = rows_of_an_update(trainer, rollout, advantages)
     update = measure_update(trainer, rollout, rows, advantages)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.data.media import kind_of
 from diffusionrl.doctor.costs import limit_bytes, used_bytes
 from diffusionrl.doctor.findings import Finding
-from diffusionrl.errors import UserError
+from diffusionrl.errors import UserError, describe
 from diffusionrl.policies import Policy, load_pipeline, make_policy, put_export
 from diffusionrl.policies.adapters import find_lora
 from diffusionrl.policies.quantization import is_quantized
+from diffusionrl.runs.usage import is_own
 from diffusionrl.sampling.rollout import Rollout, draw_noise, sample_trajectories
 from diffusionrl.training.trainer import Trainer
 from diffusionrl.transitions import ode
@@ -27,14 +27,14 @@ _FINE, _COARSE = 0.01, 0.25  # of what was trained: in float32 on the CPU, and o
 
 def check_images(rollout: Rollout) -> Finding:
     """Finite, and showing something."""
-    images, kind = rollout.images, kind_of(rollout.images.shape[1:])
+    images, kind = rollout.images, rollout.kind
     if not images.isfinite().all():
         remedy = "the decoder overflows: run it in float32, or try another checkpoint of the model"
         return Finding("fail", "images", "the decoder gives NaN or infinity", remedy)
-    if not images.flatten(1).std(1).max() > 1 / 255:
+    if not (images.std() if kind == "sample" else images.flatten(1).std(1).max()) > 1 / 255:
         said = "all sounds are silent" if kind == "sound" else f"all {kind}s are blank"
         return Finding("fail", "images", said, "look at more of them: diffusionrl sample --model ...")
-    size = " x ".join(map(str, images.shape[-2:]))
+    size = " x ".join(map(str, images.shape[-2:] if kind != "sample" else images.shape[1:]))
     if kind == "video":
         size += f", {images.shape[1]} frames each"
     if kind == "sound":
@@ -45,6 +45,8 @@ def check_images(rollout: Rollout) -> Finding:
 @torch.no_grad()
 def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
     """Move the weights, export them, load them in plain diffusers, and draw the same images."""
+    if is_own(trainer.policy.about):
+        return _check_writing(trainer.policy)
     policy, sampling, quantization = trainer.policy, trainer.config.sampling, trainer.config.policy.quantization
     if quantization != "none" and policy.about["format"] != "lora":
         return Finding("warn", "export", "not tried: it is no LoRA file", "try it with policy.quantization none")
@@ -82,7 +84,23 @@ def check_export(trainer: Trainer, rollout: Rollout) -> Finding:
     except Exception as error:  # whatever it raises is the answer
         return Finding("fail", "export", f"does not load in plain diffusers: {type(error).__name__}: {error}", _REMEDY)
     exact = trainer.config.policy.dtype == "float32" and policy.device.type == "cpu"
-    return _compare((theirs - ours).abs(), (ours - base).abs().mean().item(), exact, kind_of(rollout.images.shape[1:]))
+    return _compare((theirs - ours).abs(), (ours - base).abs().mean().item(), exact, rollout.kind)
+
+
+def _check_writing(policy: Policy) -> Finding:
+    """Of a model of one's own, which nothing here knows how to load."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            policy.export(Path(folder))
+        except Exception as error:  # whatever it raises is the answer
+            return Finding("fail", "export", f"export(folder) raises {describe(error)}", "mend the policy's export")
+        files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+        named = ", ".join(f"{file.name} ({file.stat().st_size / 1e6:.2g} MB)" for file in files[:3])
+    if not files:
+        return Finding(
+            "fail", "export", "export(folder) writes nothing", "nothing of the run would be left: let it write weights"
+        )
+    return Finding("pass", "export", f"writes {named}; that it loads is for you to see")
 
 
 def _second_model(policy: Policy) -> int:

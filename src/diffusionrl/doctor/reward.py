@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from diffusionrl import seeds
-from diffusionrl.data.media import kind_of
 from diffusionrl.data.prompts import members_of
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.errors import UserError
@@ -37,19 +36,19 @@ def check_scores(trainer: Trainer, rollout: Rollout, held_out: Scores | None) ->
         invalid, total = int((~scores.valid).sum()), len(scores.valid)
         if invalid:
             stops = not kind and invalid > trainer.config.rewards.max_invalid * total
-            told = f"{invalid} of {total} {_kind(rollout)}s have no valid {kind}score: {scores.error}"
+            told = f"{invalid} of {total} {rollout.kind}s have no valid {kind}score: {scores.error}"
             remedy = "mend the reward: a run stops when more than rewards.max_invalid of its samples have no score"
             return Finding("fail" if stops else "warn", "scores", told, remedy)
     ranges = [
         f"{part.min():.3g} to {part.max():.3g}" + (f" ({name})" if len(rollout.scores.parts) > 1 else "")
         for name, part in rollout.scores.parts.items()
     ]
-    return Finding("pass", "scores", f"finite and valid on {len(rollout.prompts)} {_kind(rollout)}s: {', '.join(ranges)}")
+    return Finding("pass", "scores", f"finite and valid on {len(rollout.prompts)} {rollout.kind}s: {', '.join(ranges)}")
 
 
 def check_repeats(trainer: Trainer, rollout: Rollout) -> Finding:
     """The same images again: noise of the reward's own, as a share of how much images differ."""
-    kind = _kind(rollout)
+    kind = rollout.kind
     again = ask(trainer, trainer.reward, rollout, rollout.images, trainer.config.samples_per_prompt)
     lost = rollout.scores.valid & ~again.valid[: len(rollout.scores.valid)]
     if lost.any():
@@ -82,10 +81,10 @@ def check_variation(trainer: Trainer, rollout: Rollout) -> Finding:
     groups = [group for group in members_of([prompt.key for prompt in rollout.prompts]).values() if len(group) > 1]
     values = rollout.scores.values
     if groups and not _shared(trainer) and all(_alike(values[group]) for group in groups):
-        remedy = f"choose a reward that looks at the {_kind(rollout)}; samples of one prompt are what a policy learns from"
+        remedy = f"choose a reward that looks at the {rollout.kind}; samples of one prompt are what a policy learns from"
         if trainer.reward.grouped:
             remedy = "a score that all the samples of a prompt share needs algorithm.normalisation batch"
-        told = f"{_kind(rollout)}s of one prompt all score alike: the reward tells prompts apart, not {_kind(rollout)}s"
+        told = f"{rollout.kind}s of one prompt all score alike: the reward tells prompts apart, not {rollout.kind}s"
         return Finding("warn", "variation", told, remedy)
     spread = values[rollout.scores.valid].std(correction=0).item()
     return Finding("pass", "variation", f"scores differ, standard deviation {spread:.3g}")
@@ -102,7 +101,7 @@ def _shared(trainer: Trainer) -> bool:
 
 def _flat(trainer: Trainer, rollout: Rollout, name: str) -> Finding:
     """All images score alike. Does anything at all change the score?"""
-    told = f"{_of(name, rollout)}all {len(rollout.prompts)} {_kind(rollout)}s score {rollout.scores.parts[name].nanmean():.3g}"
+    told = f"{_of(name, rollout)}all {len(rollout.prompts)} {rollout.kind}s score {rollout.scores.parts[name].nanmean():.3g}"
     if name in trainer.reward.grouped:  # two groups may well be alike
         return Finding(
             "warn", "variation", told, "equal groups teach nothing: choose prompts whose groups differ, or larger groups"
@@ -115,18 +114,14 @@ def _flat(trainer: Trainer, rollout: Rollout, name: str) -> Finding:
     if not _alike(found):
         remedy = "equal scores teach nothing: choose prompts that are less easy (or less hard), or a finer reward"
         return Finding("warn", "variation", told, remedy)
-    remedy = f"the reward is constant: look at what it does with its {_kind(rollout)}s"
-    others = "silence, constant sounds and noise" if _kind(rollout) == "sound" else "black, white, grey and noise"
-    return Finding("fail", "variation", f"{told}, and so do {others}", remedy)
+    remedy = f"the reward is constant: look at what it does with its {rollout.kind}s"
+    others = {"sound": "silence, constant sounds and noise", "sample": "zeros, ones and noise"}
+    return Finding("fail", "variation", f"{told}, and so do {others.get(rollout.kind, 'black, white, grey and noise')}", remedy)
 
 
 def _alike(scores: Tensor) -> bool:
     found = scores[scores.isfinite()]
     return len(found) == 0 or bool(found.max() == found.min())
-
-
-def _kind(rollout: Rollout) -> str:
-    return kind_of(rollout.images.shape[1:])
 
 
 def _of(name: str, rollout: Rollout) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.images import image_grid
-from diffusionrl.data.media import stills, write_inputs, write_sample
+from diffusionrl.data.media import shown, stills, write_inputs, write_sample
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import Mixture, Reward, RewardCall, Scores, as_mixture
@@ -129,17 +129,19 @@ def evaluate(
     return Evaluation(rollout.whole(), parts, group_sizes=group_sizes | dict.fromkeys(held_out.grouped, size))
 
 
-def write_samples(evaluation: Evaluation, folder: Path) -> None:
+def write_samples(evaluation: Evaluation, folder: Path) -> str | None:
     """``grid.png``, every sample, images that its prompt names, and ``samples.jsonl``. Files are named by the index, never by a
-    prompt's text."""
+    prompt's text. Returns why samples cannot be shown, where they cannot."""
     folder.mkdir(parents=True, exist_ok=True)
     rollout = evaluation.rollout
-    image_grid(stills(rollout.images), columns=8).save(folder / "grid.png")
+    images, failed = shown(rollout.show, rollout.images)
+    image_grid(stills(images), columns=8).save(folder / "grid.png")
     with (folder / "samples.jsonl").open("w") as lines:
-        for index, sample in enumerate(rollout.images):
+        for index, sample in enumerate(images):
             write_sample(sample, folder / f"{index:05d}.png", rollout.sampling_rate)
             write_inputs(rollout.prompts[index].media, folder, index)
             lines.write(json.dumps(sample_entry(rollout, index, evaluation.beside)) + "\n")
+    return failed
 
 
 def sample_entry(rollout: Rollout, index: int, beside: Mapping[str, Tensor]) -> dict[str, Any]:

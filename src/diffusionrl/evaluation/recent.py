@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from diffusionrl.data.media import write_inputs, write_sample
+from diffusionrl.data.media import shown, write_inputs, write_sample
 from diffusionrl.evaluation.fixed_seed import sample_entry
 from diffusionrl.runs.checkpoint import step_of
 from diffusionrl.sampling.rollout import Rollout
@@ -29,9 +29,11 @@ def write_recent(rollout: Rollout, samples: Path, step: int, task: str = "") -> 
     failed = [i for i in own if not scores.valid[i]][:PICKED]
     count = min(PICKED, len(ranked) // 2)
     parts = scores.parts if len(scores.parts) > 1 else {}
+    picked = sorted([*ranked[:count], *ranked[len(ranked) - count :], *failed])
+    images, _ = shown(rollout.show, rollout.images[[index - own.start for index in picked]])
     with (folder / "samples.jsonl").open("w") as lines:
-        for index in sorted([*ranked[:count], *ranked[len(ranked) - count :], *failed]):
-            write_sample(rollout.images[index - own.start], folder / f"{index:05d}.png", rollout.sampling_rate)
+        for index, image in zip(picked, images, strict=True):
+            write_sample(image, folder / f"{index:05d}.png", rollout.sampling_rate)
             write_inputs(rollout.prompts[index].media, folder, index)
             error = {"error": scores.error} if index in failed else {}
             lines.write(json.dumps(sample_entry(rollout, index, parts) | error) + "\n")

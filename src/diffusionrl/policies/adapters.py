@@ -1,17 +1,18 @@
 """What is trained: LoRA adapters on any network, and older copies of the trained weights."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusionrl import seeds
@@ -24,6 +25,7 @@ ATTENTION = (
 )
 """Names of attention projections in diffusers' networks."""
 _DOWN = re.compile(r"(lora_A|lora_down|lora\.down)(\.default)?\.weight$")  # of each layer in a file, one
+_EVERY = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 REST = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv")
 
 
@@ -31,20 +33,23 @@ def find_targets(network: torch.nn.Module, asked: str | Sequence[str]) -> dict[s
     """Layers that get an adapter: ends of names, and the full names that each of them stands for.
 
     Args:
-        asked: "attention", "all" (feed-forward layers and convolutions too), or ends of names.
+        asked: "attention", "all" (feed-forward layers and convolutions too), "every" (whatever their names), or ends of names.
 
     Raises:
         UserError: a name matches no linear layer or convolution.
     """
     known = {"attention": ATTENTION, "all": ATTENTION + REST}
-    layers = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    every = {name: [name] for name, module in network.named_modules() if isinstance(module, _EVERY)}
+    layers = [name for name in every if isinstance(network.get_submodule(name), torch.nn.Linear | torch.nn.Conv2d)]
     found: dict[str, list[str]] = {}
     for entry in (asked,) if isinstance(asked, str) else asked:
         ends = {end: [name for name in layers if f".{name}".endswith(f".{end}")] for end in known.get(entry, (entry,))}
+        ends = every if entry == "every" else ends
         if not any(ends.values()):
             last = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in layers}))
             raise UserError(
-                f"policy.lora_targets: {type(network).__name__} has no layer {entry!r}; its layers' names end in {last}"
+                f"policy.lora_targets: {type(network).__name__} has no layer {entry!r}; its layers' names end in {last}; "
+                "every takes all of them"
             )
         found |= {end: names for end, names in ends.items() if names}
     return found
@@ -246,6 +251,27 @@ class Copies:
             if key not in weights or (tensor.shape, tensor.dtype) != (weights[key].shape, weights[key].dtype):
                 raise ValueError(f"{full} is {tuple(tensor.shape)} of {tensor.dtype}, and of no parameter that is so")
             self._sets.setdefault(name, {})[key] = like(weights[key], tensor.clone())
+
+
+@contextmanager
+def switched_off(layers: Iterable[LoraLayer]) -> Iterator[None]:
+    """Without what these adapters add."""
+    layers = list(layers)
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # enable_adapters would also switch gradients off
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def save_lora(network: Any, folder: Path) -> None:
+    """An adapter as ``peft.PeftModel.from_pretrained(network, folder)`` takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {f"base_model.model.{key}": each.contiguous() for key, each in get_peft_model_state_dict(network).items()}
+    save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME)
+    replace(network.peft_config["default"], inference_mode=True).save_pretrained(folder)
 
 
 def lora_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -1,6 +1,6 @@
 """What the rest of the package needs of a model, whatever its family."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,10 @@ class Policy(Protocol):
         ...
 
     sample_shape: tuple[int, ...]
-    """The shape of one sample: (3, H, W) of an image, (F, 3, H, W) of a video, (C, S) of sound."""
+    """The shape of one sample: (3, H, W) of an image, (F, 3, H, W) of a video, (C, S) of sound; any where ``show`` is given."""
+    show: Callable[[Tensor], Tensor] | None
+    """Pictures for the report of samples that are no images, videos or sound: (B, *sample_shape), on the CPU, to (B, 3, H, W)
+    in [0, 1]. None: they are."""
     sampling_rate: int | None
     """Of sounds, in Hz."""
     latent_shape: tuple[int, ...]
@@ -145,6 +148,11 @@ def describe(
         )
     except UserError:
         return None
+
+
+def standard_noise(addresses: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Drawn on the CPU by an address each, (B, *shape), float32."""
+    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(each)) for each in addresses])
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:

@@ -11,11 +11,13 @@ from diffusionrl import devices
 from diffusionrl.config import PolicyConfig, SamplingConfig
 from diffusionrl.data.entries import content_of
 from diffusionrl.data.prompts import Prompt
-from diffusionrl.errors import UserError
+from diffusionrl.errors import UserError, require
+from diffusionrl.foreign.names import check_code, is_code
 from diffusionrl.policies.adapters import find_lora, save_memory
 from diffusionrl.policies.asking import check_class
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.files import fetch, file_of, find_class, find_networks, left_out, load_network, read_index
+from diffusionrl.policies.own import check_policy, load_own
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.policies.quantization import check_quantization, is_quantized, quantization_settings
 from diffusionrl.policies.schedules import kind_of
@@ -37,6 +39,10 @@ def check_model(model: str, config: str | None = None) -> tuple[int, ...] | None
     Raises:
         UserError: it is not there, or cannot be asked what a policy is asked; or a single file lacks weights, or holds others.
     """
+    if is_code(model):
+        require(config is None, f"model_config describes a single .safetensors file, and model {model!r} is code: leave it out")
+        check_code("model", model)
+        return None
     file = _look(model, config)
     return _check_settings(file.config if file else model)
 
@@ -203,8 +209,8 @@ def load_policy(
     offload_text_encoders: bool = False,
     quantization: str = "none",
 ) -> Policy:
-    """A policy by name, folder, hub id or single file. ``model_config`` is that of ``TrainConfig``; the other arguments are
-    those of ``PolicyConfig`` and of ``make_policy``.
+    """A policy by name, folder, hub id or single file, or by the function that makes it. ``model_config`` is that of
+    ``TrainConfig``; the other arguments are those of ``PolicyConfig`` and of ``make_policy``.
 
     Raises:
         UserError: the model is not there, or cannot be a policy.
@@ -228,6 +234,11 @@ def load_policy(
         device=device,
         **trained,
     )
+    steps = sampling.num_steps if sampling else SamplingConfig().num_steps
+    if is_code(model):
+        own = load_own(model, settings, seed)
+        check_policy(own, example or Prompt(""), steps)
+        return own
     precision: torch.dtype = getattr(torch, dtype)
     chosen = devices.choose(device)
     check_quantization(quantization, chosen)
@@ -241,6 +252,5 @@ def load_policy(
     with asking(model):
         policy = make_policy(pipeline, sampling, example, lora_rank=rank, **shared, **trained)
     policy.settings = settings
-    steps = sampling.num_steps if sampling else SamplingConfig().num_steps
     check_sound(policy, pipeline, model, steps, example)
     return policy

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusionrl import processes, seeds
-from diffusionrl.data.media import kind_of
+from diffusionrl.data.media import Show, kind_of
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import (
@@ -28,7 +27,9 @@ from diffusionrl.policies.adapters import (
     find_targets,
     load_lora,
     lora_weights,
+    save_lora,
     save_memory,
+    switched_off,
     take_lora,
     without_part,
 )
@@ -41,7 +42,6 @@ from diffusionrl.policies.precision import set_precision
 from diffusionrl.policies.trials import Trials
 from diffusionrl.transitions import Grid, NoiseLevels
 
-ADAPTER = "adapter_model.safetensors"  # peft's name
 _DECODE_BATCH = 16
 _SAME_PIXEL = 1e-3  # in [0, 1]
 _OF_A_CALL = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError)
@@ -68,6 +68,8 @@ class PipelinePolicy:
     Raises:
         UserError: the pipeline cannot be asked, does not take the arguments, or has nothing to train.
     """
+
+    show: Show | None = None
 
     def __init__(
         self,
@@ -205,13 +207,8 @@ class PipelinePolicy:
             with self._start.used("start"):
                 yield
             return
-        try:
-            for layer in self._adapted:
-                layer._disable_adapters = True  # enable_adapters would also switch gradients off
+        with switched_off(self._adapted):
             yield
-        finally:
-            for layer in self._adapted:
-                layer._disable_adapters = False
 
     # The policy
 
@@ -359,13 +356,11 @@ class PipelinePolicy:
         save = getattr(type(self.pipeline), "save_lora_weights", None)
         layers: dict[str, Any] = {}
         for name, network in self._parts().items():
+            if save is None:
+                save_lora(network, folder / name)
+                continue
             weights = {key: weight.contiguous() for key, weight in get_peft_model_state_dict(network).items()}
             settings = replace(network.peft_config["default"], inference_mode=True)
-            if save is None:
-                (folder / name).mkdir(exist_ok=True)
-                save_file({f"base_model.model.{key}": weight for key, weight in weights.items()}, folder / name / ADAPTER)
-                settings.save_pretrained(folder / name)
-                continue
             layers[f"{name}_lora_layers"] = weights
             described = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.to_dict().items()}
             layers[f"{name}_lora_adapter_metadata"] = described

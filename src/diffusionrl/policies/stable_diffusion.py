@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from diffusionrl import processes
+from diffusionrl.data.media import Show
 from diffusionrl.data.prompts import Prompt, keep_newest
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import (
@@ -36,7 +37,7 @@ from diffusionrl.policies.adapters import (
     save_memory,
     take_lora,
 )
-from diffusionrl.policies.base import chunks, describe
+from diffusionrl.policies.base import chunks, describe, standard_noise
 from diffusionrl.policies.encoders import WaitingEncoders
 from diffusionrl.policies.identity import fingerprint_of
 from diffusionrl.runs.usage import ABOUT_STABLE_DIFFUSION
@@ -60,6 +61,7 @@ class StableDiffusionPolicy:
 
     edits = False
     sampling_rate: int | None = None
+    show: Show | None = None
 
     def __init__(
         self,
@@ -138,8 +140,7 @@ class StableDiffusionPolicy:
         return ABOUT_STABLE_DIFFUSION | {"format": "lora" if self._adapted else "full", "weights": self._weights, **self._files}
 
     def start(self, prompts: Sequence[Prompt], addresses: Sequence[int]) -> Tensor:
-        drawn = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(each)) for each in addresses]
-        return torch.stack(drawn).to(self.device)
+        return standard_noise(addresses, self.latent_shape).to(self.device)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:

@@ -11,13 +11,16 @@ from peft import PeftModel
 from diffusionrl import devices
 from diffusionrl.config import SamplingConfig, TrainConfig
 from diffusionrl.data.prompts import Prompt, load_prompts
-from diffusionrl.errors import UserError
+from diffusionrl.errors import UserError, require
+from diffusionrl.foreign.names import is_code
 from diffusionrl.paths import expand
 from diffusionrl.policies.adapters import find_lora, load_lora
 from diffusionrl.policies.base import Policy
 from diffusionrl.policies.loading import check_model, load_pipeline, load_policy, make_policy
 from diffusionrl.policies.soundness import asking, check_sound
 from diffusionrl.runs import checkpoint
+from diffusionrl.runs.checkpoint import Checkpoint
+from diffusionrl.runs.folder import exported_step
 from diffusionrl.runs.places import read_settings
 
 
@@ -27,7 +30,7 @@ class Trained:
 
     Attributes:
         name: what it was asked for as.
-        base: "emoji", a folder, a hub id or a single file.
+        base: "emoji", a folder, a hub id, a single file, or a function that makes a policy.
         sample_shape: of what it makes; None where it is known when it is loaded.
         config: of a single file: see ``TrainConfig.model_config``.
         lora: a safetensors file.
@@ -53,14 +56,16 @@ def begin_from_run(config: TrainConfig) -> TrainConfig:
         return config
     if config.policy.lora is not None or config.model_config is not None:
         raise UserError(f"{run_dir} is a run, which has a LoRA and settings of its own: leave out policy.lora and model_config")
+    settings = read_settings(run_dir)
+    base, file = str(settings.get("model")), settings.get("model_config")
+    if is_code(base):
+        raise UserError(f"{run_dir} trained {base}, code of your own: load what it exported there, and name that as the model")
     lora = run_dir / "export" / LORA_WEIGHT_NAME_SAFE
     if not lora.is_file():
         raise UserError(
             f"{run_dir} is a run without a LoRA in its export, and training goes on from no other: load it as its "
             "export/README.md says, and save_pretrained writes a folder for --model"
         )
-    settings = read_settings(run_dir)
-    base, file = str(settings.get("model")), settings.get("model_config")
     return replace(config, model=base, model_config=file, policy=replace(config.policy, lora=lora))
 
 
@@ -80,10 +85,11 @@ def find_trained(model: str, lora: Path | None = None, config: str | None = None
         settings, export = read_settings(run_dir), run_dir / "export"
         base, config = str(settings.get("model")), settings.get("model_config")
         shape = check_model(base, config)
-        if list(export.rglob("*.safetensors")):
+        if is_code(base) or list(export.rglob("*.safetensors")):
             return Trained(model, base, shape, config, export=export)
         raise UserError(f"{run_dir} is a run folder without an export: it has not trained yet")
     shape = check_model(model, config)
+    require(lora is None or not is_code(model), f"model {model!r} is code of your own, which loads no LoRA file: let it do so")
     if lora is None:
         return Trained(model, model, shape, config)
     return Trained(f"{model} with {lora.name}", model, shape, config, lora=find_lora(lora))
@@ -101,20 +107,58 @@ def load_trained(
     Raises:
         UserError: it is not there, it could not be loaded, or the LoRA is of another model.
     """
-    found = find_trained(model, lora, config)
+    found, sampling = find_trained(model, lora, config), sampling or SamplingConfig()
+    if is_code(found.base):
+        return _load_own(found, sampling, example)
     pipeline = load_pipeline(found.base, config=found.config)
     if found.export is not None:
         put_export(pipeline, found.export, found.name)
     if found.lora is not None:
         _merge(pipeline, found.lora, found.name)
-    sampling = sampling or SamplingConfig()
     with asking(found.base):
         policy = make_policy(pipeline, sampling, example, lora_rank=None, device=devices.choose(), source=found.name)
     check_sound(policy, pipeline, found.name, sampling.num_steps, example)
     return policy
 
 
+def _load_own(found: Trained, sampling: SamplingConfig, example: Prompt | None) -> Policy:
+    """Its function says what it is before training, and the checkpoint of the step that was exported what it learned."""
+    if found.export is None:
+        return load_policy(found.base, training="full", sampling=sampling, example=example)
+    run_dir = found.export.parent
+    said = read_settings(run_dir)
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in said["policy"].items()
+    }
+    policy = load_policy(found.base, **settings, seed=said["seed"], sampling=sampling, example=example)
+    steps = checkpoint.complete_steps(run_dir)
+    _put_checkpoint(policy, _find_checkpoint(run_dir, exported_step(run_dir, steps[-1]) if steps else None), run_dir)
+    return policy
+
+
+def _find_checkpoint(run_dir: Path, step: int | None) -> Checkpoint:
+    """The newest one, or that of a step. Raises UserError where there is none, or it is corrupted."""
+    steps = checkpoint.complete_steps(run_dir)
+    chosen = steps[-1] if step is None and steps else step
+    if chosen not in steps:
+        raise UserError(f"{run_dir} has no checkpoint of step {step}: there are {', '.join(map(str, steps)) or 'none'}")
+    try:
+        return checkpoint.load(checkpoint.folder_of(run_dir, chosen))
+    except checkpoint.Corrupted as error:
+        raise UserError(f"corrupted checkpoint: {error}") from error
+
+
 @torch.no_grad()
+def _put_checkpoint(policy: Policy, found: Checkpoint, run_dir: Path) -> None:
+    """Its weights, or their average where the run keeps one. Raises UserError where it is of another model."""
+    began = found.state.get("began_from", {}).get("policy", {}).get("the base model")
+    if began not in (None, policy.about.get("weights")):
+        raise UserError(f"model {policy.source!r} has other weights than the run {run_dir} began with")
+    weights, copies = found.tensors["policy"], found.tensors.get("copies", {})
+    for name, parameter in policy.trainable().items():
+        parameter.copy_(copies.get(f"average/{name}", weights[name]).to(parameter.device))
+
+
 def export_checkpoint(run_dir: Path, config: TrainConfig, step: int | None, out: Path) -> int:
     """Write the weights of a run's checkpoint, the newest one or that of a step, as ``Policy.export`` does: their average,
     where the run keeps one. Returns the step.
@@ -122,28 +166,16 @@ def export_checkpoint(run_dir: Path, config: TrainConfig, step: int | None, out:
     Raises:
         UserError: there is no such checkpoint, it is corrupted, or it is of another model.
     """
-    steps = checkpoint.complete_steps(run_dir)
-    chosen = steps[-1] if step is None and steps else step
-    if chosen not in steps:
-        raise UserError(f"{run_dir} has no checkpoint of step {step}: there are {', '.join(map(str, steps)) or 'none'}")
-    try:
-        found = checkpoint.load(checkpoint.folder_of(run_dir, chosen))
-    except checkpoint.Corrupted as error:
-        raise UserError(f"corrupted checkpoint: {error}") from error
+    found = _find_checkpoint(run_dir, step)
     known = not config.prompts.startswith("<")  # else they were handed over in Python
     example = load_prompts(config.prompts, config.max_broken_prompts)[0] if known else None
     settings = {field.name: getattr(config.policy, field.name) for field in fields(config.policy)}
     policy = load_policy(
         config.model, **settings, seed=config.seed, sampling=config.sampling, example=example, model_config=config.model_config
     )
-    began = found.state.get("began_from", {}).get("policy", {}).get("the base model")
-    if began not in (None, policy.about.get("weights")):
-        raise UserError(f"model {config.model!r} has other weights than the run {run_dir} began with")
-    weights, copies = found.tensors["policy"], found.tensors.get("copies", {})
-    for name, parameter in policy.trainable().items():
-        parameter.copy_(copies.get(f"average/{name}", weights[name]).to(parameter.device))
+    _put_checkpoint(policy, found, run_dir)
     policy.export(out)
-    return chosen
+    return found.step
 
 
 def put_export(pipeline: Any, export: Path, name: str) -> None:

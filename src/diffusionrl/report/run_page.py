@@ -28,7 +28,7 @@ from diffusionrl.report.page import (
 from diffusionrl.report.record import Evaluated, Run, Sample, read_run, time_unit
 from diffusionrl.report.thumbnails import data_uri
 from diffusionrl.runs.signal import COSINE, Signal, signal_of
-from diffusionrl.runs.usage import about_of, loading_lines
+from diffusionrl.runs.usage import about_of, is_own, loading_lines
 
 MAX_TILES = 48
 PICKED = 6  # best, worst and failed samples
@@ -304,6 +304,8 @@ def _machine(run: Run) -> list[tuple[str, str]]:
 
 def _model(about: dict[str, Any]) -> str:
     """The pipeline, what of it is trained, and whether its own call takes other steps than a run."""
+    if is_own(about):
+        return f"{about['network']}, a network of one's own"
     said = f"{about['pipeline']} ({', '.join(map(str, about['networks']))})"
     if about.get("first_order") is False:
         said += f"; steps are of first order, on the grid of its {about.get('scheduler')}, which takes others"
@@ -324,5 +326,6 @@ def _load(run: Run) -> str:
     base, export = "MODEL" if own else repr(str(model)), repr(str(run.folder / "export"))
     file = about.get("single_file") or {}
     lines = loading_lines(run.config, about, base, export, repr((prompts or ["a cat"])[0]), repr(file.get("config")))
-    note = "# MODEL: the folder or hub id of the pipeline that was handed over in Python\n" if own else ""
+    handed_over = "# MODEL: the folder or hub id of the pipeline that was handed over in Python\n"
+    note = handed_over if own and not is_own(about) else ""
     return note + "\n".join(lines)

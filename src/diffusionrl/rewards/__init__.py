@@ -1,11 +1,12 @@
 """Rewards: one file each. ``load_reward`` finds them by name."""
 
-from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, noise, parity, preference, vlm
+from diffusionrl.foreign.thread import within
+from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, nearness, noise, parity, preference, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, differentiable, register, score, try_reward
-from diffusionrl.rewards.foreign import within
 from diffusionrl.rewards.gradient import require_gradient, try_gradient
 from diffusionrl.rewards.loading import load_reward
 from diffusionrl.rewards.mixture import Mixture, as_mixture, load_mixture, try_mixture
+from diffusionrl.rewards.smooth import Smoothed
 from diffusionrl.rewards.worker import RewardCall, RewardQueue
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "RewardCall",
     "RewardQueue",
     "Scores",
+    "Smoothed",
     "aesthetic",
     "as_mixture",
     "clip",
@@ -24,6 +26,7 @@ __all__ = [
     "jpeg",
     "load_mixture",
     "load_reward",
+    "nearness",
     "noise",
     "parity",
     "preference",

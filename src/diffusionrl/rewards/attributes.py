@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusionrl.config.rewards import ParityConfig, RewardsConfig
 from diffusionrl.emoji.classifier import TONES, load_tone_classifier
 from diffusionrl.errors import UserError
-from diffusionrl.rewards.base import find_function
+from diffusionrl.foreign.finding import find_function
 from diffusionrl.rewards.clip import CLIP
 
 ITA_CLASSES = ("very light", "light", "intermediate", "tan", "brown", "dark")

@@ -1,18 +1,11 @@
-"""What a reward is: a function ``(images, prompts, metadata) -> scores``; how it is found, tried and checked."""
+"""What a reward is: a function ``(images, prompts, metadata) -> scores``; how it is tried and checked."""
 
 import copy
-import hashlib
-import importlib
-import importlib.util
-import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Complex, Real
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,9 +14,8 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, clean, describe, require
-from diffusionrl.paths import expand
-from diffusionrl.rewards import surroundings
-from diffusionrl.rewards.foreign import Job, anything
+from diffusionrl.foreign import surroundings
+from diffusionrl.foreign.thread import anything
 
 T = TypeVar("T")
 
@@ -91,56 +83,6 @@ class NoScores(UserError):
     """What a reward returned is not a number for each sample."""
 
 
-def find_function(kind: str, name: str, signature: str) -> Callable[..., Any]:
-    """``package.module:function``, looked up from the working directory too, or ``file.py:function``. The module is imported in
-    the thread of foreign code (``rewards.foreign``); ``kind`` and ``signature`` are for messages.
-
-    Raises:
-        UserError: it does not import, or is no function.
-    """
-    found: list[Any] = []
-    job = Job(lambda: found.append(_import(name))).start()
-    job.wait(math.inf)
-    if job.raised is not None:  # whatever the user's module raises is the answer
-        remedy = "" if isinstance(job.raised, Exception) else "; does it parse the command line? Put that under __main__"
-        raise UserError(f"{kind} {name!r} does not import: {describe(job.raised)}{remedy}") from job.raised
-    if not callable(found[0]):
-        raise UserError(f"{kind} {name!r} is a {type(found[0]).__name__}, not a function {signature}")
-    return found[0]
-
-
-def _import(name: str) -> Any:
-    module_name, _, attribute = name.rpartition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    with surroundings.kept(f"the module of {name}", []):
-        is_file = module_name.endswith(".py")
-        return getattr(_import_file(expand(module_name)) if is_file else importlib.import_module(module_name), attribute)
-
-
-def _import_file(file: Path) -> Any:
-    """A module by its file, once; it may import what lies beside it."""
-    path = str(file.absolute())
-    digest = hashlib.sha256(path.encode()).hexdigest()
-    for name in (file.stem, f"{file.stem}_{digest[:8]}"):  # another module may have that name
-        known = sys.modules.get(name)
-        if known is None:
-            break
-        if getattr(known, "__file__", None) == path:
-            return known
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    if str(file.absolute().parent) not in sys.path:
-        sys.path.append(str(file.absolute().parent))
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Scores:
     """Call a reward. Whatever is wrong with it or with a score makes samples invalid: what it raises, another number of scores
     than of samples, something that is no number, NaN, infinity, a score out of its range. An image that is not finite is
@@ -206,15 +148,11 @@ def name_of(reward: Reward) -> str:
     return clean(f"{module}:{name}")
 
 
-def code_of(reward: Reward) -> dict[str, str | None]:
-    """Hashes of the code of a reward: of the "function" (or class) itself, and of the "file" that it is in. None where there is
-    none to be read."""
-    code = reward if inspect.isroutine(reward) else type(reward)
-    found: dict[str, str | None] = {"function": None, "file": None}
-    with suppress(TypeError, OSError, SyntaxError):
-        found["function"] = hashlib.sha256(inspect.getsource(code).encode()).hexdigest()
-        found["file"] = hashlib.sha256(Path(inspect.getfile(code)).read_bytes()).hexdigest()
-    return found
+def innermost(reward: Reward) -> Reward:
+    """What those of ours that are around another reward are around."""
+    while name_of(reward).startswith("diffusionrl.") and "reward" in getattr(reward, "__dict__", {}):
+        reward = reward.reward  # type: ignore[attr-defined]
+    return reward
 
 
 def attribute_of(reward: Reward, name: str, default: Any) -> Any:
@@ -311,6 +249,8 @@ def grey(sample_shape: tuple[int, ...]) -> Tensor:
 
 
 def describe_grey(sample_shape: tuple[int, ...]) -> str:
+    if len(sample_shape) not in (2, 3, 4):
+        return f"samples of the shape {sample_shape}"
     *before, height, width = sample_shape
     if len(before) == 0:
         return f"silent sounds of {width} values"

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.data.entries import in_json
 from diffusionrl.errors import UserError
-from diffusionrl.rewards.base import Reward, Scores, as_scores, attribute_of, code_of, counts_of, is_differentiable
+from diffusionrl.foreign.finding import code_of
+from diffusionrl.rewards.base import Reward, Scores, as_scores, attribute_of, counts_of, innermost, is_differentiable
 
 _NOT_OF_A_SCORE = {"timeout", "max_invalid", "invalid_window", "normalise", "cache"}
 
@@ -32,7 +34,7 @@ class CachedReward:
     def __init__(self, reward: Reward, name: str, config: RewardsConfig, cache: "AnswerCache") -> None:
         self.reward, self._cache = reward, cache
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_OF_A_SCORE}
-        self._about = json.dumps([name, settings, code_of(reward)["file"]], default=str, sort_keys=True).encode()
+        self._about = json.dumps([name, settings, code_of(innermost(reward))["file"]], default=str, sort_keys=True).encode()
         self._counts = {"asked": 0, "cached": 0}
         self.range = attribute_of(reward, "range", (-torch.inf, torch.inf))
         self.differentiable = is_differentiable(reward)
@@ -64,7 +66,7 @@ class CachedReward:
     def _key(self, sample: Tensor, prompt: str, metadata: dict[str, Any]) -> str:
         seen = (255 * sample).round().to(torch.uint8) if sample.ndim > 2 else sample
         digest = hashlib.sha256(self._about)
-        digest.update(json.dumps([prompt, metadata, list(seen.shape)], default=str, sort_keys=True).encode())
+        digest.update(json.dumps([prompt, metadata, list(seen.shape)], default=in_json, sort_keys=True).encode())
         digest.update(seen.contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
 

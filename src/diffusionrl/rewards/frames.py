@@ -27,8 +27,10 @@ class OnFrames:
         return getattr(self.reward, name)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[str, Any]]) -> Any:
-        if images.ndim == 3:
-            raise UserError(f"{self.name} scores images, and the model makes sound: give a reward for sound")
+        if images.ndim not in (4, 5) or images.shape[-3] != 3:
+            sound = any("sampling_rate" in each for each in metadata)
+            made = "sound: give a reward for sound" if sound else f"{tuple(images.shape[1:])}: give one of yours"
+            raise UserError(f"{self.name} scores images, and the model makes {made}")
         if images.ndim == 4:
             return self.reward(images, prompts, metadata)
         total = images.shape[1]

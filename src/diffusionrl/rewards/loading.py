@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 from diffusionrl.config.rewards import RewardsConfig
-from diffusionrl.errors import UserError, one_of
-from diffusionrl.rewards.base import REGISTRY, Reward, find_function
+from diffusionrl.errors import UserError, one_of, require
+from diffusionrl.foreign.finding import find_function
+from diffusionrl.rewards.base import REGISTRY, Reward, register
 from diffusionrl.rewards.frames import OnFrames
 from diffusionrl.rewards.remote import RemoteReward
+from diffusionrl.rewards.smooth import Smoothed
 
 
 def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
@@ -17,6 +19,8 @@ def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
         UserError: no such reward, it does not import, or what it is built from is not there.
     """
     config = config or RewardsConfig()
+    if name == "smooth":  # which takes what the reward in it takes
+        return smooth(config)
     if name in REGISTRY:
         return OnFrames(REGISTRY[name](config), name, config.frames)
     if name.startswith(("http://", "https://")):
@@ -24,6 +28,14 @@ def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
     if ":" not in name:
         raise one_of("reward", name, REGISTRY, "; your own is package.module:function or file.py:function")
     return find_function("reward", name, "(images, prompts, metadata) -> scores")
+
+
+@register("smooth")
+def smooth(config: RewardsConfig) -> Reward:
+    """What ``rewards.smooth`` says."""
+    inner = config.smooth
+    require(bool(inner.reward), "the reward smooth needs another one in it: name it with --rewards.smooth.reward")
+    return Smoothed(load_reward(inner.reward, config), inner.sigma, inner.draws, inner.seed)
 
 
 def require_world(names: Sequence[str], config: RewardsConfig, model: str) -> None:
@@ -47,7 +59,7 @@ def require_world(names: Sequence[str], config: RewardsConfig, model: str) -> No
         own |= dict.fromkeys(_PARITIES, ("rewards.parity.clip.model", config.parity.clip.model))
     elif config.parity.attribute == "emoji-skin-tone":
         own |= dict.fromkeys(_PARITIES, ("rewards.parity.attribute", "emoji"))
-    for name in names:
+    for name in (*names, *((config.smooth.reward,) if "smooth" in names else ())):
         setting, judge = own.get(name, ("", "emoji" if name in _EMBEDDED_ALONE else ""))
         if judge == "emoji":
             remedy = f"name its own with --{setting}" if setting else "choose another reward"

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError, one_of
+from diffusionrl.foreign.finding import code_of
+from diffusionrl.foreign.thread import within
 from diffusionrl.rewards.base import (
     Reward,
     Scores,
@@ -20,8 +22,8 @@ from diffusionrl.rewards.base import (
     as_scores,
     attribute_of,
     broken_image,
-    code_of,
     counts_of,
+    innermost,
     looks_at_groups,
     name_of,
     score,
@@ -29,7 +31,6 @@ from diffusionrl.rewards.base import (
     try_reward,
 )
 from diffusionrl.rewards.cache import AnswerCache, CachedReward
-from diffusionrl.rewards.foreign import within
 from diffusionrl.rewards.loading import load_reward
 
 _ROUNDING = 1e-3  # relative, of a score: networks in low precision may round by the place in a batch
@@ -131,7 +132,7 @@ class Mixture:
 
     def code(self) -> dict[str, dict[str, str | None]]:
         """``code_of`` each reward that is not this package's own."""
-        inner = {name: reward.reward if isinstance(reward, CachedReward) else reward for name, reward in self.rewards.items()}
+        inner = {name: innermost(reward) for name, reward in self.rewards.items()}
         return {name: code_of(reward) for name, reward in inner.items() if not name_of(reward).startswith("diffusionrl.")}
 
     def counts(self) -> dict[str, float]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from diffusionrl.errors import describe
+from diffusionrl.foreign.thread import Job
 from diffusionrl.rewards.base import Scores
-from diffusionrl.rewards.foreign import Job
 from diffusionrl.rewards.mixture import Mixture
 
 

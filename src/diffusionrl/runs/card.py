@@ -19,9 +19,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from diffusionrl.config.files import parse_yaml
+from diffusionrl.foreign.names import is_code
 from diffusionrl.runs.hub import is_single_file, local_folder
 from diffusionrl.runs.lines import read_metrics, replace_file
-from diffusionrl.runs.usage import about_of, loading_lines
+from diffusionrl.runs.usage import about_of, is_own, loading_lines
 
 _TASKS = {"image": "text-to-image", "video": "text-to-video", "sound": "text-to-audio"}
 _SHOWN = 4  # prompts in the gallery
@@ -90,11 +91,11 @@ def make_card(
     data = ModelCardData(
         base_model=base,
         base_model_relation=("finetune" if full else "adapter") if base else None,
-        library_name="diffusers",
-        pipeline_tag=_TASKS[about["makes"]],
+        library_name=None if is_own(about) else "diffusers",
+        pipeline_tag=None if is_own(about) else _TASKS[about["makes"]],
         tags=[
-            *(_TASKS[about["makes"]], "diffusers", *(("stable-diffusion",) if "StableDiffusion" in about["pipeline"] else ())),
-            *(() if full else ("lora", "template:sd-lora")),
+            *(() if is_own(about) else _tags(about)),
+            *(() if full else ("lora",) if is_own(about) else ("lora", "template:sd-lora")),
             *("reinforcement-learning", "diffusionrl", config["algorithm"]["name"]),
         ],
     )
@@ -125,12 +126,19 @@ def make_card(
     )
 
 
+def _tags(about: dict[str, Any]) -> tuple[str, ...]:
+    """Of a diffusers pipeline."""
+    return _TASKS[about["makes"]], "diffusers", *(("stable-diffusion",) if "StableDiffusion" in about["pipeline"] else ())
+
+
 def _base(model: str) -> tuple[str | None, str]:
     """The hub id of the base model, if it has one, and words for it."""
     if model in ("emoji", "emoji-flow"):
         return None, f"the embedded model {model} of diffusionrl"
     if model.startswith("<"):
-        return None, "a pipeline that was handed over in Python"
+        return None, "a model that was handed over in Python"
+    if is_code(model):
+        return None, f"a model of one's own ({_escape(_last(model))})"
     if _is_hub_id(model):
         return model, f"[{_escape(model)}](https://huggingface.co/{model})"
     return None, f"a local copy of a model ({_escape(_last(model))})"

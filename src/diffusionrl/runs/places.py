@@ -15,6 +15,7 @@ from diffusionrl.config.files import read_yaml
 from diffusionrl.config.run import plain
 from diffusionrl.data.prompts import is_built_in
 from diffusionrl.errors import UserError
+from diffusionrl.foreign.names import check_code, is_code
 from diffusionrl.paths import describe, expand, is_there
 from diffusionrl.runs.hub import PICKLES, is_single_file, local_folder
 
@@ -55,6 +56,9 @@ def check_run_dir(run_dir: Path) -> None:
 
 def check_model_name(model: str) -> None:
     """Raises UserError where a model's name says a folder or a file that cannot be one; a hub id is not asked for."""
+    if is_code(model):
+        check_code("model", model)
+        return
     if model in EMBEDDED or is_single_file(model) or model.endswith(PICKLES):  # which are looked into later
         return
     folder = local_folder(model)
@@ -78,8 +82,15 @@ def located(config: TrainConfig) -> TrainConfig:
 
 
 def _whole(name: str) -> str:
-    path = expand(name)
-    return str(path.absolute()) if is_there(path) else name
+    file, function = _in_parts(name)
+    path = expand(file)
+    return f"{path.absolute()}{function}" if is_there(path) else name
+
+
+def _in_parts(name: str) -> tuple[str, str]:
+    """The file of code, and ":" with what is in it; of anything else, all of it and nothing."""
+    file, colon, function = name.rpartition(":")
+    return (file, colon + function) if is_code(name) and file.endswith(".py") else (name, "")
 
 
 def _prompts(source: str) -> str:
@@ -108,10 +119,11 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
 def _moved(value: Any, then: Path, now: Path) -> Any:
     if isinstance(value, dict):
         return {key: _moved(each, then, now) for key, each in value.items()}
-    if not isinstance(value, str) or not value.startswith(os.sep) or is_there(Path(value)):
+    if not isinstance(value, str) or not value.startswith(os.sep):
         return value
-    beside = Path(os.path.normpath(now.absolute() / os.path.relpath(value, then)))
-    return str(beside) if is_there(beside) else value
+    file, function = _in_parts(value)
+    beside = Path(os.path.normpath(now.absolute() / os.path.relpath(file, then)))
+    return f"{beside}{function}" if not is_there(Path(file)) and is_there(beside) else value
 
 
 def safe_changes(config: TrainConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What was learned, in a few lines of plain diffusers: for the report and for the model card."""
+"""What was learned, in a few lines of plain diffusers, or of a model of one's own: for the report and for the model card."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +15,16 @@ ABOUT_STABLE_DIFFUSION: dict[str, Any] = {
 }
 
 
+def is_own(about: Mapping[str, Any]) -> bool:
+    """It is of a model of one's own, not of a diffusers pipeline."""
+    return isinstance(about.get("network"), str)
+
+
 def about_of(environment: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What env.json says of the pipeline; where it says nothing, Stable Diffusion, trained as config.yaml says."""
+    """What env.json says of the model; where it says nothing, Stable Diffusion, trained as config.yaml says."""
     found = environment.get("model")
+    if isinstance(found, dict) and is_own(found):
+        return {"format": "", "makes": "sample"} | found
     full = (config.get("policy") or {}).get("training") == "full"
     if not (isinstance(found, dict) and isinstance(found.get("pipeline"), str) and isinstance(found.get("networks"), list)):
         found = {}
@@ -37,6 +44,9 @@ def loading_lines(
         prompt: likewise.
         base_config: where the base model is a single file, that of its configuration.
     """
+    if is_own(about):
+        lines = about.get("loading") or ["# what its policy's export(folder) wrote is in EXPORT"]
+        return ["# network: the model as it was before training", *(str(line).replace("EXPORT", here) for line in lines)]
     sampling, kind = config.get("sampling") or {}, about.get("pipeline")
     given = [f"num_inference_steps={sampling.get('num_steps')}"]
     if about.get("guidance") is not None:

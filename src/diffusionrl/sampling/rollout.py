@@ -11,11 +11,14 @@ from torch import Tensor
 
 from diffusionrl import interruption, processes, seeds
 from diffusionrl.config import SamplingConfig
+from diffusionrl.data.media import Show, kind_of
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import UserError
+from diffusionrl.foreign import surroundings
 from diffusionrl.policies.base import Policy, chunks
-from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture, surroundings
-from diffusionrl.rewards.base import are_whole, broken_image
+from diffusionrl.rewards import Mixture, Reward, RewardQueue, Scores, as_mixture
+from diffusionrl.rewards.base import are_whole
+from diffusionrl.sampling.broken import where_it_broke
 from diffusionrl.sampling.gathering import gather_scores
 from diffusionrl.transitions import SAMPLERS, Reduction, SamplerTable, log_density
 
@@ -47,6 +50,7 @@ class Rollout:
         reward: what scored them; None where it is not at hand.
         means: of the Gaussians that the steps were drawn from, (n, T, ...); None where they are not needed.
         broken_images: how many of all images are not finite.
+        show: see ``Policy.show``.
     """
 
     table: SamplerTable
@@ -64,6 +68,12 @@ class Rollout:
     reward: Mixture | None = None
     means: Tensor | None = None
     broken_images: int = 0
+    show: Show | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the samples are: "image", "video", "sound", or "sample" where they are shown by pictures of them."""
+        return "sample" if self.show is not None else kind_of(self.images.shape[1:])
 
     @property
     def shares(self) -> list[range]:
@@ -313,7 +323,7 @@ def collect(
     broken: str | None = None
     alike = group_size if shared_start else 1
     for chunk, drawn, decoded in _batches(policy, table, prompts, sampling, seed, purpose, step, reduction, group_size, alike):
-        broken = broken or _where_it_broke(drawn.latents, decoded, chunk)
+        broken = broken or where_it_broke(drawn.latents, decoded, chunk)
         found.append(drawn.keep(needs))
         images.append(decoded)
         queue.add(decoded, [prompt.text for prompt in chunk], metadata_of(chunk, policy.sampling_rate))
@@ -335,6 +345,7 @@ def collect(
         mixture,
         _joined([each.means for each in found]),
         sum(processes.ask(int((~are_whole(torch.cat(images))).sum()))),
+        policy.show,
     )
     scores = gather_scores(replace(scores, error=broken or scores.error), rollout.shares)  # what is broken is no reward's fault
     elapsed = time.perf_counter() - began  # with the wait for scores, one's own and others'
@@ -373,20 +384,6 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     """Of all batches, where there is any."""
     there = [part for part in parts if part is not None]
     return torch.cat(there) if there else None
-
-
-def _where_it_broke(latents: Tensor, images: Tensor, prompts: Sequence[Prompt]) -> str | None:
-    """What is wrong where images are not finite, and where that began; latents are (B, T + 1, ...)."""
-    whole = are_whole(images)
-    said = broken_image(whole, [prompt.text for prompt in prompts])
-    if said is None:
-        return None
-    finite = latents[int((~whole).nonzero()[0])].flatten(1).isfinite().all(1).cpu()
-    if finite.all():
-        return f"{said}: its latent is finite, so that the decoder overflows; try policy.dtype float32"
-    began = int((~finite).nonzero()[0])
-    where = f"denoising step {began} of {len(finite) - 1}" if began else "its start"
-    return f"{said}: its latent is not finite from {where} on, which is the model's or the sampler's doing, not the reward's"
 
 
 def metadata_of(prompts: Sequence[Prompt], sampling_rate: int | None = None) -> list[dict[str, Any]]:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.images import image_grid
-from diffusionrl.data.media import stills, write_sample
+from diffusionrl.data.media import shown, stills, write_sample
 from diffusionrl.data.prompts import Prompt, load_prompts
+from diffusionrl.errors import UserError
 from diffusionrl.paths import expand, is_there
 from diffusionrl.policies import load_trained
 from diffusionrl.policies.base import chunks
@@ -29,11 +31,13 @@ def sample_images(
 ) -> Path:
     """One image a prompt and seed, as PNG files beside a grid (a row a prompt). Returns the grid's path.
 
+    Samples that are no images are in ``samples.npy`` too.
+
     Args:
         prompts: texts, or one file of prompts.
 
     Raises:
-        UserError: see ``load_prompts`` and ``load_trained``.
+        UserError: see ``load_prompts`` and ``load_trained``; or there are no pictures of the samples.
     """
     from_file = len(prompts) == 1 and (is_there(expand(prompts[0])) or prompts[0].lower().endswith(_FILES))
     chosen = load_prompts(prompts[0]) if from_file else [Prompt(text) for text in prompts]
@@ -48,8 +52,12 @@ def sample_images(
         drawn = sample_trajectories(policy, table, asked, start, noise, sampling.guidance)
         images.append(policy.decode(drawn.latents[:, -1], asked).cpu())
     out.mkdir(parents=True)
-    samples = torch.cat(images)
+    samples, failed = shown(policy.show, torch.cat(images))
+    if policy.show is not None:
+        np.save(out / "samples.npy", torch.cat(images).numpy())
     for index, sample in enumerate(samples):
         write_sample(sample, out / f"{index:05d}.png", policy.sampling_rate)
     image_grid(stills(samples), columns=len(seeds)).save(out / "grid.png")
+    if failed is not None:
+        raise UserError(f"no pictures of the samples, which are in {out / 'samples.npy'}: {failed}")
     return out / "grid.png"

@@ -1,4 +1,4 @@
-"""What a run began from that its settings only name: weights, and the code of rewards. It is the same when the run goes on."""
+"""What a run began from that its settings only name: weights, and code. It is the same when the run goes on."""
 
 import math
 import sys
@@ -7,6 +7,8 @@ from typing import Any
 
 from diffusionrl import processes
 from diffusionrl.errors import UserError
+from diffusionrl.foreign.finding import code_of, find_function
+from diffusionrl.foreign.names import is_code
 from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import Mixture
 
@@ -26,7 +28,8 @@ class Beginnings:
     def __init__(self, policy: Policy, rewards: Sequence[Mixture]) -> None:
         self.found: dict[str, Any] = {
             "policy": {"the base model": policy.about.get("weights"), "the file of policy.lora": policy.about.get("lora")},
-            "code": {name: code for each in rewards for name, code in each.code().items()},
+            "code": {f"the reward {name}": code for each in rewards for name, code in each.code().items()}
+            | ({"the model": code_of(find_function("model", policy.source, ""))} if is_code(policy.source) else {}),
             "scores": {name: score for each in rewards for name, score in each.tried.items()},
         }
 
@@ -38,12 +41,12 @@ class Beginnings:
         """
         now = self.found
         changed = [what for what, value in now["policy"].items() if then["policy"].get(what) != value]
-        for name, code in now["code"].items():
-            before = then["code"].get(name, code)
+        for what, code in now["code"].items():
+            before = then["code"].get(what, code)
             if before["function"] != code["function"]:
-                changed.append(f"the code of the reward {name}")
+                changed.append(f"the code of {what}")
             elif before["file"] != code["file"] and processes.is_main():
-                print(f"warning: the file of the reward {name} has changed since the run began", file=sys.stderr)
+                print(f"warning: the file of {what} has changed since the run began", file=sys.stderr)
         if changed and not allow_changes:
             raise UserError(
                 f"{' and '.join(changed)}: not what the run began with. Choose another --name, or go on all the same with "

@@ -107,13 +107,15 @@ class Monitor:
         """Measure, compare, judge and write."""
         config, samples, sampled = self.config, folder.run_dir / "samples" / f"step_{step:06d}", time.perf_counter()
         found = evaluations[0]
-        found = replace(found, statistics=image_statistics(found.rollout.images))
+        found = replace(found, statistics=image_statistics(found.rollout.images) if found.rollout.show is None else {})
         metrics = found.metrics() | self._measures(found)
         before = evaluations_in(folder.run_dir)
         earlier = partial(read_samples, folder.run_dir)
         metrics |= compare(found.by_sample, before, earlier, config.watched, found.group_sizes)
         measured = time.perf_counter()
-        write_samples(found, samples)
+        failed = write_samples(found, samples)
+        if failed is not None:
+            folder.alarm(step, "show", f"no pictures of the samples: {failed}")
         line = {key: finite_or_none(value) for key, value in metrics.items()}
         kept = {*checkpoint.complete_steps(folder.run_dir), step}
         self.verdict = judge([*before, {"step": step} | line], config.watched, config.guard, kept)
@@ -154,7 +156,7 @@ class Monitor:
     def _measures(self, found: Evaluation) -> dict[str, float]:
         rollout, sampling = found.rollout, self.config.sampling
         measures: dict[str, float] = {}
-        if self.embed is not None and rollout.images.ndim > 3:
+        if self.embed is not None and rollout.kind in ("image", "video"):
             images = rollout.images if rollout.images.ndim == 4 else rollout.images[:, rollout.images.shape[1] // 2]
             with torch.no_grad():
                 embeddings = torch.cat([self.embed(images[part]) for part in chunks(len(images), sampling.batch_size)])

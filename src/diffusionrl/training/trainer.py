@@ -24,10 +24,11 @@ from diffusionrl.runs.checkpoint import Checkpoint
 from diffusionrl.runs.folder import RunFolder, TrainResult, tell_result
 from diffusionrl.training.monitor import Embed, Monitor
 from diffusionrl.training.optimization import NonFiniteError
+from diffusionrl.training.parts import AVERAGE
 from diffusionrl.training.preferences import JudgedImages
 from diffusionrl.training.pretraining import Pretraining
 from diffusionrl.training.state import TrainingState
-from diffusionrl.training.step import AVERAGE, TrainingStep
+from diffusionrl.training.step import TrainingStep
 from diffusionrl.training.tasks import BrokenModel, Task
 
 

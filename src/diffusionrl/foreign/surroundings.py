@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from diffusionrl.errors import RunStopped
-from diffusionrl.rewards.foreign import is_left_behind
+from diffusionrl.foreign.thread import is_left_behind
 
 
 class _Setting(NamedTuple):
