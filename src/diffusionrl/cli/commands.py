@@ -18,7 +18,7 @@ USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
   train         tune a model towards a reward     [--preset NAME] [--config FILE.yaml] [OPTIONS]
   doctor        try one tiny step of what "train" would do with the same options, and say what is wrong
-  sample        make images from a model or a run
+  sample        make images from a model or a run; with --search best-of-n, demon or particles, those that --reward likes
   evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
   report        write a run's report.html again   RUN
   compare       several runs on one page          RUN RUN ... [--out compare.html]

@@ -8,13 +8,10 @@ import torch
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.images import image_grid
 from diffusionrl.data.media import stills, write_sample
-from diffusionrl.data.prompts import Prompt, load_prompts
-from diffusionrl.paths import expand, is_there
+from diffusionrl.data.prompts import prompts_given
 from diffusionrl.policies import load_trained
 from diffusionrl.policies.base import chunks
 from diffusionrl.sampling.rollout import draw_noise, make_table, sample_trajectories
-
-_FILES = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 @torch.no_grad()
@@ -30,13 +27,12 @@ def sample_images(
     """One image a prompt and seed, as PNG files beside a grid (a row a prompt). Returns the grid's path.
 
     Args:
-        prompts: texts, or one file of prompts.
+        prompts: texts, or one built-in set or file of prompts.
 
     Raises:
-        UserError: see ``load_prompts`` and ``load_trained``.
+        UserError: see ``prompts_given`` and ``load_trained``.
     """
-    from_file = len(prompts) == 1 and (is_there(expand(prompts[0])) or prompts[0].lower().endswith(_FILES))
-    chosen = load_prompts(prompts[0]) if from_file else [Prompt(text) for text in prompts]
+    chosen = prompts_given(prompts)
     policy = load_trained(model, lora, sampling=sampling, example=chosen[0], config=model_config)
     table = make_table(policy, sampling)
     jobs = [(prompt, seed) for prompt in chosen for seed in seeds]
