@@ -1,6 +1,6 @@
 """Rewards: one file each. ``load_reward`` finds them by name."""
 
-from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, noise, parity, preference, vlm
+from diffusionrl.rewards import aesthetic, clip, composition, diffusion_classifier, emoji, jpeg, noise, parity, preference, vlm
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, differentiable, register, score, try_reward
 from diffusionrl.rewards.foreign import within
 from diffusionrl.rewards.gradient import require_gradient, try_gradient
@@ -20,6 +20,7 @@ __all__ = [
     "clip",
     "composition",
     "differentiable",
+    "diffusion_classifier",
     "emoji",
     "jpeg",
     "load_mixture",
