@@ -39,14 +39,13 @@ class SearchImagesConfig:
     seeds: tuple[int, ...] = (0, 1)
     """Before the search, an image is what sample makes of its seed."""
     reward: tuple[str, ...] = ("compressibility",)
-    """As in train."""
+    """As in train; by default the run's, as are all settings below."""
     held_out: tuple[str, ...] = ()
     """Rewards that the search does not see, to be compared before and after it."""
     out: Path = Path("searched")
     """Folder for images, scores and report.html."""
     search: AnySearch = field(default_factory=DemonConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """By default that of the run, or of the preset "emoji"."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
 
     def __post_init__(self) -> None:
@@ -59,7 +58,13 @@ def run(name: str, arguments: Sequence[str]) -> None:
     if name not in SEARCHES:
         raise one_of("search", name, SEARCHES)
     settings = settings_of(arguments)
-    default = SearchImagesConfig(search=SEARCHES[name](), sampling=settings.sampling, rewards=settings.rewards)
+    default = SearchImagesConfig(
+        reward=settings.reward,
+        held_out=settings.evaluation.held_out,
+        search=SEARCHES[name](),
+        sampling=settings.sampling,
+        rewards=settings.rewards,
+    )
     kind = tyro.conf.AvoidSubcommands[SearchImagesConfig]
     config = tyro.cli(kind, default=default, args=arguments, prog=f"diffusionrl sample --search {name}")
     config.search.check_sampling(config.sampling)

@@ -51,8 +51,9 @@ class SearchFolder:
             raise UserError(f"another process is at work in {folder}: choose another --out, or wait for it") from error
         try:
             _keep_settings(folder, dict(settings))
-            self.done = {entry["index"] for entry in read_images(folder)}
-            replace_file(folder / "images.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in read_images(folder)))
+            entries = read_images(folder)
+            replace_file(folder / "images.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in entries))
+            self.done = {entry["index"] for entry in entries}
         except BaseException:
             self._lock.release()
             raise
