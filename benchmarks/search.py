@@ -3,7 +3,8 @@
     python benchmarks/search.py --out search_results [--worlds emoji-flow] [--rewards aesthetic] [--queries 32]
 
 Every search is a folder as ``diffusionrl sample --search`` leaves it, so the same command goes on where it was stopped. Writes
-results.json and results.md: means with 95 % intervals over the prompts, and each search against best-of-N, pair by pair.
+results.json and results.md: means with 95 % intervals over the prompts, and each search against the best of as many images,
+pair by pair.
 """
 
 import argparse
@@ -60,33 +61,43 @@ def find(folder: Path, policy: Policy, config: SearchConfig, sampling: SamplingC
     write_search_page(folder)
 
 
-def measured(folder: Path, baseline: Path) -> dict[str, Any]:
-    """Of one search: every score after it, its gain over the plain sample, and over best-of-N."""
+def measured(folder: Path, baseline: Path, num_steps: int) -> dict[str, Any]:
+    """Of one search: every score after it, and what it gains over the best of as many images as its queries, or its passes of
+    the model, would have paid for."""
     entries, others = read_images(folder), {each["index"]: each for each in read_images(baseline)}
-    names = list(entries[0]["after"])
-    paired = [(each, others[each["index"]]) for each in entries if each["index"] in others]
+    paired = [(each, others[each["index"]]) for each in entries]
+    after = [each["after"]["reward"] for each in entries]
+    same = [best_of(other, each["spent"]["queries"]) for each, other in paired]
+    passes = [best_of(other, round(each["spent"]["denoisings"] / num_steps)) for each, other in paired]
     return {
         "images": len(entries),
-        "scores": {name: asdict(mean_interval([each["after"][name] for each in entries])) for name in names},
-        "over_best_of_n": {name: asdict(mean_interval(_gaps(paired, name))) for name in names},
+        "scores": {name: asdict(mean_interval([each["after"][name] for each in entries])) for name in entries[0]["after"]},
+        "over_best_of_n": asdict(mean_interval(differences(after, same))),
+        "over_best_of_n_at_equal_passes": asdict(mean_interval(differences(after, passes))),
         **{key: sum(each["spent"][key] for each in entries) / len(entries) for key in ("queries", "denoisings", "seconds")},
     }
 
 
-def _gaps(paired: list[tuple[dict[str, Any], dict[str, Any]]], name: str) -> list[float]:
-    return differences([each["after"][name] for each, _ in paired], [other["after"][name] for _, other in paired])
+def best_of(entry: dict[str, Any], count: int) -> float:
+    """The best of the first so many candidates of a best-of-N."""
+    values = [value for each in entry["rounds"] for value in each["values"]]
+    return max(value for value in values[:count] if value is not None)
 
 
 def table(results: dict[str, Any]) -> str:
     lines = []
     for title, rows in results.items():
         names = list(next(iter(rows.values()))["scores"])
-        lines += [f"\n**{title}**\n", "| search | " + " | ".join(names) + " | over best-of-N | queries | passes |"]
-        lines.append("|" + " --- |" * (len(names) + 4))
+        lines += [
+            f"\n**{title}**\n",
+            "| search | " + " | ".join(names) + " | queries | passes | over best-of-N | at equal passes |",
+        ]
+        lines.append("|" + " --- |" * (len(names) + 5))
         for name, each in rows.items():
             shown = [_shown(each["scores"][score]) for score in names]
-            shown.append("" if name == "best-of-N" else _shown(each["over_best_of_n"]["reward"], "+"))
-            lines.append(f"| {name} | " + " | ".join(shown) + f" | {each['queries']:.0f} | {each['denoisings']:.0f} |")
+            shown += [f"{each['queries']:.0f}", f"{each['denoisings']:.0f}"]
+            shown += [_shown(each[key], "+") for key in ("over_best_of_n", "over_best_of_n_at_equal_passes")]
+            lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines).lstrip() + "\n"
 
 
@@ -114,7 +125,9 @@ def main() -> None:
                 find(folders[name], policy, config, own, reward)
                 print(f"{world}, {reward}, {name}: done", flush=True)
             baseline = folders["best-of-N"]
-            results[f"{world}, {reward}"] = {name: measured(folder, baseline) for name, folder in folders.items()}
+            results[f"{world}, {reward}"] = {
+                name: measured(folder, baseline, sampling.num_steps) for name, folder in folders.items()
+            }
             (chosen.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
             (chosen.out / "results.md").write_text(table(results))
 

@@ -123,9 +123,7 @@ def check_search(
     if len(set(seeds)) < len(seeds):
         raise UserError(f"seeds names one twice: {', '.join(map(str, seeds))}")
     if rewards.normalise:
-        raise UserError(
-            "rewards.normalise is by a run's first evaluation, and a search has none: leave it out, and give weights (NAME=WEIGHT)"
-        )
+        raise UserError("rewards.normalise is by a run's first evaluation, and a search has none: give weights (NAME=WEIGHT)")
     mixture.require_groups(len(seeds), "the number of seeds", len(seeds) * len(prompts), "the number of images")
     if held_out is not None and held_out.grouped and not mixture.grouped:
         raise UserError(f"held_out names {held_out.grouped[0]}, which looks at groups, and the search is for single images")
