@@ -287,6 +287,8 @@ def test_groups_are_searched_for_together(config: SearchConfig) -> None:
     assert [(each.prompt.text, each.seed) for each in found] == [(p, s) for p in "ab" for s in (3, 4, 5)]
     assert mean(found[:3]) > mean(found[:3], "before") and len({each.scores["after"]["reward"] for each in found[:3]}) == 1
     assert {each.spent.queries for each in found} == {config.queries}
+    left = search(policy, Spread(), ["a", "b"], (3, 4, 5), config, SAMPLING, done={0, 1, 2, 4})  # type: ignore[arg-type]
+    assert [(each.index, each.after.tolist()) for each in left] == [(i, found[i].after.tolist()) for i in (3, 5)]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,7 @@ def test_from_the_command_line_and_taken_up(tmp_path: Path, monkeypatch: Any, ca
     ("arguments", "said"),
     [
         (["--search", "deamon"], "did you mean 'demon'"),
-        (["--reward", "compressibility"], "--search NAME: best-of-n, demon, particles"),
+        (["--reward", "compressibility"], "--search best-of-n, demon or particles"),
         (["--search", "demon", "--search.queries", "4"], "one round of demon asks for 16"),
         (["--search", "demon", "--sampling.sampler", "ode", "--sampling.eta", "0"], "an ODE has none"),
         (["--search", "particles", "--reward", "aesthetik"], "did you mean 'aesthetic'"),

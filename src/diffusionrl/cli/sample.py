@@ -6,10 +6,8 @@ from pathlib import Path
 
 import tyro
 
-from diffusionrl.cli import search
 from diffusionrl.cli.parsing import quiet_libraries, settings_of, take
 from diffusionrl.config import SamplingConfig
-from diffusionrl.config.search import SEARCHES
 from diffusionrl.errors import UserError, require
 from diffusionrl.paths import expand, is_there
 
@@ -42,10 +40,12 @@ class SampleConfig:
 def run(arguments: Sequence[str]) -> None:
     search_name, rest = take(list(arguments), "--search")
     if search_name is not None:
+        from diffusionrl.cli import search  # whose dataclasses take their time, which --help has not
+
         search.run(search_name, rest)
         return
     if any(each.partition("=")[0] in ("--reward", "--held-out") or each.startswith("--search.") for each in arguments):
-        raise UserError(f"a reward is looked for with --search NAME: {', '.join(SEARCHES)}; evaluate scores a model as it is")
+        raise UserError("a reward is looked for with --search best-of-n, demon or particles; evaluate scores a model as it is")
     sampling = settings_of(arguments).sampling
     config = tyro.cli(SampleConfig, default=SampleConfig(sampling=sampling), args=arguments, prog="diffusionrl sample")
     out = expand(config.out)

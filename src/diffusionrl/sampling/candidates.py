@@ -171,7 +171,8 @@ class Case:
     def _in_parts(self, x: Tensor, do: Callable[[Tensor, Sequence[Prompt], slice], Tensor]) -> Tensor:
         """(K, S, ...) in batches: ``do`` is called with samples, their prompts, and which they are among all."""
         flat, prompts = x.flatten(0, 1), [*self.prompts] * len(x)
-        parts = [do(flat[part], prompts[part], part) for part in chunks(len(flat), self.sampling.batch_size)]
+        with surroundings.suspected():
+            parts = [do(flat[part], prompts[part], part) for part in chunks(len(flat), self.sampling.batch_size)]
         found = torch.cat(parts)
         return found.view(*x.shape[:2], *found.shape[1:])
 
@@ -201,9 +202,7 @@ class Case:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Samples on the CPU, (K * S, ...), of the ends of the way."""
-        with surroundings.suspected():
-            found = self._in_parts(latents, lambda part, prompts, _: self.policy.decode(part, prompts).cpu())
-        return found.flatten(0, 1)
+        return self._in_parts(latents, lambda part, prompts, _: self.policy.decode(part, prompts).cpu()).flatten(0, 1)
 
     def score(self, images: Tensor, reward: Mixture | None = None) -> Scores:
         """Of samples in the order of candidates, by the reward that is searched with or another one. Not counted."""

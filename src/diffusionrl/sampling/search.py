@@ -103,7 +103,9 @@ def search(
             continue
         own_prompts, own_seeds = zip(*(jobs[index] for index in indices), strict=True)
         case = Case(policy, mixture, own_prompts, own_seeds, config, sampling, rewards.timeout, lookahead)
-        yield from _find(case, indices, held_out, rewards.max_invalid)
+        for found in _find(case, indices, held_out, rewards.max_invalid):
+            if found.index not in done:  # of a group, of which some may be
+                yield found
 
 
 def check_search(
