@@ -25,17 +25,18 @@ from diffusionrl.training.disk import cropped
 
 SCENES = 20_000_000  # a seed that no training has
 CLASSES = 20
+NAMES = list(SUBJECTS)
 
 
 def subjects(index: int) -> tuple[Scene, list[str]]:
     """A scene, and captions of which the first is its own."""
-    names = [SUBJECTS[(7 * index + 5 * other) % len(SUBJECTS)] for other in range(CLASSES)]
+    names = [NAMES[(7 * index + 5 * other) % len(NAMES)] for other in range(CLASSES)]
     scene = draw_scene(SCENES, index, "subject", names=names[:1])
     return scene, list(dict.fromkeys(map(with_article, names)))
 
 
 def pairs(index: int) -> tuple[Scene, list[str]]:
-    left, right = SUBJECTS[(7 * index) % len(SUBJECTS)], SUBJECTS[(7 * index + 31) % len(SUBJECTS)]
+    left, right = NAMES[(7 * index) % len(NAMES)], NAMES[(7 * index + 31) % len(NAMES)]
     scene = draw_scene(SCENES, index, "pair", names=(left, right))
     return scene, [scene.caption, f"{with_article(right)} and {with_article(left)}"]
 
@@ -49,9 +50,11 @@ def measure(model: str, kind: str, scenes: int, noises: int) -> dict[str, Any]:
     for index in range(scenes):
         scene, captions = (subjects if kind == "subjects" else pairs)(index)
         image = cropped(scene.image, classifier.policy.sample_shape)
+        place = index % len(captions)  # where its own is put, so that a tie is no success
+        captions = [*captions[1:][:place], captions[0], *captions[1:][place:]]
         errors = classifier.errors(image, [Prompt(caption) for caption in captions])
         for count in counts:
-            right[count].append(1.0 if errors[:, :count].mean(1).argmin() == 0 else -1.0)
+            right[count].append(1.0 if errors[:, :count].mean(1).argmin() == place else -1.0)
     seconds = (time.perf_counter() - began) / scenes
     found = {count: win_rate(each) for count, each in right.items()}
     return {"seconds": seconds, "accuracy": {count: [each.value, each.low, each.high] for count, each in found.items()}}

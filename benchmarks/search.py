@@ -38,6 +38,7 @@ def searches(queries: int, candidates: int) -> dict[str, SearchConfig]:
         "ODE": BestOfNConfig(queries=1),
         "best-of-N": BestOfNConfig(queries=queries),
         "Demon, tanh": demon,
+        "Demon, tanh, best kept": replace(demon, keep="best"),
         "Demon, Boltzmann": replace(demon, weights="boltzmann"),
         "best noise per step": replace(demon, weights="best"),
         "particles": ParticlesConfig(queries=queries, candidates=queries // 4, rounds=4),

@@ -228,6 +228,16 @@ def test_best_of_n_keeps_the_best_and_begins_with_the_plain_sample() -> None:
     assert found.spent.denoisings == 10 * len(table)
 
 
+@pytest.mark.parametrize("config", [DemonConfig(queries=20, candidates=4), ParticlesConfig(queries=20, candidates=4, rounds=5)])
+def test_the_best_candidate_is_kept_where_it_is_asked_for(config: Any) -> None:
+    last, best = find(config, range(4)), find(replace(config, keep="best"), range(4))
+    assert [each.rounds for each in last] == [each.rounds for each in best]
+    for each in best:
+        values = [value for round_ in each.rounds for value in round_.values if value is not None]
+        assert each.scores["after"]["reward"] == pytest.approx(max(values))
+    assert any(not torch.equal(one.after, other.after) for one, other in zip(last, best, strict=True))
+
+
 def test_passes_of_the_model_are_counted() -> None:
     policy = GaussianMixture(modes())
     config = DemonConfig(queries=20, candidates=4, lookahead=2, order=2)

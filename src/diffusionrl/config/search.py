@@ -74,6 +74,8 @@ class ValueConfig(SearchConfig):
     lookahead: int = 4
     """A noisy sample is worth what the reward says of the image that the ODE makes of it, in so many steps of the rest of the
     grid; 1 is the predicted image itself."""
+    keep: Literal["last", "best"] = "last"
+    """What is found: the image at the end, as published; or the best that any candidate was scored as."""
     tau: Literal["first", "step"] | float = "first"
     """Temperature, in units of the reward: "first", the standard deviation of the first round's scores (of the first that
     differ), "step", that of each round's own, or a number."""

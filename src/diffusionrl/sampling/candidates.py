@@ -4,6 +4,7 @@ Candidates are tensors (K, S, ...): S samples that are scored together, which is
 reward looks at groups; such a group is searched for as a whole, and is worth the mean of its scores.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class Case:
         prompts, seeds: of its S samples.
         timeout: seconds for one call of the reward.
         lookahead: see ``config.search.ValueConfig``.
+        best: the end that was scored best, (S, ...).
+        worth: its score; minus infinity before there is one.
     """
 
     policy: Policy
@@ -75,6 +78,8 @@ class Case:
     lookahead: int = 1
     rounds: list[Round] = field(default_factory=list)
     error: str | None = None
+    best: Tensor | None = None
+    worth: float = -math.inf
 
     def __post_init__(self) -> None:
         self.table = make_table(self.policy, self.sampling)
@@ -180,7 +185,8 @@ class Case:
 
     def values(self, x: Tensor, step: int) -> Tensor:
         """What candidates with ``step`` denoising steps behind them are worth, float64, (K,), NaN where invalid: a round."""
-        scores = self.score(self.decode(self.ends(x, step)))
+        ends = self.ends(x, step)
+        scores = self.score(self.decode(ends))
         count, size = x.shape[:2]
         valid = scores.valid.view(count, size).all(1)
         values = torch.where(valid, scores.values.view(count, size).mean(1), torch.nan)
@@ -189,6 +195,9 @@ class Case:
         self.error = scores.error or self.error
         listed = [value if good else None for value, good in zip(values.tolist(), valid.tolist(), strict=True)]
         self.rounds.append(Round(step, self.spent.queries, listed))
+        highest = values.nan_to_num(-math.inf).max().item()
+        if self.best is None or highest > self.worth:
+            self.best, self.worth = ends[values.nan_to_num(-math.inf).argmax()], highest
         return values
 
     def ends(self, x: Tensor, step: int) -> Tensor:

@@ -162,16 +162,14 @@ def _scores(case: Case, images: Tensor, held_out: Mixture | None) -> dict[str, l
 
 
 def _best_of_n(case: Case) -> Tensor:
-    best, worth, drawn = torch.empty(0), -math.inf, 0
+    drawn = 0
     size = max(1, case.sampling.batch_size // len(case.prompts))
     while count := next((n for n in range(size, 0, -1) if case.affords(n)), 0):
         starts, noise = (torch.stack(each) for each in zip(*map(case.draw, range(drawn, drawn + count)), strict=True))
-        ends = case.sample(starts, noise, case.table)
-        values = case.values(ends, len(case.table)).nan_to_num(-math.inf)
-        if drawn == 0 or values.max() > worth:
-            best, worth = ends[values.argmax()], values.max().item()
+        case.values(case.sample(starts, noise, case.table), len(case.table))
         drawn += count
-    return best
+    assert case.best is not None
+    return case.best
 
 
 def _demon(case: Case) -> Tensor:
@@ -187,7 +185,7 @@ def _demon(case: Case) -> Tensor:
         noise = case.noise(row, count)
         values = case.values(case.step(x, row, noise, table, config.order), row + 1)
         x = case.step(x, row, blend(noise, noise_weights(values, config.weights, tau))[None], table, config.order)
-    return x[0]
+    return case.best if config.keep == "best" and case.best is not None else x[0]
 
 
 def _particles(case: Case) -> Tensor:
@@ -204,7 +202,10 @@ def _particles(case: Case) -> Tensor:
             values = case.values(x, row + 1)
             parents = resample(softmax_weights(values - worth, tau.of(values)), case.uniform(row))
             x, worth = x[parents.to(x.device)], torch.where(values.isnan(), worth, values)[parents]
-    return x[case.values(x, len(table)).nan_to_num(-math.inf).argmax()]
+    values = case.values(x, len(table))
+    if config.keep == "best" and case.best is not None:
+        return case.best
+    return x[values.nan_to_num(-math.inf).argmax()]
 
 
 _METHODS: dict[str, Callable[[Case], Tensor]] = {
