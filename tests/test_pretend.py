@@ -11,6 +11,7 @@ import tiny_pipelines as tiny
 import torch
 
 from diffusionrl.cli import main
+from diffusionrl.config.rewards import DiffusionClassifierConfig, RewardsConfig
 from diffusionrl.data.prompts import load_prompts
 from diffusionrl.rewards import load_reward, score
 
@@ -115,6 +116,32 @@ def test_a_reward_with_a_network(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         found = score(load_reward(name), images, *asked)
     assert torch.allclose(found.values, expected.values, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert found.valid.equal(expected.valid) and (expected.valid.any() or name == "emoji-judge")
+
+
+@pytest.mark.parametrize("name", ["demon", "particles"])
+def test_a_search(name: str, tiny_folder: Path, reward: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ["--search.order", "2"] if name == "demon" else ["--search.rounds", "2"]
+    options = ["sample", "--search", name, *own, "--model", str(tiny_folder), "--reward", reward, "--prompts", "a cat"]
+    options += ["--sampling.num-steps", "3", "--search.queries", "4", "--search.candidates", "2"]
+    assert main([*options, "--out", "cpu"]) == 0
+    with pretend.best_device(monkeypatch):
+        assert main([*options, "--out", "there"]) == 0
+    expected, found = (
+        [json.loads(line) for line in Path(out, "images.jsonl").read_text().splitlines()] for out in ("cpu", "there")
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["after"]["reward"] == pytest.approx(theirs["after"]["reward"], rel=1e-3)
+        assert ours["spent"]["denoisings"] == theirs["spent"]["denoisings"]
+
+
+def test_a_diffusion_classifier(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = DiffusionClassifierConfig(model=str(tiny_folder), prompts=("a cat", "a dog"), trials=(2, 4), keep=(2,))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    asked = (images, ["a cat", "an owl"], [{}, {}])
+    expected = score(load_reward("diffusion-classifier", RewardsConfig(diffusion_classifier=judge)), *asked)
+    with pretend.best_device(monkeypatch):
+        found = score(load_reward("diffusion-classifier", RewardsConfig(diffusion_classifier=judge)), *asked)
+    assert expected.valid.all() and torch.allclose(found.values, expected.values, atol=1e-3)
 
 
 def test_the_pretraining_loss_and_half_precision(tiny_folder: Path, reward: str, monkeypatch: pytest.MonkeyPatch) -> None:

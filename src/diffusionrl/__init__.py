@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from diffusionrl.errors import UserError as UserError
     from diffusionrl.policies import NetworkPolicy as NetworkPolicy
     from diffusionrl.policies import load_policy as load_policy
+    from diffusionrl.sampling.search import search as search
 
 # huggingface_hub reports home even when it is asked for cached files only; it reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -25,6 +26,7 @@ _PUBLIC = {
     "UserError": "diffusionrl.errors",
     "diagnose": "diffusionrl.api",
     "load_policy": "diffusionrl.policies",
+    "search": "diffusionrl.sampling.search",
     "train": "diffusionrl.api",
 }
 __all__ = list(_PUBLIC)

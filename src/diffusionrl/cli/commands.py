@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NoReturn
 
-from diffusionrl.cli import compare, doctor, evaluate, export, push, report, sample, serve_reward, train
+from diffusionrl.cli import classify, compare, doctor, evaluate, export, push, report, sample, serve_reward, train
 from diffusionrl.cli.streams import steady_streams
 from diffusionrl.config.presets import PRESETS
 from diffusionrl.errors import RunStopped, UserError
@@ -18,8 +18,9 @@ USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
   train         tune a model towards a reward     [--preset NAME] [--config FILE.yaml] [OPTIONS]
   doctor        try one tiny step of what "train" would do with the same options, and say what is wrong
-  sample        make images from a model or a run
+  sample        make images from a model or a run; with --search best-of-n, demon or particles, those that --reward likes
   evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
+  classify      which prompt fits an image, by a diffusion model       IMAGE ... --prompts "a cat" "a dog"
   report        write a run's report.html again   RUN
   compare       several runs on one page          RUN RUN ... [--out compare.html]
   export        write the weights of an earlier checkpoint          RUN [--step N] [--out FOLDER]
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "doctor": doctor.run,
     "sample": sample.run,
     "evaluate": evaluate.run,
+    "classify": classify.run,
     "report": report.run,
     "compare": compare.run,
     "export": export.run,

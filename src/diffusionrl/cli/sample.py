@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from diffusionrl.cli.parsing import quiet_libraries, settings_of
+from diffusionrl.cli.parsing import quiet_libraries, settings_of, take
 from diffusionrl.config import SamplingConfig
 from diffusionrl.errors import UserError, require
 from diffusionrl.paths import expand, is_there
@@ -14,7 +14,7 @@ from diffusionrl.paths import expand, is_there
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Make images."""
+    """Make images. With --search NAME, images that a reward likes better: see sample --search demon --help."""
 
     model: str = "emoji"
     """"emoji", a folder in diffusers' format, a hub id, a single .safetensors file, file.py:function, or a run folder (its
@@ -24,7 +24,7 @@ class SampleConfig:
     lora: Path | None = None
     """As in evaluate."""
     prompts: tuple[str, ...] = ("a cat", "a dog", "a butterfly", "a doctor")
-    """One image a prompt and seed; or one file of prompts, whose .jsonl lines may name images."""
+    """One image a prompt and seed; or a built-in set or one file of prompts, whose .jsonl lines may name images."""
     seeds: tuple[int, ...] = (0, 1)
     """The same seed makes the same image whatever else is asked for."""
     out: Path = Path("samples")
@@ -38,6 +38,14 @@ class SampleConfig:
 
 
 def run(arguments: Sequence[str]) -> None:
+    search_name, rest = take(list(arguments), "--search")
+    if search_name is not None:
+        from diffusionrl.cli import search  # whose dataclasses take their time, which --help has not
+
+        search.run(search_name, rest)
+        return
+    if any(each.partition("=")[0] in ("--reward", "--held-out") or each.startswith("--search.") for each in arguments):
+        raise UserError("a reward is looked for with --search best-of-n, demon or particles; evaluate scores a model as it is")
     sampling = settings_of(arguments).sampling
     config = tyro.cli(SampleConfig, default=SampleConfig(sampling=sampling), args=arguments, prog="diffusionrl sample")
     out = expand(config.out)

@@ -1,6 +1,7 @@
 """What rewards need, as frozen dataclasses. Nothing here imports torch."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -10,9 +11,9 @@ from diffusionrl.config.checks import check_values
 from diffusionrl.errors import one_of, require
 
 BUILT_IN_REWARDS = (
-    *("aesthetic", "clip-score", "composition", "composition-judge", "compressibility", "emoji-gold", "emoji-judge"),
-    *("incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "psnr", "smooth", "ssim"),
-    *("vlm-bertscore", "vlm-yes"),
+    *("aesthetic", "clip-score", "composition", "composition-judge", "compressibility", "diffusion-classifier", "emoji-gold"),
+    *("emoji-judge", "incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "psnr", "smooth"),
+    *("ssim", "vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
 DIFFERENTIABLE_REWARDS = ("aesthetic", "clip-score", "composition", "composition-judge", "preference", "psnr", "ssim")
@@ -92,6 +93,37 @@ class CompositionConfig:
         check_values(self, "rewards.composition.")
         require(0 <= self.threshold < 1, f"rewards.composition.threshold must lie in [0, 1), not {self.threshold}")
         require("{object}" in self.query, f"rewards.composition.query must hold {{object}}, not {self.query!r}")
+
+
+@dataclass(frozen=True)
+class DiffusionClassifierConfig:
+    """The reward "diffusion-classifier", and ``diffusionrl classify``; see docs/classify.md."""
+
+    model: str = "emoji"
+    """The judge: as in train; any whose VAE makes latents of images."""
+    prompts: tuple[str, ...] = ()
+    """What the prompt of an image is compared with: texts; or one built-in set, or file of prompts, such as the run's own."""
+    trials: tuple[int, ...] = (8, 32)
+    """Noises that a prompt has been tried with at the end of each stage."""
+    keep: tuple[int, ...] = (5,)
+    """Prompts, the best ones, that go on after each stage but the last."""
+    norm: Literal["l2", "l1"] = "l2"
+    """Of the error: its squares added up, or its sizes."""
+    batch_size: int = 64
+    """Predictions at once: memory and speed, not results."""
+
+    def __post_init__(self) -> None:
+        name = "rewards.diffusion-classifier"
+        check_values(self, f"{name}.")
+        require(
+            len(self.trials) >= 1 and all(one < other for one, other in pairwise((0, *self.trials))),
+            f"{name}.trials must be whole numbers from 1 on, each larger than the one before, not {self.trials}",
+        )
+        require(
+            len(self.keep) == len(self.trials) - 1 and all(one >= 2 for one in self.keep),
+            f"{name}.keep must say for each of trials but the last how many prompts go on, 2 or more, not {self.keep}",
+        )
+        require(self.batch_size >= 1, f"{name}.batch_size must be at least 1, not {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -206,6 +238,7 @@ class RewardsConfig:
     aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
     composition: CompositionConfig = field(default_factory=CompositionConfig)
+    diffusion_classifier: DiffusionClassifierConfig = field(default_factory=DiffusionClassifierConfig)
     vlm: VLMConfig = field(default_factory=VLMConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     smooth: SmoothConfig = field(default_factory=SmoothConfig)

@@ -25,6 +25,7 @@ from diffusionrl.paths import describe, expand, is_there
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 """Built-in sets beside those of the embedded world, a file each."""
 CHECKED = 100_000  # lines that are checked before a run starts; the others, when they are drawn
+_FILES = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 22
 _ROWS = 1000  # read at once: one by one, each takes tens of microseconds
 
@@ -61,6 +62,16 @@ def load_prompts(source: str, max_broken: int = 0, limit: int | None = None) -> 
         return EntryPrompts(path, kind, max_broken, limit)
     except OSError as error:
         raise UserError(f"prompts {source!r} cannot be read: {error}") from error
+
+
+def prompts_given(given: Sequence[str]) -> Sequence[Prompt]:
+    """Of a command line: texts; or, where it is a single one, a built-in set or a file of prompts.
+
+    Raises:
+        UserError: see ``load_prompts``.
+    """
+    named = is_built_in(given[0]) or is_there(expand(given[0])) or given[0].lower().endswith(_FILES)
+    return load_prompts(given[0]) if len(given) == 1 and named else [Prompt(text) for text in given]
 
 
 def is_built_in(source: str) -> bool:

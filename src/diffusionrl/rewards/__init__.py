@@ -1,7 +1,19 @@
 """Rewards: one file each. ``load_reward`` finds them by name."""
 
 from diffusionrl.foreign.thread import within
-from diffusionrl.rewards import aesthetic, clip, composition, emoji, jpeg, nearness, noise, parity, preference, vlm
+from diffusionrl.rewards import (
+    aesthetic,
+    clip,
+    composition,
+    diffusion_classifier,
+    emoji,
+    jpeg,
+    nearness,
+    noise,
+    parity,
+    preference,
+    vlm,
+)
 from diffusionrl.rewards.base import REGISTRY, Reward, Scores, differentiable, register, score, try_reward
 from diffusionrl.rewards.gradient import require_gradient, try_gradient
 from diffusionrl.rewards.loading import load_reward
@@ -22,6 +34,7 @@ __all__ = [
     "clip",
     "composition",
     "differentiable",
+    "diffusion_classifier",
     "emoji",
     "jpeg",
     "load_mixture",

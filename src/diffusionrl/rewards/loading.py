@@ -9,6 +9,7 @@ from diffusionrl.rewards.base import REGISTRY, Reward, register
 from diffusionrl.rewards.frames import OnFrames
 from diffusionrl.rewards.remote import RemoteReward
 from diffusionrl.rewards.smooth import Smoothed
+from diffusionrl.runs.places import EMBEDDED
 
 
 def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
@@ -48,12 +49,13 @@ def require_world(names: Sequence[str], config: RewardsConfig, model: str) -> No
     Raises:
         UserError: one of them would judge another model's images.
     """
-    if model in ("emoji", "emoji-flow"):
+    if model in EMBEDDED:
         return
     own = {
         "aesthetic": ("rewards.aesthetic.model", config.aesthetic.model),
         "clip-score": ("rewards.clip-score.model", config.clip_score.model),
         "composition": ("rewards.composition.model", config.composition.model),
+        "diffusion-classifier": ("rewards.diffusion-classifier.model", config.diffusion_classifier.model),
     }
     if config.parity.attribute == "clip":
         own |= dict.fromkeys(_PARITIES, ("rewards.parity.clip.model", config.parity.clip.model))
@@ -61,7 +63,7 @@ def require_world(names: Sequence[str], config: RewardsConfig, model: str) -> No
         own |= dict.fromkeys(_PARITIES, ("rewards.parity.attribute", "emoji"))
     for name in (*names, *((config.smooth.reward,) if "smooth" in names else ())):
         setting, judge = own.get(name, ("", "emoji" if name in _EMBEDDED_ALONE else ""))
-        if judge == "emoji":
+        if judge in EMBEDDED:
             remedy = f"name its own with --{setting}" if setting else "choose another reward"
             raise UserError(f"the reward {name} judges images of the embedded world alone, not those of {model}: {remedy}")
 

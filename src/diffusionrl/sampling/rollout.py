@@ -250,12 +250,13 @@ def sample_trajectories(
         steps.append(mean + std * noise[:, i])
         carries = bool(table.fresh[i] > 0)
         log_probs.append(log_density(steps[-1], mean, std, reduction) if carries else mean.new_zeros(len(mean)))
-        latents.append(_edited(policy, table, steps[-1], latents[-1], i, prompts) if policy.edits else steps[-1])
-    edited = torch.stack(steps, 1) if policy.edits else None
-    return Trajectories(torch.stack(latents, 1), torch.stack(log_probs, 1), edited, torch.stack(means, 1))
+        latents.append(edited(policy, table, steps[-1], latents[-1], i, prompts) if policy.edits else steps[-1])
+    before = torch.stack(steps, 1) if policy.edits else None
+    return Trajectories(torch.stack(latents, 1), torch.stack(log_probs, 1), before, torch.stack(means, 1))
 
 
-def _edited(policy: Policy, table: SamplerTable, y: Tensor, x: Tensor, row: int, prompts: Sequence[Prompt]) -> Tensor:
+def edited(policy: Policy, table: SamplerTable, y: Tensor, x: Tensor, row: int, prompts: Sequence[Prompt]) -> Tensor:
+    """What a pipeline that edits makes of y, which a row of the table gave; all (B, ...)."""
     rows = torch.full((len(x),), row, device=x.device)
     following = table.grid.levels[rows + 1] if row + 1 < len(table) else None
     return policy.after(y, x, table.grid.levels[rows], following, prompts)

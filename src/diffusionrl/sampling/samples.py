@@ -9,14 +9,11 @@ import torch
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.images import image_grid
 from diffusionrl.data.media import shown, stills, write_sample
-from diffusionrl.data.prompts import Prompt, load_prompts
+from diffusionrl.data.prompts import prompts_given
 from diffusionrl.errors import UserError
-from diffusionrl.paths import expand, is_there
 from diffusionrl.policies import load_trained
 from diffusionrl.policies.base import chunks
 from diffusionrl.sampling.rollout import draw_noise, make_table, sample_trajectories
-
-_FILES = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 @torch.no_grad()
@@ -34,13 +31,12 @@ def sample_images(
     Samples that are no images are in ``samples.npy`` too.
 
     Args:
-        prompts: texts, or one file of prompts.
+        prompts: texts, or one built-in set or file of prompts.
 
     Raises:
-        UserError: see ``load_prompts`` and ``load_trained``; or there are no pictures of the samples.
+        UserError: see ``prompts_given`` and ``load_trained``; or there are no pictures of the samples.
     """
-    from_file = len(prompts) == 1 and (is_there(expand(prompts[0])) or prompts[0].lower().endswith(_FILES))
-    chosen = load_prompts(prompts[0]) if from_file else [Prompt(text) for text in prompts]
+    chosen = prompts_given(prompts)
     policy = load_trained(model, lora, sampling=sampling, example=chosen[0], config=model_config)
     table = make_table(policy, sampling)
     jobs = [(prompt, seed) for prompt in chosen for seed in seeds]
