@@ -106,7 +106,7 @@ def _search(config: SearchImagesConfig) -> None:
         progress = _Progress(len(prompts) * len(config.seeds), len(folder.done))
         try:
             for found in search(policy, reward, prompts, *parts):
-                folder.keep(found, policy.sampling_rate)
+                folder.keep(found, policy.show, policy.sampling_rate)
                 progress.show(found)
         finally:  # whatever stopped it: what is there, is there to be seen
             if folder.done:

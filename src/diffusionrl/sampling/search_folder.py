@@ -7,17 +7,19 @@ before/  after/   00000.png ..., by the index of the line; grids of them beside
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 
 from diffusionrl.data.images import image_grid
-from diffusionrl.data.media import write_sample
+from diffusionrl.data.media import Show, shown, write_sample
 from diffusionrl.errors import UserError
 from diffusionrl.paths import describe, is_there
 from diffusionrl.runs.lines import append_line, replace_file
@@ -64,9 +66,12 @@ class SearchFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._lock.release()
 
-    def keep(self, found: Found, sampling_rate: int | None = None) -> None:
-        """One image: its files, and then its line."""
-        for side, sample in zip(SIDES, (found.before, found.after), strict=True):
+    def keep(self, found: Found, show: Show | None = None, sampling_rate: int | None = None) -> None:
+        """One image: its files, and then its line. See ``Policy`` for ``show`` and ``sampling_rate``."""
+        samples, failed = shown(show, torch.stack([found.before, found.after]))
+        if failed is not None:
+            print(f"warning: no pictures of image {found.index}: {failed}", file=sys.stderr)
+        for side, sample in zip(SIDES, samples, strict=True):
             (self.folder / side).mkdir(exist_ok=True)
             write_sample(sample, self.folder / side / f"{found.index:05d}.png", sampling_rate)
         entry = {
