@@ -9,11 +9,17 @@ import pretend
 import pytest
 import tiny_pipelines as tiny
 import torch
+from torch.utils._pytree import tree_leaves
 
+from diffusionrl.algorithms import GRPO
 from diffusionrl.cli import main
+from diffusionrl.config import GRPOConfig, OptimizerConfig, SamplingConfig
 from diffusionrl.config.rewards import DiffusionClassifierConfig, RewardsConfig
-from diffusionrl.data.prompts import load_prompts
+from diffusionrl.data.prompts import Prompt, load_prompts
+from diffusionrl.policies import make_policy
 from diffusionrl.rewards import load_reward, score
+from diffusionrl.sampling.rollout import collect
+from diffusionrl.training.optimization import Optimization
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -26,6 +32,7 @@ ALGORITHMS = {
     "ddpo": CLIPPED,
     "rwr": ["--algorithm.updates-per-step", "2", "--algorithm.batch-size", "4"],
 }
+_COPY = torch.ops.aten._to_copy.default
 BRIGHTNESS = """
 def brightness(images, prompts, metadata):  # a JPEG file would be a byte longer for a number that is rounded otherwise
     return images.flatten(1).mean(1)
@@ -94,6 +101,40 @@ def test_a_pipeline(model: Path, reward: str, request: Any, monkeypatch: pytest.
     assert_alike(found, expected)
     ours, theirs = (sorted(Path(run, "export").rglob("*.safetensors")) for run in ("there", "cpu"))
     assert [file.name for file in ours] == [file.name for file in theirs] != []
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3"])
+def test_the_host_does_not_wait_inside_a_rollout_or_an_update(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that the host reads: of a rollout, the images of each batch; of an update, its loss, its gradient's norm, whether
+    the weights are finite, and how far its halves agree."""
+    run, read = pretend._run, []
+
+    def counted(call: Any, args: Any, kwargs: Any) -> Any:
+        found = run(call, args, kwargs)
+        left = any(isinstance(each, pretend.Pretend) for each in tree_leaves((args, kwargs)))
+        if left and not isinstance(found, pretend.Pretend) and call in (torch.ops.aten._local_scalar_dense.default, _COPY):
+            read.append(call)
+        return found
+
+    monkeypatch.setattr(pretend, "_run", counted)
+    flow = name == "sd3"
+    sizes: dict[str, Any] = {"call": ("max_sequence_length=16",), **tiny.SIZE} if flow else {}
+    sampling = SamplingConfig(3, 2.0, *(("flow_grpo", 0.7) if flow else ("ddim", 1.0)), batch_size=4, **sizes)
+    prompts = [Prompt(text) for text in ("a cat", "a dog") for _ in range(4)]
+    with pretend.best_device(monkeypatch):
+        policy: Any = make_policy(tiny.build(name), sampling, device=pretend.NAME)
+        algorithm = GRPO(GRPOConfig(updates_per_step=1, micro_batch_size=4), 2.0)
+        optimization = Optimization(policy.trainable(), OptimizerConfig())
+        for step in range(2):  # prompts are embedded in the first
+            read.clear()
+            rollout = collect(policy, lambda images, *_: images.mean((1, 2, 3)), prompts, sampling, 0, "x", step, group_size=4)
+            if step:
+                assert len(read) == 2
+            read.clear()
+            advantages = algorithm.advantages(rollout)
+            for rows in algorithm.updates(rollout, advantages, 0, step):
+                optimization.update(algorithm, policy, rollout, rows, advantages)
+        assert 1 <= len(read) <= 5
 
 
 def test_the_doctor(

@@ -45,6 +45,11 @@ def name_of(device: torch.device) -> str | None:
     return str(ask(device)) if ask else None
 
 
+def handed(values: Tensor, device: torch.device) -> Tensor:
+    """On the device. Of what is on the CPU and small: without waiting for what the device is at work on."""
+    return values.to(device, non_blocking=values.device.type == "cpu")
+
+
 def in_double(values: Tensor) -> Tensor:
     """In float64 where the device has that, else as they are."""
     return values if values.device.type == "mps" else values.double()

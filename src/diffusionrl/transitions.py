@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusionrl.devices import in_double
+from diffusionrl.devices import handed, in_double
 
 Reduction = Literal["mean", "sum"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -29,7 +29,8 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Where samples are on the path. Every field is a float32 tensor, (B,); ``timesteps`` is what the network is told."""
+    """Where samples are on the path. Every field is a float32 tensor, (B,), on the CPU, where it costs a GPU no wait to look at
+    it; ``timesteps`` is what the network is told."""
 
     timesteps: Tensor
     alpha: Tensor
@@ -39,9 +40,9 @@ class NoiseLevels:
         return len(self.timesteps)
 
     def __getitem__(self, rows: Tensor | slice) -> "NoiseLevels":
-        """Those of some rows, on the rows' device."""
+        """Those of some rows."""
         columns = (self.timesteps, self.alpha, self.sigma)
-        return NoiseLevels(*(column[rows] if isinstance(rows, slice) else column.to(rows.device)[rows] for column in columns))
+        return NoiseLevels(*(column[rows if isinstance(rows, slice) else rows.to(column.device)] for column in columns))
 
     @property
     def linear(self) -> bool:
@@ -51,7 +52,7 @@ class NoiseLevels:
     def shaped(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha, sigma), where ``like`` is, and shaped to broadcast over it."""
         shape = (-1, *[1] * (like.ndim - 1))
-        return self.alpha.to(like.device).view(shape), self.sigma.to(like.device).view(shape)
+        return handed(self.alpha, like.device).view(shape), handed(self.sigma, like.device).view(shape)
 
     def noisy(self, x0: Tensor, noise: Tensor) -> Tensor:
         """alpha * x0 + sigma * noise, (B, ...)."""
@@ -121,7 +122,7 @@ class SamplerTable:
 
 
 def _column(values: Tensor, steps: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.device)[steps.to(like.device)].view(-1, *[1] * (like.ndim - 1))
+    return handed(values[steps.to(values.device)], like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 # Time grids

@@ -26,7 +26,7 @@ from diffusionrl.algorithms.base import PlainAlgorithm
 from diffusionrl.algorithms.groups import shared_out
 from diffusionrl.config.algorithms import ForwardProcessConfig
 from diffusionrl.data.prompts import Prompt
-from diffusionrl.devices import in_double
+from diffusionrl.devices import handed, in_double
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout
 from diffusionrl.transitions import NoiseLevels
@@ -122,7 +122,7 @@ def noised(
         share = within[0] + (within[1] - within[0]) * (part + torch.rand((), generator=generator).item()) / count
         rows.append(min(int(share * len(grid)), len(grid) - 1))
         noises.append(torch.randn(clean.shape[1:], generator=generator))
-    places, noise = torch.tensor(rows), torch.stack(noises).to(clean.device)
+    places, noise = torch.tensor(rows), handed(torch.stack(noises), clean.device)
     levels = grid[places if grid.sigma[0] > grid.sigma[-1] else len(grid) - 1 - places]
     return Noised(Estimate(clean, noise), levels.noisy(clean, noise), levels, prompts, grid.linear)
 
@@ -199,12 +199,13 @@ class ForwardProcess(PlainAlgorithm):
 
     def noised(self, policy: Policy, rollout: Rollout, rows: Tensor) -> Noised:
         """The endpoints of some rows."""
-        sample, settings = rows[:, 0].to(rollout.latents.device), self.settings
-        clean, prompts, parts = rollout.latents[sample, -1], rollout.prompts_of(sample), rows[:, 1].tolist()
+        sample, settings = rows[:, 0], self.settings
+        clean, prompts = rollout.latents[handed(sample, rollout.latents.device), -1], rollout.prompts_of(sample)
+        parts = rows[:, 1].tolist()
         return noised(policy, clean, prompts, rows[:, 2].tolist(), parts, settings.noisings, settings.levels)
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        at, weights = self.noised(policy, rollout, rows), weights.to(rollout.latents.device)
+        at, weights = self.noised(policy, rollout, rows), handed(weights, rollout.latents.device)
         others = {name: self.ask(policy, at, policy.copies.used(name), self.guidance) for name in self.looks_at}
         if self.needs_reference:
             others["reference"] = self.ask(policy, at, policy.reference(), self.reference_guidance)

@@ -18,6 +18,7 @@ from diffusionrl import seeds
 from diffusionrl.algorithms.advantages import Advantages
 from diffusionrl.algorithms.base import PlainAlgorithm
 from diffusionrl.config.algorithms import PolicyGradientConfig, SharedOutConfig
+from diffusionrl.devices import handed
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout, denoise_step
 from diffusionrl.transitions import SamplerTable, gaussian_kl, log_density
@@ -82,13 +83,14 @@ class PolicyGradient(PlainAlgorithm):
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows are (sample, denoising step); the step's fresh noise is above 0."""
-        sample, step = rows.to(rollout.latents.device).unbind(1)
-        table, x = rollout.table, rollout.latents[sample, step]
+        sample, step = rows.unbind(1)
+        there = handed(rows, rollout.latents.device)
+        table, x = rollout.table, rollout.latents[there[:, 0], there[:, 1]]
         arguments = (policy, table, x, step, rollout.prompts_of(sample), self.guidance)
         reference = self._reference_mean(*arguments)
         mean, std = denoise_step(*arguments)
-        taken = self._taken(rollout, sample, step, mean, std)
-        losses, beyond = self.loss(taken, weights.to(x.device))
+        taken = self._taken(rollout, step, there, mean, std)
+        losses, beyond = self.loss(taken, handed(weights, x.device))
         log_ratio = taken.log_ratio.detach()
         figures = {
             "ratio_gap": (log_ratio.exp() - 1).abs(),
@@ -99,7 +101,7 @@ class PolicyGradient(PlainAlgorithm):
             distance = gaussian_kl(mean, reference, std, self.logprob_reduction)
             losses = losses + self.settings.kl_weight * distance
             figures["policy/kl_from_reference"] = distance.detach()
-        return losses * step_weights(table, self.settings.step_weight_power).to(x.device)[step], figures
+        return losses * handed(step_weights(table, self.settings.step_weight_power)[step], x.device), figures
 
     @torch.no_grad()
     def _reference_mean(self, policy: Policy, *arguments: Any) -> Tensor | None:
@@ -108,14 +110,16 @@ class PolicyGradient(PlainAlgorithm):
         with policy.reference():
             return denoise_step(policy, *arguments)[0]
 
-    def _taken(self, rollout: Rollout, sample: Tensor, step: Tensor, mean: Tensor, std: Tensor) -> Taken:
-        log_prob = log_density(rollout.step_to(sample, step), mean, std, self.logprob_reduction)
+    def _taken(self, rollout: Rollout, step: Tensor, there: Tensor, mean: Tensor, std: Tensor) -> Taken:
+        """``there``: the rows, on the device."""
+        places = there[:, 0], there[:, 1]
+        log_prob = log_density(rollout.step_to(*places), mean, std, self.logprob_reduction)
         moved = torch.zeros_like(log_prob)
         if rollout.means is not None:
-            moved = gaussian_kl(mean, rollout.means[sample, step], std, self.logprob_reduction)
-        grid, row = rollout.table.grid, step.cpu()
-        fresh, fall = (each[row].to(mean.device) for each in (rollout.table.fresh, grid.sigma - grid.sigma_next))
-        return Taken(log_prob, log_prob - rollout.log_probs[sample, step], fresh, fall, moved)
+            moved = gaussian_kl(mean, rollout.means[places], std, self.logprob_reduction)
+        grid = rollout.table.grid
+        fresh, fall = (handed(each[step], mean.device) for each in (rollout.table.fresh, grid.sigma - grid.sigma_next))
+        return Taken(log_prob, log_prob - rollout.log_probs[places], fresh, fall, moved)
 
     def loss(self, taken: Taken, advantage: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each step, (P,), with gradient; and whether it is beyond the clip, (P,).

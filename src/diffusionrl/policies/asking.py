@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusionrl import seeds
 from diffusionrl.data.media import open_image
 from diffusionrl.data.prompts import Prompt, keep_newest
+from diffusionrl.devices import handed
 from diffusionrl.errors import UserError
 from diffusionrl.policies.encoders import WaitingEncoders
 from diffusionrl.policies.listener import Enough, Listener, Offer, networks_run_once
@@ -246,9 +247,9 @@ class AskedPipeline:
         finally:
             listener.offer, listener.answers, self._x = None, [], None
 
-    def _in_calls(self, prompts: Sequence[Prompt], ask: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
+    def _in_calls(self, prompts: Sequence[Prompt], ask: Callable[[Tensor], Tensor]) -> Tensor:
         """What is asked of all rows, in as few calls as the pipeline takes; ``ask`` is given rows, (B,)."""
-        rows = torch.arange(len(prompts), device=device)
+        rows = torch.arange(len(prompts))
         if len(prompts) == 1:
             self.lists = "lists" in self.ways or not self.ways
             return ask(rows)
@@ -262,8 +263,8 @@ class AskedPipeline:
         groups: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
             groups.setdefault(prompt.key if "counts" in self.ways else str(row), []).append(row)
-        answers = torch.cat([ask(torch.tensor(group, device=device)) for group in groups.values()])
-        return answers[torch.tensor([row for group in groups.values() for row in group]).argsort().to(answers.device)]
+        answers = torch.cat([ask(torch.tensor(group)) for group in groups.values()])
+        return _at(answers, torch.tensor([row for group in groups.values() for row in group]).argsort())
 
     # The questions
 
@@ -297,10 +298,10 @@ class AskedPipeline:
         columns = (grid.timesteps, grid.alpha, grid.sigma, grid.alpha_next, grid.sigma_next)
         return Grid(*(column[last] for column in columns)), first, called
 
-    def start(self, prompts: Sequence[Prompt], draws: Sequence[int], guidance: float, device: torch.device) -> Tensor:
+    def start(self, prompts: Sequence[Prompt], draws: Sequence[int], guidance: float) -> Tensor:
         """The first latents, as the pipeline makes them, (B, ...); ``draws`` are a seed for each."""
         self.remember(prompts, guidance)
-        return self._in_calls(prompts, lambda rows: self._start(_of(prompts, rows), _of(draws, rows), guidance), device)
+        return self._in_calls(prompts, lambda rows: self._start(_of(prompts, rows), _of(draws, rows), guidance))
 
     def _start(self, prompts: Sequence[Prompt], draws: Sequence[int] | None, guidance: float) -> Tensor:
         self._until_prepared = True
@@ -338,12 +339,12 @@ class AskedPipeline:
         """
 
         def ask(rows: Tensor) -> Tensor:
-            with self._asking(self._offer([levels[rows]], x.device, repeats), x[rows]) as heard:
+            with self._asking(self._offer([levels[rows]], x.device, repeats), _at(x, rows)) as heard:
                 self._call(_of(prompts, rows), guidance)
             return heard[0].output
 
         self.remember(prompts, guidance)
-        return self._in_calls(prompts, ask, x.device)
+        return self._in_calls(prompts, ask)
 
     def after(
         self,
@@ -359,24 +360,24 @@ class AskedPipeline:
 
         def ask(rows: Tensor) -> Tensor:
             offer = self._offer([each[rows] for each in (levels, following) if each is not None], x.device)
-            with self._asking(offer, x[rows], [y[rows]]) as heard, torch.no_grad():
+            with self._asking(offer, _at(x, rows), [_at(y, rows)]) as heard, torch.no_grad():
                 ended = self._call(_of(prompts, rows), guidance)
             return ended if following is None else heard[1].sample
 
         self.remember(prompts, guidance)
-        return self._in_calls(prompts, ask, x.device)
+        return self._in_calls(prompts, ask)
 
     def decode(self, latents: Tensor, prompts: Sequence[Prompt], guidance: float) -> Tensor:
         """Samples of latents, with gradient where there is one."""
 
         def ask(rows: Tensor) -> Tensor:
             with self._asking(
-                Offer(torch.empty(0, device=latents.device), torch.zeros(1, device=latents.device)), latents[rows]
+                Offer(torch.empty(0, device=latents.device), torch.zeros(1, device=latents.device)), _at(latents, rows)
             ):
                 return torch.as_tensor(self._call(_of(prompts, rows), guidance, "pt"))
 
         self.remember(prompts, guidance)
-        return self._in_calls(prompts, ask, latents.device)
+        return self._in_calls(prompts, ask)
 
     def _offer(self, levels: Sequence[NoiseLevels], device: torch.device, repeats: int = 1) -> Offer:
         times, sigmas = [], []
@@ -385,9 +386,12 @@ class AskedPipeline:
             sigma = self.listener.schedule.native_sigma(each.alpha, each.sigma)
             times.append(each.timesteps[0] if alike else each.timesteps.repeat(repeats))
             sigmas.append(sigma[0] if alike else sigma.repeat(repeats))
-        stacked = torch.stack(sigmas).to(device)
-        offered = torch.stack(times).to(device, self.native.timesteps.dtype)
-        return Offer(offered, torch.cat([stacked, torch.zeros_like(stacked[:1])]))
+        ending = torch.stack([*sigmas, torch.zeros_like(sigmas[0])])
+        return Offer(handed(torch.stack(times).to(self.native.timesteps.dtype), device), handed(ending, device))
+
+
+def _at(values: Tensor, rows: Tensor) -> Tensor:
+    return values[handed(rows, values.device)]
 
 
 def _of(values: Sequence[Any], rows: Tensor) -> list[Any]:

@@ -147,7 +147,7 @@ class NetworkPolicy:
     def _predict(self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt]) -> Tensor:
         with torch.no_grad():
             condition = tree_map(lambda each: each.to(x.device) if isinstance(each, Tensor) else each, self._condition(prompts))
-        inputs = (x, levels.timesteps.to(x.device), condition)
+        inputs = (x, devices.handed(levels.timesteps, x.device), condition)
         remade = self._checkpoints and torch.is_grad_enabled()
         output: Tensor = checkpoint(self.network, *inputs, use_reentrant=False) if remade else self.network(*inputs)
         told = f"the network gives {tuple(output.shape)} for latents {tuple(x.shape)}: it has to give as many numbers"

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusionrl import processes, seeds
 from diffusionrl.data.media import Show, kind_of
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.devices import handed
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import (
     Copies,
@@ -113,7 +114,7 @@ class PipelinePolicy:
         grid, first, called = self._first_call()
         self._grids[steps] = grid
         self.latent_shape: tuple[int, ...] = tuple(first.shape[1:])
-        self._trials = Trials(self.asked, self.example, guidance, grid.levels, self.device, dtype == torch.float32)
+        self._trials = Trials(self.asked, self.example, guidance, grid.levels, dtype == torch.float32)
         self.asked.ways = self._trials.ways()
         self.edits = self._trials.edits()
         self.sample_shape: tuple[int, ...] = tuple(self.decode(self.start([self.example], [0]), [self.example]).shape[1:])
@@ -256,10 +257,10 @@ class PipelinePolicy:
         """Raises UserError where latents have another shape than those of the example, which names the prompts."""
         draws = [seeds.address(each, "start") for each in addresses]
         try:
-            made = self.asked.start(prompts, draws, self._guidance, self.device).float()
+            made = self.asked.start(prompts, draws, self._guidance).float()
         except RuntimeError:  # which do not fit together either
             for prompt, draw in zip(prompts, draws, strict=True):
-                self._check_shape(self.asked.start([prompt], [draw], self._guidance, self.device), prompt)
+                self._check_shape(self.asked.start([prompt], [draw], self._guidance), prompt)
             raise
         self._check_shape(made, prompts[0])
         return made
@@ -278,10 +279,10 @@ class PipelinePolicy:
     ) -> tuple[Tensor, Tensor]:
         if guidance is None:
             guidance = self._trials.plain_guidance(self._called)
-        levels = levels[torch.arange(len(x), device=x.device)]
+        levels = levels[torch.arange(len(x))]
         output = self._at_their_times(
             lambda rows, repeats: self.asked.denoise(
-                x[rows], levels[rows], [prompts[i] for i in rows.tolist()], guidance, repeats
+                x[handed(rows, x.device)], levels[rows], [prompts[i] for i in rows.tolist()], guidance, repeats
             ),
             levels,
             guidance,
@@ -290,7 +291,7 @@ class PipelinePolicy:
 
     def _at_their_times(self, ask: Callable[[Tensor, int], Tensor], levels: NoiseLevels, guidance: float) -> Tensor:
         times, of = torch.unique(levels.timesteps, return_inverse=True)
-        everything = torch.arange(len(levels), device=levels.timesteps.device)
+        everything = torch.arange(len(levels))
         if len(times) == 1:
             return ask(everything, 1)
         repeats = self._trials.repeats(guidance)
@@ -298,7 +299,7 @@ class PipelinePolicy:
             return ask(everything, repeats)
         order = torch.argsort(of, stable=True)
         sorted_rows = torch.cat([ask((of == index).nonzero().flatten(), 1) for index in range(len(times))])
-        return sorted_rows[torch.argsort(order)]
+        return sorted_rows[handed(torch.argsort(order), sorted_rows.device)]
 
     @torch.no_grad()
     def after(

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from diffusionrl import processes
 from diffusionrl.data.media import Show
 from diffusionrl.data.prompts import Prompt, keep_newest
+from diffusionrl.devices import handed
 from diffusionrl.errors import UserError
 from diffusionrl.policies.adapters import (
     Copies,
@@ -167,7 +168,7 @@ class StableDiffusionPolicy:
         self, x: Tensor, levels: NoiseLevels, prompts: Sequence[Prompt], guidance: float | None
     ) -> tuple[Tensor, Tensor]:
         _refuse_media(prompts)
-        embeddings, timestep = self.embed([prompt.text for prompt in prompts]), levels.timesteps.to(x.device)
+        embeddings, timestep = self.embed([prompt.text for prompt in prompts]), handed(levels.timesteps, x.device)
         if guidance is None or guidance <= 1:  # as the pipeline has it
             output = self._network(x, timestep, embeddings)
         else:

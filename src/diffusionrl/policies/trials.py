@@ -24,16 +24,14 @@ class Trials:
         exact: whether networks run in float32.
     """
 
-    def __init__(
-        self, asked: AskedPipeline, example: Prompt, guidance: float, levels: NoiseLevels, device: torch.device, exact: bool
-    ) -> None:
-        self._asked, self._prompts, self._guidance, self._levels, self._device = asked, [example], guidance, levels, device
+    def __init__(self, asked: AskedPipeline, example: Prompt, guidance: float, levels: NoiseLevels, exact: bool) -> None:
+        self._asked, self._prompts, self._guidance, self._levels = asked, [example], guidance, levels
         self._tolerance = _CLOSE if exact else _NEAR
         self._repeats: dict[float, int] = {}
         self._plain: float | None = None
 
     def _start(self, address: int) -> Tensor:
-        return self._asked.start(self._prompts, [seeds.address(address, "start")], self._guidance, self._device).float()
+        return self._asked.start(self._prompts, [seeds.address(address, "start")], self._guidance).float()
 
     @torch.no_grad()
     def ways(self) -> tuple[str, ...]:

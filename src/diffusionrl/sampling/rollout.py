@@ -195,7 +195,7 @@ def predict(
         steps: rows of the table, (B,).
         prompts: B of them.
     """
-    return policy.denoise(x, table.grid.levels[steps.to(x.device)], prompts, guidance)
+    return policy.denoise(x, table.grid.levels[steps], prompts, guidance)
 
 
 def denoise_step(
@@ -244,7 +244,7 @@ def sample_trajectories(
     latents, steps, log_probs, means = [start], [], [], []
     for i in range(len(table)):
         interruption.check()
-        rows = torch.full((len(start),), i, device=start.device)
+        rows = torch.full((len(start),), i)
         mean, std = denoise_step(policy, table, latents[-1], rows, prompts, guidance)
         means.append(mean)
         steps.append(mean + std * noise[:, i])
@@ -257,7 +257,7 @@ def sample_trajectories(
 
 def edited(policy: Policy, table: SamplerTable, y: Tensor, x: Tensor, row: int, prompts: Sequence[Prompt]) -> Tensor:
     """What a pipeline that edits makes of y, which a row of the table gave; all (B, ...)."""
-    rows = torch.full((len(x),), row, device=x.device)
+    rows = torch.full((len(x),), row)
     following = table.grid.levels[rows + 1] if row + 1 < len(table) else None
     return policy.after(y, x, table.grid.levels[rows], following, prompts)
 
