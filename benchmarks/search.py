@@ -32,10 +32,11 @@ SEED = 0
 
 
 def searches(queries: int, candidates: int) -> dict[str, SearchConfig]:
-    """By name; the plain ODE is a search of one candidate."""
+    """By name; a plain sample, by the model's sampler or by the ODE, is a search of one candidate."""
     demon = DemonConfig(queries=queries, candidates=candidates)
     return {
         "ODE": BestOfNConfig(queries=1),
+        "plain sample": BestOfNConfig(queries=1),
         "best-of-N": BestOfNConfig(queries=queries),
         "Demon, tanh": demon,
         "Demon, tanh, best kept": replace(demon, keep="best"),

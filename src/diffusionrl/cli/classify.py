@@ -49,6 +49,8 @@ def run(arguments: Sequence[str]) -> None:
 
     for file in files:
         open_image(file)  # a broken one is found now
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
     classifier = load_classifier(config, next(iter(prompts.values())))
     for file in files:
         image = cropped(open_image(file), classifier.policy.sample_shape)
