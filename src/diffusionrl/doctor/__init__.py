@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from diffusionrl.config import TrainConfig
-from diffusionrl.doctor.needs import Needs, find_needs
+from diffusionrl.config import PolicyConfig, TrainConfig
+from diffusionrl.doctor.needs import DECODED, Needs, find_needs
 from diffusionrl.doctor.resources import clock, largest
 from diffusionrl.errors import UserError
 
@@ -19,7 +20,12 @@ _NETWORKS = ("--policy.offload-text-encoders", *_EMBEDDING)
 _OPTIONS = {
     "embedding": _EMBEDDING,
     "sampling": ("--policy.offload-text-encoders", "--policy.vae-slicing", "--policy.vae-tiling", *_EMBEDDING),
-    "updates": ("--policy.offload-text-encoders", "--policy.dtype bfloat16", "--policy.gradient-checkpointing", *_EMBEDDING[1:]),
+    "updates": (
+        "--policy.offload-text-encoders",
+        "--policy.dtype bfloat16",
+        "--policy.gradient-checkpointing",
+        *_EMBEDDING[1:],
+    ),
 }
 """What helps where the most is held, in the order in which it is tried: what costs least comes first."""
 
@@ -42,10 +48,12 @@ class Card:
 @dataclass(frozen=True)
 class Plan:
     """Attributes:
-    options: that were added to the configured ones.
+    config: with the options that were added.
+    options: these.
     batch, micro: sizes of ``sampling.batch_size`` and ``algorithm.micro_batch_size``; 0 where nothing fits.
     """
 
+    config: TrainConfig
     card: Card
     needs: Needs
     options: tuple[str, ...]
@@ -58,7 +66,7 @@ class Plan:
 
     @property
     def peaks(self) -> dict[str, float]:
-        return self.needs.peaks(max(1, self.batch), max(1, self.micro))
+        return self.needs.peaks(self.config, max(1, self.batch), max(1, self.micro))
 
     @property
     def pasted(self) -> str:
@@ -75,35 +83,53 @@ def read_card(text: str) -> Card:
     return Card(float(match[1]) * 1e9, True)
 
 
-def make_plan(config: TrainConfig, card: Card, find: Callable[[TrainConfig, bool], Needs] = find_needs) -> Plan:
+Find = Callable[[TrainConfig, bool], Needs]
+
+
+def make_plan(config: TrainConfig, card: Card, find: Find | None = None) -> Plan:
     """The first settings that fit: those that are configured, then with one more option each time, of those that help where the
     most is held. Prompts and samples a step stay as they are.
+
+    Args:
+        find: in the place of ``find_needs``, for several cards.
 
     Raises:
         UserError: the model cannot be planned.
     """
-    options: list[str] = []
+    find, options = find or Findings(), list[str]()
     while True:
-        needs = find(_with(config, options), card.own)
-        peaks = needs.peaks(1, 1)
+        chosen = _with(config, options)
+        needs = find(chosen, card.own)
+        peaks = needs.peaks(chosen, 1, 1)
         when = max(peaks, key=lambda phase: peaks[phase])
-        if peaks[when] <= card.usable:
-            break
         phase = "sampling" if when == "an evaluation" else when
-        added = next((each for each in _OPTIONS[phase] if _helps(each, config, options, card)), None)
-        if added is None:
+        added = next((each for each in _OPTIONS[phase] if _helps(each, chosen, card)), None)
+        if peaks[when] <= card.usable or added is None:
             break
         options = [each for each in options if each.split()[0] != added.split()[0]] + [added]
     update = min(needs.rows[0], max(_MOST, config.algorithm.micro_batch_size))
     sampled = min(config.samples_per_step, max(_MOST, config.sampling.batch_size))
 
-    def fits(batch: int, micro: int, phases: tuple[str, ...]) -> bool:
-        found = needs.peaks(batch, micro)
+    def fits(batch: int, micro: int, *phases: str) -> bool:
+        found = needs.peaks(chosen, batch, micro)
         return all(found[phase] <= card.usable for phase in (*phases, "embedding"))
 
-    batch = largest(_power(sampled), lambda n: fits(n, 1, ("sampling", "an evaluation")))
-    micro = largest(_power(update), lambda n: fits(1, n, ("updates",)))
-    return Plan(card, needs, tuple(options), batch, micro)
+    batch = largest(_power(sampled), lambda n: fits(n, 1, "sampling", "an evaluation"))
+    micro = largest(_power(update), lambda n: fits(1, n, "updates"))
+    return Plan(chosen, card, needs, tuple(options), batch, micro)
+
+
+class Findings:
+    """``find_needs``, and what it has found: a quantised base and waiting encoders hold other weights, and compute the same."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[TrainConfig, bool], Needs] = {}
+
+    def __call__(self, config: TrainConfig, on_card: bool) -> Needs:
+        key = replace(config, policy=replace(config.policy, quantization="none", offload_text_encoders=False)), on_card
+        if key not in self._found:
+            self._found[key] = find_needs(*key)
+        return self._found[key]
 
 
 def _power(size: int) -> int:
@@ -111,7 +137,7 @@ def _power(size: int) -> int:
     return 1 << (size.bit_length() - 1)
 
 
-_FIELDS = {
+_FIELDS: dict[str, dict[str, Any]] = {
     "--policy.offload-text-encoders": {"offload_text_encoders": True},
     "--policy.vae-slicing": {"vae_slicing": True},
     "--policy.vae-tiling": {"vae_tiling": True},
@@ -124,12 +150,12 @@ _FIELDS = {
 
 def _with(config: TrainConfig, options: list[str]) -> TrainConfig:
     changes = {name: value for option in options for name, value in _FIELDS[option].items()}
-    return replace(config, policy=replace(config.policy, **changes))  # type: ignore[arg-type]
+    return replace(config, policy=replace(config.policy, **changes))
 
 
-def _helps(option: str, config: TrainConfig, options: list[str], card: Card) -> bool:
+def _helps(option: str, config: TrainConfig, card: Card) -> bool:
     """Whether an option is neither on, nor one that cannot be."""
-    policy = _with(config, options).policy
+    policy = config.policy
     (name, value), *_ = _FIELDS[option].items()
     if getattr(policy, name) == value or (name == "quantization" and policy.quantization == "nf4"):
         return False
@@ -144,33 +170,45 @@ def layout(plan: Plan, rate: float | None = None) -> str:
     Args:
         rate: floating point operations a second that the card sustains; None: no time is told.
     """
-    needs, config = plan.needs, plan.needs.config
-    weights = ", ".join(f"{name} {_gb(size)}" for name, size in needs.weights.items())
+    needs, config = plan.needs, plan.config
     batch, micro = max(1, plan.batch), max(1, plan.micro)
-    lines = [
-        f"{needs.about}: {config.algorithm.name}, {config.prompts_per_step} prompts x {config.samples_per_prompt} a step, "
-        f"{config.policy.dtype}, planned by its settings alone",
-        "",
-        f"weights       {_gb(sum(needs.weights.values())):>9}  {weights}",
-        f"trained       {_gb(needs.trained + needs.optimizer):>9}  {needs.trained / 4e6:.1f} M weights, gradients, AdamW, copies",
-        f"samples       {_gb(needs.sample * config.samples_per_step):>9}  of a step, until it is trained on",
-        f"activations   {_gb(needs.denoise.peak(batch)):>9}  of a denoising step with {batch} at once",
-        f"              {_gb(needs.decode.peak(min(batch, 16))):>9}  of decoding {min(batch, 16)}",
-        f"              {_gb(needs.update.peak(micro)):>9}  of an update with {micro} rows at once",
-        f"              {_gb(needs.embedding):>9}  of embedding a prompt"
-        + (f", for which text encoders come: {_gb(needs.waiting)}" if needs.waiting else ""),
-        "",
-        *(f"{phase:<14}{_gb(size):>9}  at the peak" for phase, size in plan.peaks.items()),
-        "",
-        f"{_gb(plan.card.bytes)} of memory, of which {_gb(plan.card.usable)} are planned with",
+    held, decoded = needs.held(config.policy), min(batch, DECODED)
+    came = f", for which text encoders of {_gb(held['waiting'])} come" if held["waiting"] else ""
+    rows = [
+        ("weights", held["networks"] + held["text encoders"], _parts(needs, config.policy)),
+        ("trained", held["trained"], f"{needs.trained / 4e6:.1f} M weights, their gradients, AdamW's moments, copies"),
+        ("samples", needs.sample * config.samples_per_step, "of a step, until it has been trained on"),
+        ("activations", needs.denoise.peak(batch), f"of a denoising step, {batch} at once"),
+        ("", needs.decode.peak(decoded), f"of decoding, {decoded} at once"),
+        ("", needs.update.peak(micro), f"of an update, {micro} rows at once"),
+        ("", needs.embedding, f"of embedding a prompt{came}"),
+        *(("at the peak" if i == 0 else "", size, phase) for i, (phase, size) in enumerate(plan.peaks.items())),
     ]
-    lines.append(f"fits:         {plan.pasted}" if plan.fits else "does not fit, even one at a time with every option that helps")
-    operations = needs.operations()
-    time = "" if rate is None else f": at least {clock(operations / rate)} at the {rate / 1e12:g} TFLOP/s that were given"
-    lines.append(f"a step:       {operations / 1e12:.3g} TFLOP{time}, without the reward")
-    if rate is not None:
-        lines.append(f"the run:      {clock(config.last_step * operations / rate)} for {config.last_step} steps, without evaluations")
-    return "\n".join(lines)
+    told = [f"{name:<12} {_gb(size):>8}  {what}" for name, size, what in rows]
+    title = (
+        f"{needs.about}, {config.algorithm.name}, {config.prompts_per_step} prompts x {config.samples_per_prompt} a step, in "
+        f"{config.policy.dtype}: planned from its settings, nothing was measured"
+    )
+    room = f"{_gb(plan.card.bytes)} of memory, of which a run may take {_gb(plan.card.usable)}"
+    fits = f"it fits with\n\n    {plan.pasted}" if plan.fits else "it does not fit, with all that helps and one at a time"
+    return "\n".join([title, "", *told, "", f"{room}: {fits}", "", _time(plan, rate)])
+
+
+def _parts(needs: Needs, policy: PolicyConfig) -> str:
+    """Which networks are on the device, in bytes as they are before they are quantised."""
+    here = [name for name in needs.weights if not (policy.offload_text_encoders and name in needs.encoders)]
+    few = f"; its linear layers in {policy.quantization}" if policy.quantization != "none" else ""
+    return ", ".join(f"{name} {_gb(needs.weights[name])}" for name in here) + few
+
+
+def _time(plan: Plan, rate: float | None) -> str:
+    config, operations = plan.config, plan.needs.operations(plan.config)
+    counted = f"a step takes {operations / 1e12:.3g} TFLOP, and the reward"
+    if rate is None:
+        return f"{counted}; --rate, TFLOP/s that the card sustains, makes a time of it"
+    step = operations / rate
+    run = f"{clock(config.last_step * step)} for {config.last_step} steps, without evaluations"
+    return f"{counted}: at {rate / 1e12:g} TFLOP/s, as was given, {clock(step)} without the reward; {run}"
 
 
 def _gb(size: float) -> str:
