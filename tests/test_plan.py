@@ -73,7 +73,7 @@ def made_up(config: TrainConfig, on_card: bool) -> Needs:
     """2 GB of network, 5 of text encoders, and activations that each option lowers."""
     policy = config.policy
     half = 0.5 if policy.dtype == "bfloat16" else 1.0
-    row, image = (0.5 if policy.gradient_checkpointing else 2.0), (0.1 if policy.vae_tiling else 0.4)
+    row, image = (0.5 if policy.gradient_checkpointing else 2.0), (0.05 if policy.vae_tiling else 0.15)
     lines = {
         name: Work((0.0, size * GB), (0.0, 1e12))
         for name, size in (("denoise", 0.2 * half), ("decode", image), ("update", row * half))
@@ -116,6 +116,13 @@ def test_what_is_proposed_fits_keeps_a_step_and_can_be_pasted(size: int) -> None
 def test_no_more_options_than_it_takes() -> None:
     options = {size: make_plan(CONFIG, read_card(f"{size} GB"), made_up).options for size in (80, 12, 8)}
     assert options[80] == options[12] == () and "--policy.dtype bfloat16" in options[8]
+
+    def large_images(config: TrainConfig, on_card: bool) -> Needs:
+        size = 0.01 if config.policy.vae_slicing else 1.0
+        return replace(made_up(config, on_card), decode=Work((0.1 * GB, size * GB), (0.0, 1e12)))
+
+    sliced = make_plan(CONFIG, read_card("12 GB"), large_images)
+    assert sliced.options == ("--policy.vae-slicing",) and sliced.batch == 16
     nothing = make_plan(CONFIG, read_card("3 GB"), made_up)
     assert not nothing.fits and "--policy.quantization nf4" in nothing.options, "even with everything"
     full = replace(CONFIG, policy=PolicyConfig(training="full"))

@@ -177,7 +177,9 @@ def _measured(meter: Meter, trainer: Trainer, on_card: bool) -> Needs:
     latent = rollout.latents[0, 0].nbytes
     return Needs(
         **_weights(trainer, on_card),
-        **{name: _work(meter, work) for name, work in works.items()},
+        denoise=_work(meter, works["denoise"]),
+        decode=_work(meter, works["decode"]),
+        update=_work(meter, works["update"]),
         embedding=embedding,
         latent=latent,
         sample=sum(each[0].nbytes for each in kept) + image,

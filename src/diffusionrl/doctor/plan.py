@@ -1,7 +1,7 @@
 """Settings with which a run fits a card: what is held, and sizes and options to paste. docs/plan.md."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,10 @@ FULL = 0.9
 """Of what is left, the share that a run may hold: the allocator keeps more than is in use. Not measured."""
 _MOST = 64  # samples or rows at once that are proposed, if fewer are not configured
 _EMBEDDING = ("--policy.dtype bfloat16", "--policy.quantization int8", "--policy.quantization nf4")
-_NETWORKS = ("--policy.offload-text-encoders", *_EMBEDDING)
+_SLICING = "--policy.vae-slicing"
 _OPTIONS = {
     "embedding": _EMBEDDING,
-    "sampling": ("--policy.offload-text-encoders", "--policy.vae-slicing", "--policy.vae-tiling", *_EMBEDDING),
+    "sampling": ("--policy.offload-text-encoders", "--policy.dtype bfloat16", "--policy.vae-tiling", *_EMBEDDING[1:]),
     "updates": (
         "--policy.offload-text-encoders",
         "--policy.dtype bfloat16",
@@ -69,6 +69,12 @@ class Plan:
         return self.needs.peaks(self.config, max(1, self.batch), max(1, self.micro))
 
     @property
+    def decoding_limits(self) -> bool:
+        """Whether it is decoding that keeps a batch small."""
+        twice = 2 * self.batch
+        return 0 < self.batch < DECODED and self.needs.decode.peak(twice) > self.needs.denoise.peak(twice)
+
+    @property
     def pasted(self) -> str:
         """The options of ``diffusionrl train``."""
         sizes = (f"--sampling.batch-size {self.batch}", f"--algorithm.micro-batch-size {self.micro}")
@@ -96,27 +102,55 @@ def make_plan(config: TrainConfig, card: Card, find: Find | None = None) -> Plan
     Raises:
         UserError: the model cannot be planned.
     """
-    find, options = find or Findings(), list[str]()
-    while True:
-        chosen = _with(config, options)
-        needs = find(chosen, card.own)
-        peaks = needs.peaks(chosen, 1, 1)
-        when = max(peaks, key=lambda phase: peaks[phase])
-        phase = "sampling" if when == "an evaluation" else when
-        added = next((each for each in _OPTIONS[phase] if _helps(each, chosen, card)), None)
-        if peaks[when] <= card.usable or added is None:
-            break
-        options = [each for each in options if each.split()[0] != added.split()[0]] + [added]
-    update = min(needs.rows[0], max(_MOST, config.algorithm.micro_batch_size))
-    sampled = min(config.samples_per_step, max(_MOST, config.sampling.batch_size))
+    search = _Search(config, card, find or Findings())
+    search.fit_one()
+    plan = search.sizes()
+    if _SLICING not in plan.options and plan.decoding_limits and search.add([_SLICING]):
+        plan = search.sizes()
+    return plan
 
-    def fits(batch: int, micro: int, *phases: str) -> bool:
-        found = needs.peaks(chosen, batch, micro)
-        return all(found[phase] <= card.usable for phase in (*phases, "embedding"))
 
-    batch = largest(_power(sampled), lambda n: fits(n, 1, "sampling", "an evaluation"))
-    micro = largest(_power(update), lambda n: fits(1, n, "updates"))
-    return Plan(chosen, card, needs, tuple(options), batch, micro)
+class _Search:
+    def __init__(self, config: TrainConfig, card: Card, find: Find) -> None:
+        self.card, self._find, self._asked, self._refused = card, find, config, set[str]()
+        self.config, self.options, self.needs = config, list[str](), find(config, card.own)
+
+    def add(self, helping: Sequence[str]) -> bool:
+        """The first of some options that is neither on, nor one that cannot be. Returns whether there was one."""
+        for option in helping:
+            if option in self._refused or not _helps(option, self.config, self.card):
+                continue
+            options = [each for each in self.options if each.split()[0] != option.split()[0]] + [option]
+            config = _with(self._asked, options)
+            try:
+                self.needs = self._find(config, self.card.own)
+            except UserError:  # a network that has no such switch
+                self._refused.add(option)
+                continue
+            self.config, self.options = config, options
+            return True
+        return False
+
+    def fit_one(self) -> None:
+        """Add options until one sample and one row at a time fit, or none is left that helps."""
+        while True:
+            peaks = self.needs.peaks(self.config, 1, 1)
+            when = max(peaks, key=lambda phase: peaks[phase])
+            helping = _OPTIONS["sampling" if when == "an evaluation" else when]
+            if peaks[when] <= self.card.usable or not self.add(helping):
+                return
+
+    def sizes(self) -> Plan:
+        """With the largest batches that fit."""
+        update = min(self.needs.rows[0], max(_MOST, self.config.algorithm.micro_batch_size))
+        sampled = min(self.config.samples_per_step, max(_MOST, self.config.sampling.batch_size))
+        batch = largest(_power(sampled), lambda n: self._fits(n, 1, "sampling", "an evaluation"))
+        micro = largest(_power(update), lambda n: self._fits(1, n, "updates"))
+        return Plan(self.config, self.card, self.needs, tuple(self.options), batch, micro)
+
+    def _fits(self, batch: int, micro: int, *phases: str) -> bool:
+        found = self.needs.peaks(self.config, batch, micro)
+        return all(found[phase] <= self.card.usable for phase in (*phases, "embedding"))
 
 
 class Findings:
@@ -139,7 +173,7 @@ def _power(size: int) -> int:
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "--policy.offload-text-encoders": {"offload_text_encoders": True},
-    "--policy.vae-slicing": {"vae_slicing": True},
+    _SLICING: {"vae_slicing": True},
     "--policy.vae-tiling": {"vae_tiling": True},
     "--policy.dtype bfloat16": {"dtype": "bfloat16"},
     "--policy.gradient-checkpointing": {"gradient_checkpointing": True},
