@@ -34,10 +34,10 @@ def held_at_most(work: Callable[[int], object], n: int) -> float:
 
 
 def config_of(name: str, folder: Path, *options: str) -> TrainConfig:
-    """Of an embedded model, or of a tiny pipeline at 64 x 64 pixels, where activations are most of what is held."""
+    """Of an embedded model, or of a tiny pipeline at four times its size, where activations are most of what is held."""
     if not name.startswith("emoji"):
         tiny.build(name).save_pretrained(folder)
-        sizes = [option.replace("16", "64") for option in tiny.options_of(name)[:4]]
+        sizes = [str(4 * int(option)) if option.isdigit() else option for option in tiny.options_of(name)[:4]]
         options = (*tiny.QUICK, *sizes, *tiny.options_of(name)[4:], *options)
         name = str(folder)
     return parse_train(["--model", name, "--prompts-per-step", "4", "--samples-per-prompt", "4", *options])
@@ -45,7 +45,7 @@ def config_of(name: str, folder: Path, *options: str) -> TrainConfig:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [("emoji", False), ("emoji", True), ("emoji-flow", False), ("sdxl", True), ("flux2_klein", False), ("flux2_klein", True)],
+    [("emoji", False), ("emoji", True), ("emoji-flow", True), ("ltx", False), ("flux2_klein", True)],
 )
 def test_what_is_planned_is_what_is_held(name: str, checkpointing: bool, tmp_path: Path) -> None:
     """To 15 %, at the peak of a denoising step, of decoding and of an update."""
@@ -59,7 +59,8 @@ def test_what_is_planned_is_what_is_held(name: str, checkpointing: bool, tmp_pat
         work(ROWS)
         held, planned = held_at_most(work, ROWS), getattr(needs, what).peak(ROWS)
         assert planned == pytest.approx(held, rel=0.15), f"{what}: {planned / 1e6:.2f} MB planned, {held / 1e6:.2f} MB held"
-    assert needs.trained == sum(weight.nbytes for weight in policy.trainable().values())
+    trained = sum(weight.nbytes for weight in policy.trainable().values())
+    assert trained <= needs.trained <= 1.05 * trained, "what a run leaves out, which has no part in the loss"
     parts = {key: part for key, part in policy.pipeline.components.items() if isinstance(part, torch.nn.Module)}
     assert set(parts) == set(needs.weights)
     whole = sum(each.nbytes for part in parts.values() for each in (*part.parameters(), *part.buffers()))
@@ -122,7 +123,7 @@ def test_no_more_options_than_it_takes() -> None:
         return replace(made_up(config, on_card), decode=Work((0.1 * GB, size * GB), (0.0, 1e12)))
 
     sliced = make_plan(CONFIG, read_card("12 GB"), large_images)
-    assert sliced.options == ("--policy.vae-slicing",) and sliced.batch == 16
+    assert sliced.options == ("--policy.vae-slicing",) and sliced.batch == 8
     nothing = make_plan(CONFIG, read_card("3 GB"), made_up)
     assert not nothing.fits and "--policy.quantization nf4" in nothing.options, "even with everything"
     full = replace(CONFIG, policy=PolicyConfig(training="full"))
