@@ -2,7 +2,6 @@
 
     python benchmarks/throughput.py                       # the embedded model, float32, two threads, on the CPU
     python benchmarks/throughput.py --ablate              # what each of our choices brings
-    python benchmarks/throughput.py --gpu                 # Stable Diffusion 1.5's UNet (random weights), 512 x 512, bf16
 
 The same pipeline, samples, denoising steps, guidance, adapter and number of updates on both sides; a reward that costs nothing.
 TRL runs in an environment of its own, which this script makes (``.venv-trl``): "as recommended" with the batch sizes of its
@@ -45,7 +44,6 @@ class Config:
     rounds: int = 3
     samples: int = 48
     ablate: bool = False
-    gpu: bool = False
     threads: int = 2
 
 
@@ -113,11 +111,6 @@ def ablate(config: Config) -> dict[str, Any]:
 
 
 def main(config: Config) -> None:
-    if config.gpu:
-        from throughput_gpu import compare_on_gpu
-
-        compare_on_gpu()
-        return
     table = ablate(config) if config.ablate else compare_with_trl(config)
     first = next(iter(table.values()))
     print(

@@ -13,6 +13,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer
+from faults import tiny_run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,6 +36,8 @@ from diffusionrl.policies.encoders import WaitingEncoders, encoders_of
 from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.policies.quantization import is_quantized
 from diffusionrl.policies.stable_diffusion import StableDiffusionPolicy
+from diffusionrl.runs.checkpoint import complete_steps
+from diffusionrl.runs.folder import read_metrics
 
 PROMPTS = [Prompt("a cat"), Prompt("a dog")]
 SAMPLING = SamplingConfig(num_steps=3, guidance=3.0, sampler="cps", eta=0.7, batch_size=2)
@@ -246,3 +249,30 @@ def test_the_doctor_says_what_would_save_memory() -> None:
     policy.device = torch.device("cpu")
     assert options("updates")[0].startswith("--policy.quantization int8")
     assert options("updates", training="full")[0].startswith("--policy.training lora")
+
+
+# Too little of it
+
+
+def test_a_run_that_is_out_of_memory_says_what_to_change_and_goes_on_with_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*tiny_run(tiny_folder, tmp_path / "run"), "--algorithm.micro-batch-size", "6"]
+    decode = StableDiffusionPolicy.decode
+
+    def decode_some(policy: StableDiffusionPolicy, latents: Tensor, *more: Any) -> Tensor:
+        if len(latents) > 2 and len(read_metrics(tmp_path / "run")) > 2:  # in the third step
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return decode(policy, latents, *more)
+
+    monkeypatch.setattr(StableDiffusionPolicy, "decode", decode_some)
+    assert main(options) == 1
+    said = capsys.readouterr().err
+    assert "Tried to allocate" in said and "diffusionrl doctor" in said
+    changes = (
+        "--sampling.batch-size 2 --algorithm.micro-batch-size 3 --policy.gradient-checkpointing --checkpoint.allow-changes"
+    )
+    assert changes in said
+    assert complete_steps(tmp_path / "run") == [2]
+    assert main([*options, *changes.split()]) == 0
+    assert complete_steps(tmp_path / "run")[-1] == 6

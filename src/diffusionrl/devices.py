@@ -27,6 +27,18 @@ def choose(wanted: str = "auto") -> str:
     return wanted
 
 
+def count(kind: str) -> int:
+    """How many of them this machine has."""
+    return int(torch.get_device_module(kind).device_count())
+
+
+def share(kind: str, process: int) -> None:
+    """Of fewer devices than processes, use the one that is a process's turn."""
+    backend = torch.get_device_module(kind)
+    if hasattr(backend, "set_device"):
+        backend.set_device(process % count(kind))
+
+
 def name_of(device: torch.device) -> str | None:
     """What its maker calls it; None where torch does not know."""
     ask = getattr(torch.get_device_module(device), "get_device_name", None)

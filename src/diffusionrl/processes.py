@@ -57,11 +57,16 @@ def start(device: str, reward_timeout: float) -> None:
     """Join the processes that a launcher has started, and end with it; nothing without one.
 
     Args:
-        device: see ``devices.choose``; each process of a machine takes a GPU of its own.
+        device: see ``devices.choose``; each process of a machine takes a GPU of its own. Where there are fewer GPUs than
+            processes they share them, and send over the CPU: NCCL wants a GPU each.
         reward_timeout: seconds for which the others may be waiting for a reward.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        PartialState(cpu=devices.choose(device) == "cpu", timeout=timedelta(seconds=reward_timeout + PATIENCE))
+        kind = devices.choose(device)
+        shared = devices.count(kind) < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        PartialState(cpu=kind == "cpu" or shared, timeout=timedelta(seconds=reward_timeout + PATIENCE))
+        if shared:
+            devices.share(kind, int(os.environ["LOCAL_RANK"]))
     if "TORCHELASTIC_RUN_ID" in os.environ and _WATCH not in [thread.name for thread in threading.enumerate()]:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name=_WATCH).start()
 

@@ -7,6 +7,7 @@ latents are those that are asked about, and what was made of a prompt once is ke
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,14 +116,13 @@ class AskedPipeline:
     # What the pipeline asks, and is answered
 
     def _encoder(self, native: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = inspect.signature(native).parameters
-        count = next((name for name in _COUNTS if name in parameters), None)
+        signature = inspect.signature(native)
+        count = next((name for name in _COUNTS if name in signature.parameters), None)
 
         def encode(*given: Any, **named: Any) -> Any:
             if self._encoding:  # one encoder calls the other: what the outer one gives is kept
                 return native(*given, **named)
-            bound = inspect.signature(native).bind(*given, **named)
-            arguments = bound.arguments
+            arguments = signature.bind(*given, **named).arguments
             rows = self._rows if self.lists or (count and arguments.get(count, 1) > 1) else self._rows[:1]
             ordinal, self._ordinal = self._ordinal, self._ordinal + 1
             said = repr([(k, v) for k, v in arguments.items() if k != count and isinstance(v, bool | int | float | type(None))])
@@ -213,7 +213,7 @@ class AskedPipeline:
             keep_newest(self._images, _IMAGES)
         return self._images[prompt.key] if prompt.media else {}
 
-    @property
+    @cached_property
     def _embeds_guidance(self) -> bool:
         configs = [getattr(part, "config", None) for part in self.pipeline.components.values()]
         return any(getattr(config, "guidance_embeds", False) for config in configs)

@@ -35,7 +35,7 @@ from diffusionrl.policies.adapters import (
 from diffusionrl.policies.asking import AskedPipeline
 from diffusionrl.policies.base import chunks, describe
 from diffusionrl.policies.distilled import distillation
-from diffusionrl.policies.encoders import WaitingEncoders, encoders_of
+from diffusionrl.policies.encoders import WaitingEncoders, encoders_of, run_on
 from diffusionrl.policies.identity import fingerprint_of
 from diffusionrl.policies.precision import set_precision
 from diffusionrl.policies.trials import Trials
@@ -103,6 +103,7 @@ class PipelinePolicy:
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
                 set_precision(part if name in waiting else part.to(self.device), dtype, self.device)
+        run_on(pipeline, self.device)
         encoders = WaitingEncoders(waiting, self.device)
         self.asked = AskedPipeline(pipeline, steps, arguments or {}, negative_prompt, encoders)
         self._grids: dict[int, Grid] = {}

@@ -268,8 +268,8 @@ class Sum:
     def _halves(self, firsts: list[Tensor]) -> Halves:
         """From the first half of each parameter's gradient."""
         processes.add_up(firsts)
-        products = torch.zeros(3, dtype=torch.float64)
+        products = []
         for first, both in zip(firsts, self.doubles.values(), strict=True):
             one, other = in_double(first), both - in_double(first)
-            products += torch.stack([(one * other).sum(), (one * one).sum(), (other * other).sum()]).cpu()
-        return Halves(*products.tolist())
+            products.append(torch.stack([(one * other).sum(), (one * one).sum(), (other * other).sum()]))
+        return Halves(*torch.stack(products).sum(0).tolist())

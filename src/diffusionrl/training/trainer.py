@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from diffusionrl import interruption, processes
@@ -13,7 +14,7 @@ from diffusionrl.config import TrainConfig
 from diffusionrl.data.pairs import Pairs
 from diffusionrl.data.preferences import Preferences
 from diffusionrl.data.prompts import Prompt
-from diffusionrl.errors import RunStopped
+from diffusionrl.errors import RunStopped, clean
 from diffusionrl.evaluation import recent
 from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import Mixture, Reward, as_mixture
@@ -63,8 +64,9 @@ class Trainer:
 
         Raises:
             UserError: the disk is too small.
-            RunStopped: too many samples without a valid score, a loss or gradient that is not finite, or a disk that cannot be
-                written to. What was done before the step that failed is saved, unless weights are sharded.
+            RunStopped: too many samples without a valid score, a loss or gradient that is not finite, too little memory on the
+                device, or a disk that cannot be written to. What was done before the step that failed is saved, unless
+                weights are sharded.
             Interrupted: a signal asked for it; the steps that were done are saved, unless weights are sharded.
         """
         found = checkpoint.tell(folder.find_checkpoint())
@@ -92,10 +94,22 @@ class Trainer:
             self._step_back(folder, error.step)
             self._rescue(folder)
             raise
+        except torch.OutOfMemoryError as error:
+            self._rescue(folder)
+            raise RunStopped(self._out_of_memory(error)) from error
         except BaseException:
             self._rescue(folder)
             raise
         return tell_result(folder.run_dir)
+
+    def _out_of_memory(self, error: torch.OutOfMemoryError) -> str:
+        batch, micro = self.config.sampling.batch_size, self.algorithm.micro_batch_size
+        smaller = f"--sampling.batch-size {max(1, batch // 2)} --algorithm.micro-batch-size {max(1, micro // 2)}"
+        checkpointing = "" if self.config.policy.gradient_checkpointing else " --policy.gradient-checkpointing"
+        return (
+            f"{clean(error)} What was done is kept: go on with the same command and {smaller}{checkpointing} "
+            "--checkpoint.allow-changes, which change memory and speed, not what is learned; diffusionrl doctor says what fits"
+        )
 
     def _step_back(self, folder: RunFolder, broken: int) -> None:
         """The weights of step ``broken`` make images that are not finite. Where they are what is left, they are forgotten, for
