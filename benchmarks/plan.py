@@ -22,8 +22,8 @@ CARDS = (8, 12, 16, 24, 48, 80)
 SETTINGS = {
     "sd15": "ddpo-lora",
     "sdxl": "sdxl",
-    "sd35-medium": "sd3.5-medium",
-    "flux1-dev": "flux.1-dev",
+    "sd3-medium": "sd3.5-medium",
+    "flux-dev": "flux.1-dev",
     "z-image": "z-image",
     "qwen-image": "qwen-image",
     "wan-1.3b": "wan2.1-1.3b",

@@ -194,8 +194,8 @@ def wan_1_3b() -> tuple[Any, Parts]:
 MODELS: dict[str, Callable[[], tuple[Any, Parts]]] = {
     "sd15": sd15,
     "sdxl": sdxl,
-    "sd35-medium": sd35_medium,
-    "flux1-dev": flux1_dev,
+    "sd3-medium": sd35_medium,
+    "flux-dev": flux1_dev,
     "z-image": z_image,
     "qwen-image": qwen_image,
     "wan-1.3b": wan_1_3b,

@@ -177,9 +177,9 @@ def _measured(meter: Meter, trainer: Trainer, on_card: bool) -> Needs:
     latent = rollout.latents[0, 0].nbytes
     return Needs(
         **_weights(trainer, on_card),
-        denoise=_work(meter, works["denoise"]),
-        decode=_work(meter, works["decode"]),
-        update=_work(meter, works["update"]),
+        denoise=_work(meter, works["denoise"], 4),
+        decode=_work(meter, works["decode"], 2),  # whose images are real
+        update=_work(meter, works["update"], 4),
         embedding=embedding,
         latent=latent,
         sample=sum(each[0].nbytes for each in kept) + image,
@@ -215,14 +215,16 @@ def works_of(trainer: Trainer, rollout: Rollout, advantages: Tensor, rows: Tenso
     return {"denoise": denoise, "decode": lambda n: policy.decode(start(n), [first] * n), "update": update}
 
 
-def _work(meter: Meter, work: Callable[[int], object]) -> Work:
+def _work(meter: Meter, work: Callable[[int], object], n: int) -> Work:
+    """From a batch of 1 and one of n."""
     found = []
-    for n in (1, 2):
+    for size in (1, n):
         before, operations = meter.restart(), meter.operations
-        work(n)
+        work(size)
         found.append((meter.peak - before, meter.operations - operations))
-    (one, few), (two, more) = found
-    return Work((2 * one - two, two - one), (2 * few - more, more - few))
+    slopes = [(large - small) / (n - 1) for small, large in zip(*found, strict=True)]
+    starts = [small - slope for small, slope in zip(found[0], slopes, strict=True)]
+    return Work((starts[0], slopes[0]), (starts[1], slopes[1]))
 
 
 def make_up(trainer: Trainer) -> tuple[Rollout, Tensor, Tensor]:
