@@ -26,9 +26,9 @@ from diffusionrl.config import (
     SamplingConfig,
 )
 from diffusionrl.data.prompts import Prompt
-from diffusionrl.doctor import Finding, _something_to_learn, _tiny_rollout, check_groups, costs, examine, resources
+from diffusionrl.doctor import Finding, _tiny_rollout, check_groups, costs, examine, resources
 from diffusionrl.doctor.costs import Cost, limit_bytes, measure, used_bytes
-from diffusionrl.doctor.resources import Costs
+from diffusionrl.doctor.resources import Costs, something_to_learn
 from diffusionrl.doctor.update import rows_of_an_update
 from diffusionrl.policies import StableDiffusionPolicy
 from diffusionrl.rewards import Mixture, as_mixture
@@ -478,7 +478,7 @@ def test_the_time_of_evaluations_counts(tiny: Callable[..., StableDiffusionPolic
 def test_an_update_is_measured_whole(tiny: Callable[..., StableDiffusionPolicy]) -> None:
     """Of a rollout that was drawn one by one, as of a slow model, whose micro-batches would be of one sample each."""
     trainer, sizes = trainer_of(CONFIG, tiny()), []
-    tried, advantages = _something_to_learn(trainer, _tiny_rollout(trainer, replace(CONFIG.sampling, batch_size=1)))
+    tried, advantages = something_to_learn(trainer, _tiny_rollout(trainer, replace(CONFIG.sampling, batch_size=1)))
     losses = trainer.algorithm.losses
 
     def noted(policy: Any, rollout: Any, rows: Tensor, advantages: Tensor) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NoReturn
 
-from diffusionrl.cli import classify, compare, doctor, evaluate, export, push, report, sample, serve_reward, train
+from diffusionrl.cli import classify, compare, doctor, evaluate, export, plan, push, report, sample, serve_reward, train
 from diffusionrl.cli.streams import steady_streams
 from diffusionrl.config.presets import PRESETS
 from diffusionrl.errors import RunStopped, UserError
@@ -18,6 +18,7 @@ USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
   train         tune a model towards a reward     [--preset NAME] [--config FILE.yaml] [OPTIONS]
   doctor        try one tiny step of what "train" would do with the same options, and say what is wrong
+  plan          what of a card's memory "train" would need with the same options, and settings that fit   [--card "24 GB"]
   sample        make images from a model or a run; with --search best-of-n, demon or particles, those that --reward likes
   evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
   classify      which prompt fits an image, by a diffusion model       IMAGE ... --prompts "a cat" "a dog"
@@ -34,6 +35,7 @@ Presets: {textwrap.fill(", ".join(PRESETS), 110, subsequent_indent="  ", break_o
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": train.run,
     "doctor": doctor.run,
+    "plan": plan.run,
     "sample": sample.run,
     "evaluate": evaluate.run,
     "classify": classify.run,

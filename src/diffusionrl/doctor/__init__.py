@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
@@ -24,6 +23,7 @@ from diffusionrl.doctor.resources import (
     measure_embedding,
     measure_sampling,
     measure_update,
+    something_to_learn,
 )
 from diffusionrl.doctor.reward import check_repeats, check_scores, check_variation, normalised
 from diffusionrl.doctor.update import check_update, rows_of_an_update
@@ -63,7 +63,7 @@ def _examine(trainer: Trainer) -> Iterator[Finding]:
         yield check_variation(trainer, rollout)
     rollout = normalised(trainer, rollout)
     follow(trainer.policy, trainer.algorithm, 0)
-    rollout, advantages = _something_to_learn(trainer, rollout)
+    rollout, advantages = something_to_learn(trainer, rollout)
     rows = rows_of_an_update(trainer, rollout, advantages)
     update = measure_update(trainer, rollout, rows, advantages)
     costs = Costs(denoise, decode, update, beside, embedding)
@@ -101,12 +101,3 @@ def _tiny_rollout(trainer: Trainer, sampling: SamplingConfig) -> Rollout:
         trainer.algorithm.table(make_table(trainer.policy, sampling), config.seed, 1),
         trainer.algorithm.shared_start,
     )
-
-
-def _something_to_learn(trainer: Trainer, rollout: Rollout) -> tuple[Rollout, Tensor]:
-    """Advantages; where the reward gives none, every other sample is taken to be good, so that the rest can be tried."""
-    advantages = trainer.algorithm.advantages(rollout)
-    if advantages.any():
-        return rollout, advantages
-    good = torch.tensor([1.0, -1.0]).repeat(len(advantages))[: len(advantages)]
-    return replace(rollout, scores=replace(rollout.scores, values=good, valid=torch.ones_like(rollout.scores.valid))), good

@@ -102,17 +102,17 @@ def measure_update(trainer: Trainer, rollout: Rollout, rows: Tensor, advantages:
         optimization.adamw.zero_grad()
 
     try:
-        return measure(pass_over, _micro_batch(trainer, rollout, advantages), trainer.policy.device)
+        return measure(pass_over, micro_batch(trainer, rollout, advantages), trainer.policy.device)
     finally:
         algorithm.micro_batch_size = wanted
 
 
-def _micro_batch(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> int:
+def micro_batch(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> int:
     """The largest of a real step."""
-    return min(trainer.algorithm.micro_batch_size, max(len(rows) for rows in _whole_step(trainer, rollout, advantages)))
+    return min(trainer.algorithm.micro_batch_size, max(len(rows) for rows in whole_step(trainer, rollout, advantages)))
 
 
-def _whole_step(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> list[Tensor]:
+def whole_step(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> list[Tensor]:
     """The rows of each update of a real step, whose samples are these over and over."""
     times = -(-trainer.config.samples_per_step // len(rollout.prompts))
     count = trainer.config.samples_per_step
@@ -120,6 +120,15 @@ def _whole_step(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> list[
     full = replace(rollout, prompts=(rollout.prompts * times)[:count], scores=scores)
     every = trainer.algorithm.updates(full, advantages.repeat(times)[:count], trainer.config.seed, 0)
     return [rows for rows in every if len(rows)]
+
+
+def something_to_learn(trainer: Trainer, rollout: Rollout) -> tuple[Rollout, Tensor]:
+    """Advantages; where the reward gives none, every other sample is taken to be good, so that the rest can be tried."""
+    advantages = trainer.algorithm.advantages(rollout)
+    if advantages.any():
+        return rollout, advantages
+    good = torch.tensor([1.0, -1.0]).repeat(len(advantages))[: len(advantages)]
+    return replace(rollout, scores=replace(rollout.scores, values=good, valid=torch.ones_like(rollout.scores.valid))), good
 
 
 # Memory
@@ -130,7 +139,7 @@ def check_memory(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: 
     config, device = trainer.config, trainer.policy.device
     limit, kept, evaluated = limit_bytes(device), _kept(trainer, rollout), _kept_evaluation(trainer, rollout)
     size, images = config.sampling.batch_size, config.evaluation.num_samples
-    batch, micro = min(size, max(config.samples_per_step, images)), _micro_batch(trainer, rollout, advantages)
+    batch, micro = min(size, max(config.samples_per_step, images)), micro_batch(trainer, rollout, advantages)
 
     def sampling(n: int) -> float:
         return costs.sampling_peak(min(n, config.samples_per_step)) + kept
@@ -148,8 +157,8 @@ def check_memory(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: 
     told = f"{need / 1e9:.2f} GB at the peak, {when}; {limit / 1e9:.1f} GB of {where}"
     if need <= _FULL * limit:
         return Finding("pass", "memory", told)
-    smaller_batch = _largest(batch, lambda n: max(sampling(n), evaluation(n)) <= _FULL * limit)
-    smaller_micro = _largest(micro, lambda n: update(n) <= _FULL * limit)
+    smaller_batch = largest(batch, lambda n: max(sampling(n), evaluation(n)) <= _FULL * limit)
+    smaller_micro = largest(micro, lambda n: update(n) <= _FULL * limit)
     if evaluation(1) > _FULL * limit >= sampling(1):
         remedy = "all samples of an evaluation are held until it ends: lower evaluation.num_samples"
         return Finding("fail" if need > limit else "warn", "memory", told, remedy)
@@ -180,7 +189,7 @@ def _savings(trainer: Trainer, costs: Costs, need: float, when: str, embedding: 
     return [*told, *(["--policy.gradient-checkpointing"] if when == "updates" and not config.gradient_checkpointing else [])]
 
 
-def _largest(size: int, fits: Callable[[int], bool]) -> int:
+def largest(size: int, fits: Callable[[int], bool]) -> int:
     """``size``, or the next that fits when it is halved again and again; 0 where none does."""
     while size and not fits(size):
         size //= 2
@@ -223,7 +232,7 @@ def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Co
     sampling = _sampling_seconds(trainer, costs, config.samples_per_step)
     evaluation = _evaluation_seconds(trainer, costs, score)
     micro = trainer.algorithm.micro_batch_size
-    parts = [part for rows in _whole_step(trainer, rollout, advantages) for part in chunks(len(rows), micro)]
+    parts = [part for rows in whole_step(trainer, rollout, advantages) for part in chunks(len(rows), micro)]
     update = sum(costs.update.time(part.stop - part.start) for part in parts)
     reward = score * config.samples_per_step
     waiting = max(score * min(config.sampling.batch_size, config.samples_per_step), reward - sampling)
@@ -231,10 +240,10 @@ def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Co
     every = config.evaluation.every
     evaluations = 1 + (config.last_step // every + (config.last_step % every > 0) if every else 1)
     run = config.last_step * step + evaluations * evaluation
-    of_it = f"sampling {_clock(sampling)}, waiting for the reward {_clock(waiting)}, updates {_clock(update)}"
+    of_it = f"sampling {clock(sampling)}, waiting for the reward {clock(waiting)}, updates {clock(update)}"
     told = (
-        f"about {_clock(step)} a step ({of_it}), {_clock(evaluation)} an evaluation; "
-        f"{_clock(run)} for {config.last_step} steps and {evaluations} evaluations"
+        f"about {clock(step)} a step ({of_it}), {clock(evaluation)} an evaluation; "
+        f"{clock(run)} for {config.last_step} steps and {evaluations} evaluations"
     )
     return _speed(trainer, score, waiting / step), Finding("pass", "time", told)
 
@@ -272,7 +281,7 @@ def _evaluation_seconds(trainer: Trainer, costs: Costs, score: float) -> float:
     return _sampling_seconds(trainer, costs, count) + count * (score + costs.beside) + distance
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """12 s, 4 min, 3.5 h, 12 days."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:

@@ -7,7 +7,7 @@ from diffusionrl.policies import Policy
 from diffusionrl.policies.encoders import encoders_of
 from diffusionrl.policies.quantization import is_denoiser, is_quantized
 
-_BITS = {"int8": 8.0, "nf4": 4.5}  # a weight, with its share of the scales
+BITS = {"int8": 8.0, "nf4": 4.5}  # a weight, with its share of the scales
 
 
 def savings(policy: Policy, config: PolicyConfig) -> dict[str, float]:
@@ -22,7 +22,7 @@ def savings(policy: Policy, config: PolicyConfig) -> dict[str, float]:
     elif config.quantization == "none":
         kind = "int8" if policy.device.type == "cpu" else "nf4"
         layers = [layer.weight for network in networks for layer in network.modules() if isinstance(layer, torch.nn.Linear)]
-        bits = sum(weight.nbytes * 8 - weight.numel() * _BITS[kind] for weight in layers if not weight.requires_grad)
+        bits = sum(weight.nbytes * 8 - weight.numel() * BITS[kind] for weight in layers if not weight.requires_grad)
         found[f"--policy.quantization {kind}"] = bits / 8
     if config.training == "lora" and config.dtype == "float32" and not any(map(is_quantized, networks)):
         found["--policy.dtype bfloat16"] = sum(weight.nbytes for weight in frozen) / 2

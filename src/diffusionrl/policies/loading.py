@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,13 @@ def check_model(model: str, config: str | None = None) -> tuple[int, ...] | None
         require(config is None, f"model_config describes a single .safetensors file, and model {model!r} is code: leave it out")
         check_code("model", model)
         return None
+    return _check_settings(configuration_of(model, config))
+
+
+def configuration_of(model: str, config: str | None = None) -> str:
+    """The folder or hub id that says what a model is: itself, or of a single file, that of its pipeline."""
     file = _look(model, config)
-    return _check_settings(file.config if file else model)
+    return file.config if file else model
 
 
 def _look(model: str, config: str | None) -> SingleFile | None:
@@ -215,42 +221,72 @@ def load_policy(
     Raises:
         UserError: the model is not there, or cannot be a policy.
     """
-    trained: dict[str, Any] = {
-        "lora_alpha": lora_alpha,
-        "lora_targets": (lora_targets,) if isinstance(lora_targets, str) else tuple(lora_targets),
-        "networks": networks,
-        "lora": lora,
-        "reference": reference,
-        "gradient_checkpointing": gradient_checkpointing,
-        "offload_text_encoders": offload_text_encoders,
-    }
     settings = PolicyConfig(  # which checks them
         training=training,  # type: ignore[arg-type]
+        networks=networks,
         lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_targets=(lora_targets,) if isinstance(lora_targets, str) else tuple(lora_targets),
+        lora=lora,
+        reference=reference,  # type: ignore[arg-type]
+        gradient_checkpointing=gradient_checkpointing,
         vae_slicing=vae_slicing,
         vae_tiling=vae_tiling,
+        offload_text_encoders=offload_text_encoders,
         quantization=quantization,  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]
         device=device,
-        **trained,
     )
     steps = sampling.num_steps if sampling else SamplingConfig().num_steps
     if is_code(model):
         own = load_own(model, settings, seed)
         check_policy(own, example or Prompt(""), steps)
         return own
-    precision: torch.dtype = getattr(torch, dtype)
     chosen = devices.choose(device)
     check_quantization(quantization, chosen)
     began = {} if lora is None else {"lora": content_of(find_lora(lora))}
-    pipeline, files = _open(model, precision, model_config, quantization)
-    for wanted, switch in ((vae_slicing, "enable_slicing"), (vae_tiling, "enable_tiling")):
+    pipeline, files = _open(model, getattr(torch, dtype), model_config, quantization)
+    policy = policy_of(pipeline, settings, model, chosen, seed, sampling, example, files | began)
+    check_sound(policy, pipeline, model, steps, example)
+    return policy
+
+
+def policy_of(
+    pipeline: Any,
+    settings: PolicyConfig,
+    model: str,
+    device: str,
+    seed: int = 0,
+    sampling: SamplingConfig | None = None,
+    example: Prompt | None = None,
+    files: Mapping[str, Any] | None = None,
+) -> StableDiffusionPolicy | PipelinePolicy:
+    """An open pipeline as a policy with these settings.
+
+    Raises:
+        UserError: it cannot be one.
+    """
+    for wanted, switch in ((settings.vae_slicing, "enable_slicing"), (settings.vae_tiling, "enable_tiling")):
         if wanted:
             save_memory(getattr(pipeline, "vae", None), switch)
-    rank = lora_rank if training == "lora" else None
-    shared: dict[str, Any] = {"dtype": precision, "device": chosen, "seed": seed, "source": model, "files": files | began}
     with asking(model):
-        policy = make_policy(pipeline, sampling, example, lora_rank=rank, **shared, **trained)
+        policy = make_policy(
+            pipeline,
+            sampling,
+            example,
+            settings.networks,
+            lora_rank=settings.lora_rank if settings.training == "lora" else None,
+            lora_alpha=settings.lora_alpha,
+            lora_targets=settings.lora_targets,
+            lora=settings.lora,
+            reference=settings.reference,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            offload_text_encoders=settings.offload_text_encoders,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+            seed=seed,
+            source=model,
+            files=files,
+        )
     policy.settings = settings
-    check_sound(policy, pipeline, model, steps, example)
     return policy
