@@ -1,6 +1,6 @@
 """What models as published would need on cards of several sizes: the table of docs/plan.md. Nothing is measured.
 
-python benchmarks/plan.py            # half an hour on a core; prints the table and writes benchmarks/plan.json
+python benchmarks/plan.py            # a quarter of an hour; prints the table and writes benchmarks/plan.json
 python benchmarks/plan.py sdxl       # one model
 """
 
