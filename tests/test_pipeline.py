@@ -77,7 +77,7 @@ def test_a_pipeline_is_asked_and_answers_as_its_own_call_does(name: str) -> None
     draws = [seeds.address(seeds.address(0, "test", 0, i), "start") for i in range(2)]
     if name == "inpaint4":  # which noises the known part as the start was, here by the prompt's own draws
         draws = [seeds.address(0, f"condition/{prompt.key}") for prompt in prompts]
-        start = policy.asked.start(prompts, draws, GUIDANCE, policy.device)
+        start = policy.asked.start(prompts, draws, GUIDANCE)
     drawn = sample_trajectories(policy, table, prompts, start, 0 * noise, GUIDANCE)
     ours = policy.decode(drawn.latents[:, -1], prompts)
     theirs = torch.cat([plain_call(plain, name, prompt, draw) for prompt, draw in zip(prompts, draws, strict=True)])

@@ -16,8 +16,9 @@ from diffusionrl import interruption, seeds
 from diffusionrl.config import SamplingConfig
 from diffusionrl.config.search import SearchConfig
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.foreign import surroundings
 from diffusionrl.policies.base import Policy, chunks
-from diffusionrl.rewards import Mixture, RewardCall, Scores, surroundings
+from diffusionrl.rewards import Mixture, RewardCall, Scores
 from diffusionrl.sampling.rollout import draw_noise, edited, make_table, metadata_of, predict, sample_trajectories
 from diffusionrl.transitions import Grid, SamplerTable, ode, to_x0_and_noise
 
