@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffusionrl.config.rewards import DiffusionClassifierConfig
+from diffusionrl.config.judges import DiffusionClassifierConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.emoji.scenes import Scene, draw_scene
 from diffusionrl.emoji.vocabulary import SUBJECTS, with_article

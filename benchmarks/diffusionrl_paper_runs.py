@@ -17,7 +17,8 @@ from diffusionrl.config import (
     TaskConfig,
     TrainConfig,
 )
-from diffusionrl.config.rewards import ParityConfig, RewardsConfig
+from diffusionrl.config.judges import ParityConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.prompts import load_prompts
 from diffusionrl.runs.lines import read_metrics
 from diffusionrl.seeds import numpy_generator

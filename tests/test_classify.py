@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from diffusionrl.cli import main
-from diffusionrl.config.rewards import DiffusionClassifierConfig, RewardsConfig
+from diffusionrl.config.judges import DiffusionClassifierConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.emoji.scenes import draw_scene
 from diffusionrl.errors import UserError

@@ -21,7 +21,8 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from diffusionrl.config.rewards import AestheticConfig, CLIPScoreConfig, RewardsConfig
+from diffusionrl.config.judges import AestheticConfig, CLIPScoreConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.images import to_pil
 from diffusionrl.emoji.aesthetics import gold_rating
 from diffusionrl.emoji.recipe.clip import measure_clip, measure_head

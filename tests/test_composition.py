@@ -25,7 +25,8 @@ from transformers import (
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
-from diffusionrl.config.rewards import CompositionConfig, RewardsConfig
+from diffusionrl.config.judges import CompositionConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.images import to_pil
 from diffusionrl.emoji.classifier import CLASSES, detect_subjects, load_detector
 from diffusionrl.emoji.recipe.detector import average_precision, present, quality

@@ -35,7 +35,8 @@ from diffusionrl.config import (
     PretrainingConfig,
     SamplingConfig,
 )
-from diffusionrl.config.rewards import AestheticConfig, ParityConfig, RewardsConfig
+from diffusionrl.config.judges import AestheticConfig, ParityConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import clean
 from diffusionrl.evaluation.assessment import score_model

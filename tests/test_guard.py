@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusionrl import TrainConfig, UserError
 from diffusionrl.config import EvaluationConfig, GuardConfig, SamplingConfig
-from diffusionrl.config.rewards import CLIPScoreConfig
+from diffusionrl.config.judges import CLIPScoreConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.evaluation.fixed_seed import evaluate, mean_and_error
 from diffusionrl.evaluation.guard import Verdict, judge

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusionrl.cli import main
-from diffusionrl.config.rewards import CLIPScoreConfig, ParityConfig, RewardsConfig
+from diffusionrl.config.judges import CLIPScoreConfig, ParityConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.emoji.classifier import TONES, load_tone_classifier
 from diffusionrl.emoji.recipe import skin_tones
 from diffusionrl.emoji.recipe.skin_tones import EVENLY, measure_skin_tones

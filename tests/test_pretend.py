@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from diffusionrl.algorithms import GRPO
 from diffusionrl.cli import main
 from diffusionrl.config import GRPOConfig, OptimizerConfig, SamplingConfig
-from diffusionrl.config.rewards import DiffusionClassifierConfig, RewardsConfig
+from diffusionrl.config.judges import DiffusionClassifierConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.prompts import Prompt, load_prompts
 from diffusionrl.policies import make_policy
 from diffusionrl.rewards import load_reward, score

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from diffusionrl.config.rewards import RewardsConfig, VLMConfig
+from diffusionrl.config.judges import VLMConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.errors import UserError
 from diffusionrl.rewards import Scores, load_reward, score, try_reward
 from diffusionrl.rewards.bertscore import BERTScore

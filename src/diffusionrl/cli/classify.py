@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from diffusionrl.cli.parsing import quiet_libraries
-from diffusionrl.config.rewards import DiffusionClassifierConfig
+from diffusionrl.config.judges import DiffusionClassifierConfig
 from diffusionrl.errors import UserError, require
 from diffusionrl.paths import expand, is_there
 

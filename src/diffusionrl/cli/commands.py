@@ -1,13 +1,13 @@
-"""The command line. Torch is imported only when a command runs."""
+"""The command line. A command is imported only when it is asked for, and torch only when it runs."""
 
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from typing import NoReturn
 
-from diffusionrl.cli import classify, compare, doctor, evaluate, export, plan, push, report, sample, serve_reward, train
 from diffusionrl.cli.streams import steady_streams
 from diffusionrl.config.presets import PRESETS
 from diffusionrl.errors import RunStopped, UserError
@@ -32,19 +32,10 @@ USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 Options win over the YAML file, which wins over the preset (default: emoji, or emoji-flow for that model).
 Presets: {textwrap.fill(", ".join(PRESETS), 110, subsequent_indent="  ", break_on_hyphens=False)}
 """
-COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    "train": train.run,
-    "doctor": doctor.run,
-    "plan": plan.run,
-    "sample": sample.run,
-    "evaluate": evaluate.run,
-    "classify": classify.run,
-    "report": report.run,
-    "compare": compare.run,
-    "export": export.run,
-    "push": push.run,
-    "serve-reward": serve_reward.run,
-}
+COMMANDS = (
+    *("train", "doctor", "plan", "sample", "evaluate", "classify", "report", "compare", "export", "push", "serve-reward"),
+)
+"""Each is a module beside this one, with a function ``run``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if asked_for_help else 2
     try:
         with noted() if arguments[0] == "train" else nullcontext():
-            return COMMANDS[arguments[0]](arguments[1:]) or 0
+            command = import_module(f"diffusionrl.cli.{arguments[0].replace('-', '_')}")
+            return command.run(arguments[1:]) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

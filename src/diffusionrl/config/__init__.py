@@ -32,8 +32,9 @@ from diffusionrl.config.algorithms import (
     VGRPOConfig,
     WindowConfig,
 )
+from diffusionrl.config.judges import CLIPScoreConfig
 from diffusionrl.config.model import PolicyConfig, SamplingConfig
-from diffusionrl.config.rewards import CLIPScoreConfig, RewardsConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.config.run import TaskConfig, TrainConfig, to_yaml
 from diffusionrl.config.training import (
     MIN_PAIRS,

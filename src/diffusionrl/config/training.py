@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from diffusionrl.config.checks import check_values
-from diffusionrl.config.rewards import CLIPScoreConfig
+from diffusionrl.config.judges import CLIPScoreConfig
 from diffusionrl.errors import require
 
 

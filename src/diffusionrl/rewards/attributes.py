@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl.config.rewards import ParityConfig, RewardsConfig
+from diffusionrl.config.judges import ParityConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.emoji.classifier import TONES, load_tone_classifier
 from diffusionrl.errors import UserError
 from diffusionrl.foreign.finding import find_function

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusionrl.config.rewards import VLMConfig
+from diffusionrl.config.judges import VLMConfig
 from diffusionrl.data.images import to_png
 from diffusionrl.errors import UserError
 from diffusionrl.rewards.cache import AnswerCache

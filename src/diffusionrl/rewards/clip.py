@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from diffusionrl.config.rewards import CLIPScoreConfig, RewardsConfig
+from diffusionrl.config.judges import CLIPScoreConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.prompts import keep_newest
 from diffusionrl.errors import UserError
 from diffusionrl.rewards.base import Reward, differentiable, register

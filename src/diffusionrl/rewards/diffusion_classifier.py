@@ -16,8 +16,9 @@ from torch import Tensor
 
 from diffusionrl import seeds
 from diffusionrl.config import SamplingConfig
+from diffusionrl.config.judges import DiffusionClassifierConfig
 from diffusionrl.config.presets import PRESETS
-from diffusionrl.config.rewards import DiffusionClassifierConfig, RewardsConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.prompts import Prompt, prompts_given
 from diffusionrl.devices import in_double
 from diffusionrl.errors import UserError, require

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl.config.rewards import RewardsConfig, VLMConfig
+from diffusionrl.config.judges import VLMConfig
+from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.rewards.base import Reward, Scores, register
 from diffusionrl.rewards.bertscore import BERTScore
 from diffusionrl.rewards.chat import ChatClient

@@ -18,7 +18,8 @@ run at full size.
 """
 
 from diffusionrl.config import DDPOConfig, EvaluationConfig, OptimizerConfig, PolicyConfig, SamplingConfig, TrainConfig
-from diffusionrl.config.rewards import PICKSCORE, RewardsConfig
+from diffusionrl.config.judges import PICKSCORE
+from diffusionrl.config.rewards import RewardsConfig
 
 
 def sd35_medium() -> TrainConfig:

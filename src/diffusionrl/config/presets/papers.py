@@ -11,7 +11,8 @@ from diffusionrl.config import (
     SamplingConfig,
     TrainConfig,
 )
-from diffusionrl.config.rewards import PICKSCORE, RewardsConfig
+from diffusionrl.config.judges import PICKSCORE
+from diffusionrl.config.rewards import RewardsConfig
 
 
 def ddpo_lora() -> TrainConfig:
