@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
 
+import diffusionrl.cli.train as train_command
 from diffusionrl import Prompt, TrainConfig, UserError, train
-from diffusionrl.cli import main
+from diffusionrl.cli import evaluate, main, parsing, sample
 from diffusionrl.config import DDPOConfig, EvaluationConfig, PolicyConfig, SamplingConfig
 from diffusionrl.config.files import parse_yaml
 from diffusionrl.policies import StableDiffusionPolicy, find_trained, load_policy
@@ -193,10 +194,8 @@ def test_refusals_are_early(
     written |= {"deep": "a: " + "[" * 4000, "self": "a: &x [*x]\n", "bomb": bomb, "date": "steps: 2024-13-45\n"}
     for name, text in written.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    monkeypatch.setattr("diffusionrl.cli.parsing.quiet_libraries", lambda: pytest.fail("something slow has begun"))
-    monkeypatch.setattr("diffusionrl.cli.train.quiet_libraries", lambda: pytest.fail("something slow has begun"))
-    monkeypatch.setattr("diffusionrl.cli.sample.quiet_libraries", lambda: pytest.fail("something slow has begun"))
-    monkeypatch.setattr("diffusionrl.cli.evaluate.quiet_libraries", lambda: pytest.fail("something slow has begun"))
+    for module in (parsing, train_command, sample, evaluate):
+        monkeypatch.setattr(module, "quiet_libraries", lambda: pytest.fail("something slow has begun"))
     before = set(tmp_path.rglob("*"))
     try:
         code = main(command)
