@@ -160,9 +160,7 @@ def options_of(name: str, config: Config) -> list[str]:
     case = CASES[name]
     more = TOY if config.toy else []
     tokens = ["--call", "max_sequence_length=1"] if config.toy and "grpo" in case.options else []
-    sized = [each for each in case.options if not config.toy or each != "512"]
-    if config.toy and "--size" in sized:
-        sized.remove("--size")
+    sized = without(case.options, "--size") if config.toy else case.options
     return ["--model", str(folder_of(name, config)), *sized, *more, *tokens]
 
 
@@ -207,7 +205,7 @@ def ours(name: str) -> Callable[[Config, float], dict[str, Any]]:
 
 def lever(name: str, options: list[str]) -> Callable[[Config, float], dict[str, Any]]:
     def work(config: Config, seconds: float) -> dict[str, Any]:
-        return worker("throughput_ours.py", [*options_of(name, config), *options, *(TOY[-4:] if config.toy else [])], seconds)
+        return worker("throughput_ours.py", [*options_of(name, config), *options], seconds)
 
     return work
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 
 def run_on(pipeline: Any, device: torch.device) -> None:
-    """Tell a pipeline its device. In every call it would look into every module of its parts for that, which takes longer than
-    a small network, and take the place of an encoder that waits for its own."""
+    """Tell a pipeline its device. In every call it would look into every module of its parts for that, and take the place of
+    an encoder that waits for its own."""
     kind = type(pipeline)
     pipeline.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "_execution_device": device})
 
