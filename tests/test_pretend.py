@@ -11,9 +11,9 @@ import tiny_pipelines as tiny
 import torch
 from torch.utils._pytree import tree_leaves
 
-from diffusionrl.algorithms import GRPO
+from diffusionrl.algorithms import EPG, GRPO
 from diffusionrl.cli import main
-from diffusionrl.config import GRPOConfig, OptimizerConfig, SamplingConfig
+from diffusionrl.config import EPGConfig, GRPOConfig, OptimizerConfig, SamplingConfig
 from diffusionrl.config.judges import DiffusionClassifierConfig
 from diffusionrl.config.rewards import RewardsConfig
 from diffusionrl.data.prompts import Prompt, load_prompts
@@ -104,8 +104,14 @@ def test_a_pipeline(model: Path, reward: str, request: Any, monkeypatch: pytest.
     assert [file.name for file in ours] == [file.name for file in theirs] != []
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd3"])
-def test_the_host_does_not_wait_inside_a_rollout_or_an_update(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+_GRPO = GRPO(GRPOConfig(updates_per_step=1, micro_batch_size=4), 2.0)
+_EPG = EPG(EPGConfig(noisings=1, micro_batch_size=4), 2.0)
+
+
+@pytest.mark.parametrize(("name", "algorithm"), [("sd1", _GRPO), ("sd3", _GRPO), ("sd3", _EPG)])
+def test_the_host_does_not_wait_inside_a_rollout_or_an_update(
+    name: str, algorithm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Numbers that the host reads: of a rollout, the images of each batch; of an update, its loss, its gradient's norm, whether
     the weights are finite, and how far its halves agree."""
     run, read = pretend._run, []
@@ -124,7 +130,6 @@ def test_the_host_does_not_wait_inside_a_rollout_or_an_update(name: str, monkeyp
     prompts = [Prompt(text) for text in ("a cat", "a dog") for _ in range(4)]
     with pretend.best_device(monkeypatch):
         policy: Any = make_policy(tiny.build(name), sampling, device=pretend.NAME)
-        algorithm = GRPO(GRPOConfig(updates_per_step=1, micro_batch_size=4), 2.0)
         optimization = Optimization(policy.trainable(), OptimizerConfig())
         for step in range(2):  # prompts are embedded in the first
             read.clear()

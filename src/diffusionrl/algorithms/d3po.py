@@ -25,6 +25,7 @@ from torch import Tensor
 from diffusionrl.algorithms.groups import both, compare, labels_of, pairs_of, shared_out
 from diffusionrl.algorithms.policy_gradient import PolicyGradient, step_weights
 from diffusionrl.config.algorithms import D3POConfig
+from diffusionrl.devices import handed
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Rollout, denoise_step
 from diffusionrl.transitions import log_density
@@ -51,19 +52,21 @@ class D3PO(PolicyGradient):
             yield torch.tensor(rows).view(-1, 3)
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sample, step = both(rows).to(rollout.latents.device).unbind(1)
-        log_prob = self.log_probs(policy, rollout, sample, step)
+        pairs, step = both(rows), rows[:, -1]
+        places = handed(pairs, rollout.latents.device).unbind(1)
+        log_prob = self.log_probs(policy, rollout, pairs)
         with torch.no_grad(), policy.reference():
-            reference = self.log_probs(policy, rollout, sample, step)
+            reference = self.log_probs(policy, rollout, pairs)
         ratio, clip = log_prob - reference, self.config.clip_range
         losses, figures = compare(ratio.clamp(math.log1p(-clip), math.log1p(clip)), self.config.beta)
-        gap = (log_prob.detach() - rollout.log_probs[sample, step]).exp() - 1
+        gap = (log_prob.detach() - rollout.log_probs[places]).exp() - 1
         clipped = (ratio.detach().exp() - 1).abs() > clip
         figures |= {"ratio_gap": gap.abs().view(2, -1).amax(0), "policy/clip_fraction": clipped.float().view(2, -1).mean(0)}
-        return losses * step_weights(rollout.table, self.config.step_weight_power).to(losses.device)[step[: len(rows)]], figures
+        return losses * handed(step_weights(rollout.table, self.config.step_weight_power)[step], losses.device), figures
 
-    def log_probs(self, policy: Policy, rollout: Rollout, sample: Tensor, step: Tensor) -> Tensor:
-        """Of some denoising steps, (B,)."""
-        x, prompts = rollout.latents[sample, step], rollout.prompts_of(sample)
+    def log_probs(self, policy: Policy, rollout: Rollout, pairs: Tensor) -> Tensor:
+        """Of some denoising steps, (B,), each a (sample, step)."""
+        places, (sample, step) = handed(pairs, rollout.latents.device).unbind(1), pairs.unbind(1)
+        x, prompts = rollout.latents[places], rollout.prompts_of(sample)
         mean, std = denoise_step(policy, rollout.table, x, step, prompts, self.guidance)
-        return log_density(rollout.step_to(sample, step), mean, std, self.logprob_reduction)
+        return log_density(rollout.step_to(*places), mean, std, self.logprob_reduction)

@@ -200,8 +200,7 @@ class ForwardProcess(PlainAlgorithm):
     def noised(self, policy: Policy, rollout: Rollout, rows: Tensor) -> Noised:
         """The endpoints of some rows."""
         sample, settings = rows[:, 0], self.settings
-        clean, prompts = rollout.latents[handed(sample, rollout.latents.device), -1], rollout.prompts_of(sample)
-        parts = rows[:, 1].tolist()
+        clean, prompts, parts = rollout.endpoints(sample), rollout.prompts_of(sample), rows[:, 1].tolist()
         return noised(policy, clean, prompts, rows[:, 2].tolist(), parts, settings.noisings, settings.levels)
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -27,6 +27,7 @@ from diffusionrl.algorithms.base import PlainAlgorithm
 from diffusionrl.algorithms.forward_process import mean_square
 from diffusionrl.config.algorithms import RewardGradientConfig
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.devices import handed
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout, metadata_of, predict
 from diffusionrl.transitions import SamplerTable
@@ -146,11 +147,10 @@ class RewardGradient(PlainAlgorithm):
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert rollout.reward is not None
-        device = rollout.latents.device
-        sample, plan = rows[:, 0].to(device), rows[:, 1:]
-        prompts = rollout.prompts_of(sample)
-        places = rollout.among_all(rows[:, 0])
-        chain = Chain(policy, rollout.table, rollout.latents[sample], prompts, self.guidance, places.tolist())
+        sample, plan = rows[:, 0], rows[:, 1:]
+        prompts, places = rollout.prompts_of(sample), rollout.among_all(sample)
+        stored = rollout.latents[handed(sample, rollout.latents.device)]
+        chain = Chain(policy, rollout.table, stored, prompts, self.guidance, places.tolist())
         images = policy.decode(self.latents(chain, plan), prompts, gradient=True).cpu()
         scores = rollout.reward.differentiate(
             images, [prompt.text for prompt in prompts], metadata_of(prompts, rollout.sampling_rate)

@@ -26,6 +26,7 @@ from diffusionrl.algorithms.base import PlainAlgorithm
 from diffusionrl.algorithms.forward_process import noised
 from diffusionrl.config import RWRConfig
 from diffusionrl.data.prompts import members_of
+from diffusionrl.devices import handed
 from diffusionrl.policies.base import Policy
 from diffusionrl.sampling.rollout import Needs, Rollout
 
@@ -68,8 +69,7 @@ class RWR(PlainAlgorithm):
             yield torch.stack([batch, torch.tensor(draws)], 1)
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sample = rows[:, 0].to(rollout.latents.device)
-        clean, weights = rollout.latents[sample, -1], weights.to(rollout.latents.device)
-        at = noised(policy, clean, rollout.prompts_of(sample), rows[:, 1].tolist())
+        sample, weights = rows[:, 0], handed(weights, rollout.latents.device)
+        at = noised(policy, rollout.endpoints(sample), rollout.prompts_of(sample), rows[:, 1].tolist())
         errors = at.error(at.ask(policy, self.guidance))
         return weights * errors, {"policy/denoising_loss": errors.detach(), "policy/weight": weights}

@@ -134,15 +134,27 @@ class Case:
 
         return self._in_parts(starts, through)
 
-    def step(self, x: Tensor, row: int, noise: Tensor, table: SamplerTable, order: int = 1) -> Tensor:
+    def step(
+        self,
+        x: Tensor,
+        row: int,
+        noise: Tensor,
+        table: SamplerTable,
+        order: int = 1,
+        first: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """One step of candidates, (K, S, ...), of the first order, or of the second: Heun's direction, the same fresh noise.
-        ``x`` may be one state for all of them, (1, S, ...)."""
+
+        Args:
+            x: their states, or one for all of them, (1, S, ...).
+            first: what the model says of x, where it was asked before.
+        """
         interruption.check()
-        first = self._predict(x, row)
+        first = self.predict(x, row) if first is None else first
         y = self._stepped(x, first, row, noise, table)
         if order == 1 or row + 1 == len(table) or table.grid.alpha[row] < _NO_SIGNAL:
             return y
-        return self._stepped(x, self._mean_direction(x, row, first, self._predict(y, row + 1)), row, noise, table)
+        return self._stepped(x, self._mean_direction(x, row, first, self.predict(y, row + 1)), row, noise, table)
 
     def _stepped(self, x: Tensor, estimates: tuple[Tensor, Tensor], row: int, noise: Tensor, table: SamplerTable) -> Tensor:
         alpha, kept, fresh = (float(column[row]) for column in (table.alpha_next, table.kept, table.fresh))
@@ -164,7 +176,8 @@ class Case:
         return to_x0_and_noise("epsilon", (first[1] + second[1]) / 2, x, alpha, sigma)
 
     @torch.no_grad()
-    def _predict(self, x: Tensor, row: int) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, row: int) -> tuple[Tensor, Tensor]:
+        """What the model says of states, (K, S, ...), before a step: estimates of (x0, noise)."""
         self.spent.denoisings += x.shape[0] * x.shape[1]
 
         def both(part: Tensor, prompts: Sequence[Prompt], _: slice) -> Tensor:

@@ -13,6 +13,7 @@ from diffusionrl import interruption, processes, seeds
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.media import Show, kind_of
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.devices import handed
 from diffusionrl.errors import UserError
 from diffusionrl.foreign import surroundings
 from diffusionrl.policies.base import Policy, chunks
@@ -92,6 +93,10 @@ class Rollout:
     def among_all(self, samples: Tensor) -> Tensor:
         """The places among all samples of some whose tensors are here."""
         return samples + (self.own.start if len(self.latents) < len(self.prompts) else 0)
+
+    def endpoints(self, samples: Tensor) -> Tensor:
+        """The latents that some samples ended in, (B, ...), by their place among those whose tensors are here."""
+        return self.latents[handed(samples, self.latents.device), -1]
 
     def step_to(self, samples: Tensor, rows: Tensor) -> Tensor:
         """What the steps of some rows of the table gave, (B, ...)."""

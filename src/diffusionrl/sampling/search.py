@@ -183,8 +183,10 @@ def _demon(case: Case) -> Tensor:
             x = case.step(x, row, torch.zeros_like(x), case.ode, config.order)
             continue
         noise = case.noise(row, count)
-        values = case.values(case.step(x, row, noise, table, config.order), row + 1)
-        x = case.step(x, row, blend(noise, noise_weights(values, config.weights, tau))[None], table, config.order)
+        first = case.predict(x, row)  # of the one state that all steps here begin from
+        values = case.values(case.step(x, row, noise, table, config.order, first), row + 1)
+        blended = blend(noise, noise_weights(values, config.weights, tau))[None]
+        x = case.step(x, row, blended, table, config.order, first)
     return case.best if config.keep == "best" and case.best is not None else x[0]
 
 

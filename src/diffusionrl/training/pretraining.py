@@ -23,6 +23,7 @@ from diffusionrl.algorithms.forward_process import noised
 from diffusionrl.config import TrainConfig
 from diffusionrl.data.pairs import MAX_BROKEN, Pairs
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.devices import handed
 from diffusionrl.policies.base import Policy
 from diffusionrl.rewards import Scores
 from diffusionrl.sampling.rollout import Rollout, make_table
@@ -89,10 +90,10 @@ class Pretraining:
         return advantages[rows[:, 0]]
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sample = rows[:, 0].to(rollout.latents.device)
-        at = noised(policy, rollout.latents[sample, -1], rollout.prompts_of(sample), rows[:, 1].tolist())
+        sample = rows[:, 0]
+        at = noised(policy, rollout.endpoints(sample), rollout.prompts_of(sample), rows[:, 1].tolist())
         errors = at.error(at.ask(policy, guidance=None))
-        return weights.to(errors.device) * errors, {"pretraining/loss": errors.detach()}
+        return handed(weights, errors.device) * errors, {"pretraining/loss": errors.detach()}
 
     def capture(self) -> dict[str, Any]:
         """See ``disk.capture``."""
