@@ -31,6 +31,7 @@ from diffusionrl.runs import checkpoint  # noqa: E402
 PAGE = HERE.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures: benchmarks/faults.py writes these lines -->", "<!-- end of figures -->"
 
+PATIENCE = 1800  # seconds for a run of seconds: it may stand back behind other work
 WITH_COPIES = "--algorithm.name nft --optimizer.average 0.5"
 
 JOINT = """
@@ -77,7 +78,7 @@ class Campaign:
         """What a run makes that nothing happens to."""
         run_dir = self.folder / f"undisturbed_{kind.replace(' ', '_')}"
         shutil.rmtree(run_dir, ignore_errors=True)
-        if finish(self.kinds[kind](run_dir), self.folder / "log") != 0:
+        if finish(self.kinds[kind](run_dir), self.folder / "log", limit=PATIENCE) != 0:
             raise SystemExit((self.folder / "log").read_text())
         return what_it_made(run_dir)
 
@@ -130,13 +131,13 @@ class Campaign:
         while self.state.get("nans", 0) < self.config.nans:
             shutil.rmtree(run_dir, ignore_errors=True)
             where, value, nth = rng.choice(["loss", "gradient"]), rng.choice(["nan", "inf"]), rng.randint(1, 12)
-            code = finish(tiny_run(self.model, run_dir), self.folder / "log", f"spoil_at:{where}:{value}:{nth}")
+            code = finish(tiny_run(self.model, run_dir), self.folder / "log", f"spoil_at:{where}:{value}:{nth}", PATIENCE)
             steps = checkpoint.complete_steps(run_dir)
             saved = checkpoint.load(checkpoint.folder_of(run_dir, steps[-1])) if steps else None
             clean = saved is not None and all(
                 tensor.isfinite().all() for file in saved.tensors.values() for tensor in file.values()
             )
-            went_on = finish(tiny_run(self.model, run_dir), self.folder / "log") == 0
+            went_on = finish(tiny_run(self.model, run_dir), self.folder / "log", limit=PATIENCE) == 0
             identical = went_on and what_it_made(run_dir) == self.undisturbed["DDPO"]
             self.count(nans=1, nans_stopped=int(code == 1), nans_clean=int(clean), nans_resumed_identical=int(identical))
 

@@ -60,10 +60,10 @@ def start(arguments: list[str], log: Path, prepare: str | None = None) -> ForkSe
     return process
 
 
-def finish(arguments: list[str], log: Path, prepare: str | None = None) -> int | None:
-    """Run it to its end; returns the exit code."""
+def finish(arguments: list[str], log: Path, prepare: str | None = None, limit: float = 60) -> int | None:
+    """Run it to its end, within so many seconds; returns the exit code."""
     process = start(arguments, log, prepare)
-    process.join(60)
+    process.join(limit)
     assert process.exitcode is not None, f"still running: {log.read_text()[-2000:]}"
     return process.exitcode
 
