@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from diffusionrl import devices
 
@@ -112,8 +112,26 @@ class _Mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        there = _is_there(kwargs.get("device")) or any(isinstance(each, Pretend) for each in tree_flatten((args, kwargs))[0])
+        there = _is_there(kwargs.get("device")) or any(isinstance(each, Pretend) for each in leaves(args, kwargs))
         return _run(call, args, kwargs) if there else call(*args, **kwargs)
+
+
+def leaves(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """What a call was given; of lists, what is in them. PyTorch's own way takes longer than the call."""
+    found: list[Any] = []
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, list | tuple):
+            found.extend(each)
+        else:
+            found.append(each)
+    return found
+
+
+def _own(value: Any) -> Any:
+    """What the CPU has for it, of lists in the places of their items."""
+    if isinstance(value, Pretend):
+        return value.own
+    return type(value)(map(_own, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_there(device: Any) -> bool:
@@ -121,7 +139,7 @@ def _is_there(device: Any) -> bool:
 
 
 def _run(call: Any, args: Any, kwargs: Any) -> Any:
-    tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
+    tensors = [each for each in leaves(args, kwargs) if isinstance(each, Tensor)]
     inside = [each for each in tensors if isinstance(each, Pretend)]
     outside = [each for each in tensors if not isinstance(each, Pretend) and each.ndim > 0]
     device = kwargs.get("device")
@@ -136,11 +154,11 @@ def _run(call: Any, args: Any, kwargs: Any) -> Any:
     there = bool(inside) if device is None else _is_there(device)
     if call is _aten.copy_.default:
         there = isinstance(args[0], Pretend)
-    own_args, own_kwargs = tree_map_only(Pretend, lambda each: each.own, (args, kwargs))
-    found = call(*own_args, **(own_kwargs if device is None else own_kwargs | {"device": "cpu"}))
+    own_kwargs = {key: _own(value) for key, value in kwargs.items()}
+    found = call(*map(_own, args), **(own_kwargs if device is None else own_kwargs | {"device": "cpu"}))
     if not there or call is _aten._local_scalar_dense.default:
         return found
-    found = tree_map_only(Tensor, Pretend, found)
+    found = Pretend(found) if isinstance(found, Tensor) else tree_map_only(Tensor, Pretend, found)
     return return_and_correct_aliasing(call, args, kwargs, found) if inside else found
 
 

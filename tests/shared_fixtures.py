@@ -49,11 +49,11 @@ def build_tiny_pipeline(folder: Path) -> StableDiffusionPipeline:
         )
         unet = UNet2DConditionModel(
             sample_size=4,
-            block_out_channels=(8, 16),
+            block_out_channels=(8,),
             layers_per_block=1,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            mid_block_type="UNetMidBlock2D",
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D",),
+            mid_block_type=None,
+            up_block_types=("UpBlock2D",),
             cross_attention_dim=16,
             attention_head_dim=2,
             norm_num_groups=4,

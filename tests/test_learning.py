@@ -19,9 +19,9 @@ from diffusionrl.runs.lines import read_metrics
 @pytest.mark.parametrize(
     ("preset", "name", "settings", "reward", "steps"),
     [
-        ("emoji-flow", "grpo-fast", {"clip_range": 1e-3}, "compressibility", 4),  # published for 64 times as many dimensions
-        ("emoji-flow-forward", "nft", {}, "compressibility", 2),
-        ("emoji-flow-forward", "kto", {}, "compressibility", 4),
+        ("emoji-flow", "grpo-fast", {"clip_range": 1e-3}, "compressibility", 3),  # published for 64 times as many dimensions
+        ("emoji-flow-forward", "nft", {"noisings": 4}, "compressibility", 2),
+        ("emoji-flow-forward", "kto", {}, "compressibility", 2),
         ("emoji-flow-forward", "draft", {}, "preference", 2),
     ],
     ids=lambda each: each if isinstance(each, str) else "",

@@ -155,6 +155,7 @@ def test_models_of_the_hub_are_checked_by_their_settings_alone(tiny_folder: Path
         return str(tiny_folder / filename)
 
     monkeypatch.setattr("diffusionrl.policies.files.hf_hub_download", download)
+    monkeypatch.setattr("diffusionrl.runs.hub._reach_hub", lambda: None)
     assert check_model("owner/tiny") == (3, 32, 32)
     assert sorted(asked) == ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"]
     with pytest.raises(UserError, match="hub did not give it: offline"):

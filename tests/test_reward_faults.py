@@ -364,7 +364,7 @@ def test_the_list_of_algorithms_is_complete() -> None:
 
 def test_full_fine_tuning_resumes_exactly(make_policy: Any, tmp_path: Path) -> None:
     whole, resumed = whole_and_resumed(lambda: make_policy(lora_rank=None), tmp_path, ALGORITHMS["ddpo-is"])
-    assert len(whole) > 100 and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert len(whole) > 50 and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

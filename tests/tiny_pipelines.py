@@ -220,9 +220,9 @@ def controlnet() -> Any:
 @pipeline()
 def sdxl() -> Any:
     network = unet(
-        block_out_channels=(32, 64),
-        layers_per_block=2,
-        sample_size=32,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=16,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         addition_embed_type="text_time",
