@@ -83,11 +83,12 @@ def _search(config: SearchImagesConfig) -> None:
     from diffusionrl.report.search_page import write_search_page
     from diffusionrl.rewards import load_mixture, try_mixture
     from diffusionrl.rewards.loading import require_world
+    from diffusionrl.runs.work import check_folder
     from diffusionrl.sampling.rollout import metadata_of
     from diffusionrl.sampling.search import check_search, search
-    from diffusionrl.sampling.search_folder import SearchFolder, check_folder
+    from diffusionrl.sampling.search_folder import KIND, SearchFolder
 
-    check_folder(config.out)
+    check_folder(config.out, KIND)
     prompts = prompts_given(config.prompts)
     reward = load_mixture(config.reward, config.rewards)
     held_out = load_mixture(config.held_out, config.rewards) if config.held_out else None
