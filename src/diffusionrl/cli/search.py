@@ -119,7 +119,7 @@ def _settings(config: SearchImagesConfig, prompts: list[str], weights: str | Non
     """What makes the images: a search that is taken up must have the same."""
     found = plain(dataclasses.asdict(config)) | {"prompts": prompts, "weights": weights}
     del found["out"]
-    for name in ("timeout", "max_invalid", "invalid_window", "cache"):
+    for name in ("timeout", "max_invalid", "invalid_window", "cache", "human"):
         del found["rewards"][name]
     return json.loads(json.dumps(found, default=str))
 
