@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from diffusionrl.choosing.rounds import Round
+from diffusionrl.choosing.board import Board
 from diffusionrl.errors import UserError
 from diffusionrl.runs.lines import replace_file
 from diffusionrl.runs.work import WorkFolder
@@ -21,24 +21,23 @@ from diffusionrl.runs.work import WorkFolder
 KIND = "selection"
 
 
-class Choices:
+class Choices(Board):
     """A folder of them, held by one process at a time.
 
     Args:
         settings: of the selection, as JSON values.
-
-    Attributes:
-        lines: of choices.jsonl; round ``len(lines)`` is the next one.
 
     Raises:
         UserError: see ``WorkFolder``; or a line of choices.jsonl is broken.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(several=False, about=f"kept in {folder}")
         self.folder, self._work = folder, WorkFolder(folder, KIND, settings)
         try:
-            self.lines = _read(folder / "choices.jsonl")
-            self._write()
+            self._lines = _read(folder / "choices.jsonl")
+            self.answers = [None if line["chosen"] is None else [line["chosen"]] for line in self._lines]
+            self.save()
         except BaseException:
             self._work.release()
             raise
@@ -49,46 +48,34 @@ class Choices:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._work.release()
 
-    def keep(self, shown: Round, chosen: int | None) -> None:
-        """The next round, and the place of the image that was chosen; None: none is better.
+    def save(self) -> None:
+        lines = self._lines[: len(self.answers)]
+        if len(lines) < len(self.answers):
+            lines.append(self._line(len(lines)))
+        for name, content in (("choices.jsonl", lines), ("metadata.jsonl", _pairs(lines))):
+            replace_file(self.folder / name, "".join(f"{json.dumps(line)}\n" for line in content))
+        self._lines = lines
 
-        Raises:
-            OSError: it could not be kept, and is not.
-        """
-        names = [f"{self.image(len(self.lines), place)}{file.suffix.lower()}" for place, file in enumerate(shown.images)]
-        if chosen is not None:
-            for file, name in zip(shown.images, names, strict=True):
-                self._copy(file, self.folder / name)
-        self.lines.append({"prompt": shown.prompt, "shown": names, "chosen": chosen})
-        try:
-            self._write()
-        except OSError:
-            self.lines.pop()
-            raise
-
-    def undo(self) -> None:
-        """Forget the newest line."""
-        self.lines.pop()
-        self._write()
-
-    @staticmethod
-    def image(number: int, place: int) -> str:
-        """What an image is called in the folder, without its ending."""
-        return f"images/{number:05d}_{place}"
+    def _line(self, number: int) -> dict[str, Any]:
+        """Of the round that was judged last, whose images come into the folder."""
+        shown, chosen = self.rounds[number], self.answers[number]
+        files = [file for file in shown.images if isinstance(file, Path)]
+        names = [f"{image_name(number, place)}{file.suffix.lower()}" for place, file in enumerate(files)]
+        for file, name in zip(files, names, strict=True):
+            if chosen is not None and file != self.folder / name:  # where a model's are drawn
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, self.folder / name)
+        return {"prompt": shown.prompt, "shown": names, "chosen": None if chosen is None else chosen[0]}
 
     @property
     def chosen(self) -> int:
         """Rounds in which an image was chosen."""
-        return sum(line["chosen"] is not None for line in self.lines)
+        return sum(answer is not None for answer in self.answers)
 
-    def _copy(self, file: Path, target: Path) -> None:
-        if file != target:  # a model's are drawn there
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
 
-    def _write(self) -> None:
-        for name, lines in (("choices.jsonl", self.lines), ("metadata.jsonl", _pairs(self.lines))):
-            replace_file(self.folder / name, "".join(f"{json.dumps(line)}\n" for line in lines))
+def image_name(number: int, place: int) -> str:
+    """Of a round's image, in the folder, without its ending."""
+    return f"images/{number:05d}_{place}"
 
 
 def _pairs(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -103,15 +90,12 @@ def _pairs(lines: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    """Lines, but for a last one that a killed process left half-written."""
+    """Raises UserError naming a line that is broken."""
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else (), 1):
-        if not line.endswith("\n"):
-            continue
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else (), 1):
         try:
-            entry = json.loads(line)
-            _pairs([entry])
+            found.append(json.loads(line))
+            _pairs(found[-1:])
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{file}:{number} is broken ({error}): remove it and all below, which is asked again") from error
-        found.append(entry)
     return found

@@ -1,10 +1,10 @@
 """The page on which a person chooses, and what it asks of this machine.
 
     GET  TOKEN/              the page; page.css and page.js beside it
-    GET  TOKEN/state         what is shown now, as JSON
+    GET  TOKEN/state         what is shown now (``Board.state``)
     GET  TOKEN/image/R/P     the image of round R at place P
-    POST TOKEN/ACTION        {"round": R, "chosen": [P, ...] or null} -> the state after it; 409, with the state, where R is not
-                             the round that is shown
+    POST TOKEN/ACTION        {"round": R or null, "chosen": [P, ...] or null}, as ``Board.act`` takes it: the state after it,
+                             with 409 where another round is shown
 
 It listens on loopback. The token is new each time, and in the address: who does not have that sees nothing and chooses nothing.
 A POST must come from the page itself (its Origin), and the host that is asked for must be a loopback address, so that no other
@@ -17,12 +17,11 @@ import secrets
 import threading
 import time
 from pathlib import Path
-from typing import Any, Protocol
 
+from diffusionrl.choosing.board import Board, Stale
 from diffusionrl.web.server import BoundedServer, Handler, Refused
 
 _FILES = {"": ("page.html", "text/html"), "page.css": ("page.css", "text/css"), "page.js": ("page.js", "text/javascript")}
-_ACTIONS = ("choose", "undo", "pause", "finish")
 _MAX_BYTES = 10_000  # of a body
 _SECONDS, _CONNECTIONS = 60.0, 64
 _HERE = 5.0  # seconds since a page asked last: it does so every second, less often in the background
@@ -33,31 +32,6 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-
-
-class Stale(Exception):
-    """What was judged is not what is shown: another window was quicker."""
-
-
-class Board(Protocol):
-    """What the page shows, and takes."""
-
-    def state(self) -> dict[str, Any]:
-        """For the page's script."""
-        ...
-
-    def image(self, number: int, place: int) -> tuple[bytes, str]:
-        """A file and its media type. Raises LookupError where there is none, OSError where it cannot be read."""
-        ...
-
-    def act(self, action: str, number: int | None, chosen: list[int] | None) -> None:
-        """Choose images of a round, or none; undo the round before it; pause, or go on; finish.
-
-        Raises:
-            Stale: another round is shown.
-            OSError: the choice could not be kept.
-        """
-        ...
 
 
 class PageServer(BoundedServer):
@@ -100,27 +74,26 @@ class _Handler(Handler):
 
     def get(self) -> None:
         place = self._place()
-        if place in self.server.files:
-            return self.send(200, *self.server.files[place])
-        if place == "state":
-            self.server.asked = time.monotonic()
-            return self.send_json(200, self.server.board.state())
         kind, *numbers = place.split("/")
-        if kind != "image" or len(numbers) != 2 or not all(each.isascii() and each.isdecimal() for each in numbers):
+        if place in self.server.files:
+            self.send(200, *self.server.files[place])
+        elif place == "state":
+            self.server.asked = time.monotonic()
+            self.send_json(200, self.server.board.state())
+        elif kind == "image" and len(numbers) == 2 and all(each.isascii() and each.isdecimal() for each in numbers):
+            try:
+                image = self.server.board.image(*map(int, numbers))
+            except (LookupError, ValueError, OSError) as error:
+                raise Refused(404, "there is no such image") from error
+            self.send(200, *image)
+        else:
             raise Refused(404, "there is nothing here")
-        try:
-            self.send(200, *self.server.board.image(*map(int, numbers)))
-        except (LookupError, OSError, ValueError) as error:
-            raise Refused(404, "there is no such image") from error
 
     def post(self) -> None:
-        action = self._place()
+        action, status = self._place(), 200
         if self.headers.get("Origin") != f"http://{self.headers.get('Host')}":
             raise Refused(403, "only the page itself may choose")
         number, chosen = _read(self.read(self.length(_MAX_BYTES), time.monotonic() + _SECONDS))
-        if action not in _ACTIONS:
-            raise Refused(404, f"there are {', '.join(_ACTIONS)}")
-        status = 200
         try:
             self.server.board.act(action, number, chosen)
         except Stale:
@@ -147,9 +120,9 @@ def _read(body: bytes) -> tuple[int | None, list[int] | None]:
     try:
         message = json.loads(body)
         number, chosen = message["round"], message["chosen"]
+        numbers = [*([] if number is None else [number]), *([] if chosen is None else chosen)]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise Refused(400, 'the body must be {"round": ..., "chosen": ...}') from error
-    places = [] if chosen is None else chosen
-    if not (number is None or type(number) is int) or not isinstance(places, list) or any(type(p) is not int for p in places):
+    if not all(type(each) is int for each in numbers):
         raise Refused(400, "round must be a number, and chosen a list of numbers")
     return number, chosen

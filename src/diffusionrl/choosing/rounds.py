@@ -1,19 +1,11 @@
-"""What is shown together: images of one prompt."""
+"""Which images are shown together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from diffusionrl import seeds
+from diffusionrl.choosing.board import Round
 from diffusionrl.errors import require
-
-
-@dataclass(frozen=True)
-class Round:
-    """Images that are compared with each other, in the order in which they are shown."""
-
-    prompt: str
-    images: tuple[Path, ...]
 
 
 def plan(images: Sequence[tuple[Path, str]], size: int, count: int | None, seed: int) -> list[Round]:

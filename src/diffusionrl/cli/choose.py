@@ -13,13 +13,14 @@ import tyro
 
 from diffusionrl.cli.parsing import quiet_libraries, settings_of
 from diffusionrl.config import SamplingConfig
+from diffusionrl.config.checks import LARGEST
 from diffusionrl.config.run import plain
 from diffusionrl.errors import require
 from diffusionrl.paths import expand
 
 if TYPE_CHECKING:
+    from diffusionrl.choosing.choices import Choices
     from diffusionrl.choosing.page import PageServer
-    from diffusionrl.choosing.selection import Selection
     from diffusionrl.sampling.drawing import Drawing
 
 _LOOK = 0.1  # seconds between two looks at whether there is something to draw
@@ -83,57 +84,54 @@ def run(arguments: Sequence[str]) -> None:
 def _among_images(config: ChooseConfig, page: "PageServer") -> None:
     from diffusionrl.choosing.choices import Choices
     from diffusionrl.choosing.rounds import plan
-    from diffusionrl.choosing.selection import Selection
     from diffusionrl.data.folders import size_of
     from diffusionrl.data.gallery import gallery
 
-    assert config.images is not None
-    place = expand(config.images)
+    place = expand(config.images or "")
     found = gallery(place, config.prompt)
     rounds = plan(found, config.size, config.rounds, config.seed)
     content = json.dumps([[str(file.relative_to(place)), prompt, size_of(file)] for file, prompt in found])
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     settings = {"images": f"{len(found)} images, {digest}", "size": config.size, "seed": config.seed}
     with Choices(config.out, settings) as choices:
-        _wait(Selection(choices, rounds, len(rounds)), page)
+        choices.rounds, choices.total = rounds, len(rounds)
+        _wait(choices, page)
 
 
 def _as_you_go(config: ChooseConfig, page: "PageServer") -> None:
     from diffusionrl.data.prompts import prompts_given
     from diffusionrl.runs.places import check_model_name
 
-    assert config.model is not None
+    model = str(config.model)
     prompts = prompts_given(config.prompts)
-    check_model_name(config.model)
+    check_model_name(model)
     quiet_libraries()
     from diffusionrl.choosing.choices import Choices
-    from diffusionrl.choosing.selection import Selection
     from diffusionrl.policies import load_trained
     from diffusionrl.sampling.drawing import Drawing
 
-    policy = load_trained(config.model, config.lora, config.model_config, config.sampling, prompts[0])
+    policy = load_trained(model, config.lora, config.model_config, config.sampling, prompts[0])
     drawing = Drawing(policy, prompts, config.sampling, config.size, config.seed, config.out)
     settings = plain(dataclasses.asdict(config)) | {"prompts": [prompt.text for prompt in prompts]}
     for name in ("images", "prompt", "rounds", "port", "out"):
         del settings[name]
     settings = json.loads(json.dumps(settings | {"weights": policy.about.get("weights")}, default=str))
     with Choices(config.out, settings) as choices:
-        judged = [drawing.round(number) for number in range(len(choices.lines))]
-        _wait(Selection(choices, judged, config.rounds), page, drawing)
+        choices.rounds, choices.total = [drawing.round(number) for number in range(len(choices.answers))], config.rounds
+        _wait(choices, page, drawing)
 
 
-def _wait(selection: "Selection", page: "PageServer", drawing: "Drawing | None" = None) -> None:
-    """Until the person has finished, by the page or by Ctrl-C."""
-    choices, total = selection.choices, selection.total
-    page.show(selection)
-    of = "" if total is None else f" of {total}"
+def _wait(choices: "Choices", page: "PageServer", drawing: "Drawing | None" = None) -> None:
+    """Until the person has finished, on the page or by Ctrl-C."""
+    page.show(choices)
+    of = "" if choices.total is None else f" of {choices.total}"
     print(f"choose at {page.address}", flush=True)
-    print(f"{len(choices.lines)}{of} judged, in {choices.folder}; Ctrl-C ends, and the same command goes on", flush=True)
+    print(f"{len(choices.answers)}{of} judged, in {choices.folder}; Ctrl-C ends, and the same command goes on", flush=True)
     with suppress(KeyboardInterrupt):
-        while not selection.over.wait(_LOOK):
-            number = len(selection.rounds)
-            if drawing is not None and selection.ahead < _AHEAD and (total is None or number < total):
-                drawing.draw(number)
-                selection.rounds.append(drawing.round(number))
-    said = f"train on them with --algorithm.name dpo, or kto, --preferences {choices.folder}" if choices.chosen else ""
-    print(f"{choices.chosen} choices in {choices.folder}" + (f": {said}" if said else ""), flush=True)
+        while not choices.over.wait(_LOOK):
+            number = len(choices.rounds)
+            wanted = min(len(choices.answers) + _AHEAD, choices.total or LARGEST)
+            if drawing is not None and number < wanted:
+                choices.rounds.append(drawing.draw(number))
+    more = f": train on them with --algorithm.name dpo, or kto, --preferences {choices.folder}" if choices.chosen else ""
+    print(f"{choices.chosen} choices in {choices.folder}{more}", flush=True)

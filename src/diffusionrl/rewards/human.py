@@ -6,6 +6,7 @@ then, or passed over, is invalid.
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from diffusionrl import processes
+from diffusionrl.choosing.board import Board, Round
 from diffusionrl.choosing.page import PageServer
-from diffusionrl.choosing.questions import Question, Questions
-from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.config.rewards import HumanConfig, RewardsConfig
 from diffusionrl.data.images import to_png
 from diffusionrl.errors import require
 from diffusionrl.foreign import thread
 from diffusionrl.rewards.base import NothingSeen, Reward, Scores, grey, register
 
+_LOOK = 0.1  # seconds between two looks at the clock
 _SHARE, _SECONDS = 0.1, 5.0  # of the time-out, and at most: what is left of it to hand over what was judged
 
 
@@ -28,7 +30,6 @@ class Human:
     """Asks on a page.
 
     Args:
-        size: images that are shown at once.
         timeout: seconds for a call.
 
     Attributes:
@@ -41,11 +42,11 @@ class Human:
 
     range = (0.0, 1.0)
 
-    def __init__(self, size: int, port: int, timeout: float) -> None:
-        self.size, self._seconds = size, timeout - min(_SECONDS, _SHARE * timeout)
-        self.questions = Questions()
-        self.page = PageServer(port, "--rewards.human.port")
-        self.page.show(self.questions)
+    def __init__(self, config: HumanConfig, timeout: float) -> None:
+        self.size, self._seconds = config.size, timeout - min(_SECONDS, _SHARE * timeout)
+        self.board = Board(several=True, about="1 for the images that you like, 0 for the others")
+        self.page = PageServer(config.port, "--rewards.human.port")
+        self.page.show(self.board)
         self.counts = {"asked": 0, "judged": 0}
         self._say("you are the reward: open")
 
@@ -55,9 +56,9 @@ class Human:
         parts = self._parts(prompts)
         if not self.page.is_open:
             self._say(f"{len(images)} images wait for you at")
-        asked = [Question(prompts[part[0]], [to_png(images[row]) for row in part]) for part in parts]
+        answers = self._ask([Round(prompts[part[0]], [to_png(images[row]) for row in part]) for part in parts])
         values = torch.full((len(images),), torch.nan, dtype=torch.float64)
-        for part, liked in zip(parts, self.questions.ask(asked, self._seconds, thread.hold), strict=True):
+        for part, liked in zip(parts, answers, strict=True):
             if liked is not None:
                 values[part] = torch.tensor([float(place in liked) for place in range(len(part))], dtype=torch.float64)
         judged = int(values.isfinite().sum())
@@ -67,6 +68,25 @@ class Human:
             return Scores(values, values.isfinite())
         late = f"{len(images) - judged} of {len(images)} images were passed over, or not judged within {self._seconds:g} s"
         return Scores(values, values.isfinite(), f"{late} (rewards.timeout): pause on the page to take more")
+
+    def _ask(self, rounds: list[Round]) -> list[list[int] | None]:
+        """The places of the images that are liked, for each round; None where it was passed over, or not judged in time."""
+        board = self.board
+        with board.change:
+            board.rounds += rounds
+            board.total, left = len(rounds), self._seconds
+            while len(board.answers) < len(board.rounds) and left > 0:
+                board.left, began = left, time.monotonic()
+                board.change.wait(_LOOK)
+                if board.paused:
+                    thread.hold()
+                else:
+                    left -= time.monotonic() - began
+            board.answers += [None] * (len(board.rounds) - len(board.answers))
+            found = board.answers[board.first :]
+            board.rounds[board.first :] = [Round("", ())] * len(rounds)  # whose images are not needed any more
+            board.first, board.total = len(board.rounds), 0
+            return found
 
     def _parts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Rows of one prompt in a row, as many as are shown at once."""
@@ -85,4 +105,4 @@ class Human:
 def human(config: RewardsConfig) -> Reward:
     """What ``rewards.human`` says."""
     require(processes.count() == 1, "the reward human asks one person on one page: train on one process")
-    return Human(config.human.size, config.human.port, config.timeout)
+    return Human(config.human, config.timeout)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from diffusionrl.choosing.choices import Choices
-from diffusionrl.choosing.rounds import Round
+from diffusionrl.choosing.board import Round
+from diffusionrl.choosing.choices import image_name
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.media import shown, write_sample
 from diffusionrl.data.prompts import Prompt
@@ -34,12 +34,14 @@ class Drawing:
 
     def round(self, number: int) -> Round:
         """Whether or not it is drawn yet."""
-        names = [f"{Choices.image(number, place)}.png" for place in range(self.size)]
-        return Round(self.prompts[number % len(self.prompts)].text, tuple(self.folder / name for name in names))
+        return Round(self.prompts[number % len(self.prompts)].text, self._files(number))
+
+    def _files(self, number: int) -> list[Path]:
+        return [self.folder / f"{image_name(number, place)}.png" for place in range(self.size)]
 
     @torch.no_grad()
-    def draw(self, number: int) -> None:
-        """Write its images."""
+    def draw(self, number: int) -> Round:
+        """With its images written."""
         asked = [self.prompts[number % len(self.prompts)]] * self.size
         table = make_table(self.policy, self.sampling)
         start, noise = draw_noise(self.policy, table, asked, self.seed, "choose", number, range(self.size))
@@ -48,5 +50,6 @@ class Drawing:
             drawn = sample_trajectories(self.policy, table, asked[part], start[part], noise[part], self.sampling.guidance)
             ends.append(self.policy.decode(drawn.latents[:, -1], asked[part]).cpu())
         (self.folder / "images").mkdir(exist_ok=True)
-        for image, file in zip(shown(self.policy.show, torch.cat(ends))[0], self.round(number).images, strict=True):
+        for image, file in zip(shown(self.policy.show, torch.cat(ends))[0], self._files(number), strict=True):
             write_sample(image, file)
+        return self.round(number)
