@@ -1,6 +1,7 @@
 """Folders of images to choose among, and programs that wait for a person while a test plays one."""
 
 import http.client
+import io
 import json
 import re
 import threading
@@ -15,15 +16,19 @@ from PIL import Image
 from diffusionrl.cli import main
 
 WAIT = 30.0  # seconds, on a busy machine
+_COLOURS = 10
 
 
 def make_images(folder: Path, prompts: list[str], each: int = 4, side: int = 16) -> Path:
-    """Of each prompt so many images of one colour, with captions."""
+    """Of each prompt so many images, of one of a few colours each, with captions."""
     folder.mkdir()
+    encoded = []
+    for colour in range(min(_COLOURS, len(prompts) * each)):
+        encoded.append(io.BytesIO())
+        Image.new("RGB", (side, side), (colour * 25, 255 - colour * 20, colour * 10)).save(encoded[-1], "PNG")
     with (folder / "metadata.jsonl").open("w") as lines:
         for index in range(len(prompts) * each):
-            colour = (index * 37 % 256, index * 91 % 256, index // 256)
-            Image.new("RGB", (side, side), colour).save(folder / f"{index:04d}.png")
+            (folder / f"{index:04d}.png").write_bytes(encoded[index % _COLOURS].getvalue())
             lines.write(json.dumps({"file_name": f"{index:04d}.png", "text": prompts[index // each]}) + "\n")
     return folder
 

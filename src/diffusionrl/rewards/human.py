@@ -23,7 +23,7 @@ from diffusionrl.foreign import thread
 from diffusionrl.rewards.base import NothingSeen, Reward, Scores, grey, register
 
 _LOOK = 0.1  # seconds between two looks at the clock
-_SHARE, _SECONDS = 0.1, 5.0  # of the time-out, and at most: what is left of it to hand over what was judged
+_SHARE, _SECONDS = 0.2, 5.0  # of the time-out, and at most: what is left of it to hand over what was judged
 
 
 class Human:
@@ -77,7 +77,7 @@ class Human:
             board.total, left = len(rounds), self._seconds
             while len(board.answers) < len(board.rounds) and left > 0:
                 board.left, began = left, time.monotonic()
-                board.change.wait(_LOOK)
+                board.change.wait(min(left, _LOOK))
                 if board.paused:
                     thread.hold()
                 else:
