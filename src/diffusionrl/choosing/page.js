@@ -42,11 +42,12 @@
     const image = stage.querySelector("img");
     const aspect = image ? image.naturalWidth / image.naturalHeight : 1;
     const count = stage.children.length, [width, height] = [stage.clientWidth - 8, stage.clientHeight - 8];
-    let best = [1, Math.min(width, FINGER)];
+    let best = [1, 0, 0];
     for (let columns = 1; columns <= count; columns++) {
       const rows = Math.ceil(count / columns), across = (width - GAP * (columns - 1)) / columns;
       const side = Math.min(across, Math.max(FINGER, ((height - GAP * (rows - 1)) / rows) * aspect));
-      if (side >= best[1]) best = [columns, side];
+      const worth = side - (rows * columns - count) / 100; // among equals, the fewest empty places
+      if (worth >= best[2]) best = [columns, side, worth];
     }
     stage.style.gridTemplateColumns = `repeat(${best[0]}, ${Math.floor(best[1])}px)`;
     stage.style.gridAutoRows = `${Math.floor(best[1] / aspect)}px`;
@@ -74,8 +75,9 @@
     element("note").textContent = alarmed ? alarm.text : waiting();
     element("note").className = alarmed ? "alarm" : "";
     element("about").textContent = state.about;
-    element("hint").textContent = !any ? "" : state.several
-      ? "Tap those you like: number keys, Enter when done" : "Tap the better one: ← → or number keys · S can’t say · U undo";
+    const one = any && state.shown[0][1] === 2 ? "better one: ← → or" : "best one:";
+    const hint = state.several ? "Tap those you like: number keys, Enter when done" : `Tap the ${one} number keys · S can’t say · U undo`;
+    element("hint").textContent = any ? hint : "";
     element("undo").disabled = !state.done || finished;
     element("pause").hidden = !state.several;
     element("pause").textContent = state.paused ? "Go on" : "Pause";
@@ -83,6 +85,7 @@
     element("done").hidden = !state.several || !any;
     element("done").textContent = liked().length ? `Done (${liked().length})` : "None of them";
     element("finish").hidden = state.several || finished;
+    element("finish").className = state.ended ? "main" : "";
     document.title = any ? `${state.several ? "● " : ""}${state.prompt.slice(0, 60)}` : "Choose";
   };
 

@@ -105,9 +105,9 @@ class _Handler(Handler):
     def _place(self) -> str:
         """What is asked for. Raises Refused for whoever does not have the address."""
         self.check_host()
-        token, _, place = self.path.removeprefix("/").partition("/")
-        if not hmac.compare_digest(token.encode(), self.server.token.encode()):
-            raise Refused(403, "open the whole address that diffusionrl has printed: it is new each time")
+        token, slash, place = self.path.removeprefix("/").partition("/")
+        if not slash or not hmac.compare_digest(token.encode(), self.server.token.encode()):
+            raise Refused(403, "open the whole address that diffusionrl has printed, with the slash at its end")
         return place
 
     def more_headers(self) -> dict[str, str]:

@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from diffusionrl import seeds
 from diffusionrl.choosing.board import Round
 from diffusionrl.choosing.choices import image_name
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.media import shown, write_sample
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.errors import require
-from diffusionrl.policies.base import Policy, chunks
-from diffusionrl.sampling.rollout import draw_noise, make_table, sample_trajectories
+from diffusionrl.policies.base import Policy
+from diffusionrl.sampling.samples import draw_images
 
 
 class Drawing:
@@ -39,17 +38,12 @@ class Drawing:
     def _files(self, number: int) -> list[Path]:
         return [self.folder / f"{image_name(number, place)}.png" for place in range(self.size)]
 
-    @torch.no_grad()
     def draw(self, number: int) -> Round:
-        """With its images written."""
-        asked = [self.prompts[number % len(self.prompts)]] * self.size
-        table = make_table(self.policy, self.sampling)
-        start, noise = draw_noise(self.policy, table, asked, self.seed, "choose", number, range(self.size))
-        ends = []
-        for part in chunks(self.size, self.sampling.batch_size):
-            drawn = sample_trajectories(self.policy, table, asked[part], start[part], noise[part], self.sampling.guidance)
-            ends.append(self.policy.decode(drawn.latents[:, -1], asked[part]).cpu())
+        """With its images written, each as ``draw_images`` draws it from a seed of its own."""
+        asked = self.prompts[number % len(self.prompts)]
+        jobs = [(asked, seeds.address(self.seed, "choose", number, place)) for place in range(self.size)]
         (self.folder / "images").mkdir(exist_ok=True)
-        for image, file in zip(shown(self.policy.show, torch.cat(ends))[0], self._files(number), strict=True):
+        images, _ = shown(self.policy.show, draw_images(self.policy, jobs, self.sampling))
+        for image, file in zip(images, self._files(number), strict=True):
             write_sample(image, file)
         return self.round(number)
