@@ -31,16 +31,17 @@
     stage.classList.remove("ready");
     stage.replaceChildren(...tiles);
     stage.scrollTop = 0;
+    fit();
     await Promise.all(tiles.map((each) => each.firstChild.decode().catch(() => each.replaceChildren("This image does not load"))));
     fit();
     for (let place = 0; next && place < next[1]; place++) new Image().src = `image/${next[0]}/${place}`;
-    setTimeout(() => stage.classList.toggle("ready", tiles.length > 0 && tiles[0].isConnected), SETTLE);
+    setTimeout(() => { if (tiles.length && tiles[0].isConnected) stage.classList.add("ready"); }, SETTLE);
   };
 
   // As large as all fit; where that is smaller than a finger, there is something to scroll.
   const fit = () => {
     const image = stage.querySelector("img");
-    const aspect = image ? image.naturalWidth / image.naturalHeight : 1;
+    const aspect = image && image.naturalWidth ? image.naturalWidth / image.naturalHeight : 1;
     const count = stage.children.length, [width, height] = [stage.clientWidth - 8, stage.clientHeight - 8];
     let best = [1, 0, 0];
     for (let columns = 1; columns <= count; columns++) {
@@ -158,5 +159,6 @@
     if (!busy && !finished) update(found);
   };
   setInterval(look, 1000);
+  document.addEventListener("visibilitychange", look);
   look();
 })();

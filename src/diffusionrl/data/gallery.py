@@ -43,8 +43,8 @@ def gallery(place: Path, prompt: str = "") -> list[tuple[Path, str]]:
 
 
 def _samples(file: Path) -> Iterator[tuple[Path, str]]:
-    """Of a samples.jsonl that a run has written."""
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    """Of a samples.jsonl that a run has written; a last line that it is about to write is none."""
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             entry = json.loads(line)
             yield file.parent / f"{int(entry['index']):05d}.png", str(entry["prompt"])

@@ -43,7 +43,8 @@ class Drawing:
         asked = self.prompts[number % len(self.prompts)]
         jobs = [(asked, seeds.address(self.seed, "choose", number, place)) for place in range(self.size)]
         (self.folder / "images").mkdir(exist_ok=True)
-        images, _ = shown(self.policy.show, draw_images(self.policy, jobs, self.sampling))
+        images, failed = shown(self.policy.show, draw_images(self.policy, jobs, self.sampling))
+        require(failed is None, f"no pictures of the samples: {failed}")
         for image, file in zip(images, self._files(number), strict=True):
             write_sample(image, file)
         return self.round(number)
