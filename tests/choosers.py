@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from diffusionrl.choosing.board import Round
+from diffusionrl.choosing.choices import Choices
 from diffusionrl.cli import main
 
 WAIT = 30.0  # seconds, on a busy machine
@@ -31,6 +33,14 @@ def make_images(folder: Path, prompts: list[str], each: int = 4, side: int = 16)
             (folder / f"{index:04d}.png").write_bytes(encoded[index % _COLOURS].getvalue())
             lines.write(json.dumps({"file_name": f"{index:04d}.png", "text": prompts[index // each]}) + "\n")
     return folder
+
+
+def choices_in(folder: Path, *rounds: Round) -> Choices:
+    """Among these, in a folder that may be there."""
+    folder.mkdir(exist_ok=True)
+    choices = Choices(folder)
+    choices.rounds, choices.total = list(rounds), len(rounds)
+    return choices
 
 
 def until(what: Callable[[], Any]) -> Any:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from choosers import Program, ask, choose, lines_of, make_images, until
+from choosers import Program, ask, choices_in, choose, lines_of, make_images, until
 from PIL import Image
 
 from diffusionrl.choosing import choices as choices_module
 from diffusionrl.choosing.board import Round
-from diffusionrl.choosing.choices import Choices
+from diffusionrl.choosing.choices import KIND
+from diffusionrl.choosing.page import PageServer
 from diffusionrl.choosing.rounds import plan
 from diffusionrl.cli import main
 from diffusionrl.config import RewardsConfig, SamplingConfig
@@ -27,6 +28,7 @@ from diffusionrl.data.preferences import load_preferences
 from diffusionrl.errors import UserError
 from diffusionrl.rewards import RewardCall, as_mixture, load_reward, score, try_mixture
 from diffusionrl.rewards.human import Human
+from diffusionrl.runs.work import held
 from diffusionrl.sampling.search import search
 
 # What is shown
@@ -72,10 +74,9 @@ def round_of(folder: Path, size: int = 2) -> Round:
 
 def test_what_was_chosen_is_read_by_dpo_and_kto(tmp_path: Path) -> None:
     images = make_images(tmp_path / "images", ["a cat"])
-    with Choices(tmp_path / "judged", {}) as choices:
-        choices.rounds = [round_of(images, 4), round_of(images), round_of(images)]
-        for number, chosen in enumerate(([2], None, [1])):
-            choices.act("choose", number, chosen)
+    choices = choices_in(tmp_path / "judged", round_of(images, 4), round_of(images), round_of(images))
+    for number, chosen in enumerate(([2], None, [1])):
+        choices.act("choose", number, chosen)
     found = load_preferences(str(tmp_path / "judged"))
     assert found is not None and found.size == 2 and len(found) == 4, "the best with each of the three others, and one pair"
     judged, pictures = found.draw(0)
@@ -88,30 +89,26 @@ def test_a_choice_that_cannot_be_kept_is_none(tmp_path: Path, monkeypatch: pytes
     def full(*arguments: Any) -> None:
         raise OSError("no space left")
 
-    with Choices(tmp_path / "judged", {}) as choices:
-        choices.rounds = [round_of(images)] * 3
-        choices.act("choose", 0, left)
-        before = (tmp_path / "judged/metadata.jsonl").read_text()
-        for action in ("choose", "undo"):
-            with monkeypatch.context() as patch:
-                patch.setattr(choices_module, "replace_file", full)
-                with pytest.raises(OSError, match="no space"):
-                    choices.act(action, 1, right)
-        assert choices.answers == [left] and (tmp_path / "judged/metadata.jsonl").read_text() == before
-        choices.act("choose", 1, right)
-    with Choices(tmp_path / "judged", {}) as choices:
-        assert choices.answers == [left, right]
+    choices = choices_in(tmp_path / "judged", *[round_of(images)] * 3)
+    choices.act("choose", 0, left)
+    before = (tmp_path / "judged/metadata.jsonl").read_text()
+    for action in ("choose", "undo"):
+        with monkeypatch.context() as patch:
+            patch.setattr(choices_module, "replace_file", full)
+            with pytest.raises(OSError, match="no space"):
+                choices.act(action, 1, right)
+    assert choices.answers == [left] and (tmp_path / "judged/metadata.jsonl").read_text() == before
+    choices.act("choose", 1, right)
+    assert choices_in(tmp_path / "judged").answers == [left, right]
 
 
 def test_the_pairs_are_what_the_choices_say(tmp_path: Path) -> None:
     """A killed process may have written one file and not the other."""
     images = make_images(tmp_path / "images", ["a cat"])
-    with Choices(tmp_path / "judged", {}) as choices:
-        choices.rounds = [round_of(images)]
-        choices.act("choose", 0, [0])
+    choices_in(tmp_path / "judged", round_of(images)).act("choose", 0, [0])
     pairs = lines_of(tmp_path / "judged/metadata.jsonl")
     (tmp_path / "judged/metadata.jsonl").unlink()
-    Choices(tmp_path / "judged", {}).__exit__(None, None, None)
+    choices_in(tmp_path / "judged")
     assert lines_of(tmp_path / "judged/metadata.jsonl") == pairs
 
 
@@ -163,7 +160,8 @@ def test_what_cannot_be_is_named_with_the_remedy(
     (make_images(Path("broken"), ["a cat"]) / "0000.png").write_text("no image")
     (make_images(Path("bare"), ["a cat"]) / "metadata.jsonl").unlink()
     Path("empty").mkdir()
-    Choices(Path("kept"), {"images": "3 images, abc"}).__exit__(None, None, None)
+    with held(Path("kept"), KIND, {"images": "3 images, abc"}):
+        pass
     before = sorted(Path().rglob("*"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -173,20 +171,18 @@ def test_what_cannot_be_is_named_with_the_remedy(
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    Choices(tmp_path / "judged", {}).__exit__(None, None, None)
+    choices_in(tmp_path / "judged")
     (tmp_path / "judged/choices.jsonl").write_text('{"prompt": "a", "shown": ["1", "2"], "chosen": 7}\n')
     with pytest.raises(UserError, match=r"choices.jsonl:1 is broken .*: remove it and all below"):
-        Choices(tmp_path / "judged", {})
+        choices_in(tmp_path / "judged")
 
 
 # Who may
 
 
 def test_strangers_see_and_choose_nothing(tmp_path: Path) -> None:
-    from diffusionrl.choosing.page import PageServer
-
-    with Choices(tmp_path / "judged", {}) as choices, PageServer(0) as page:
-        choices.rounds = [round_of(make_images(tmp_path / "images", ["a cat"]))]
+    choices = choices_in(tmp_path / "judged", round_of(make_images(tmp_path / "images", ["a cat"])))
+    with PageServer(0) as page:
         page.show(choices)
         vote = {"round": 0, "chosen": [0]}
         assert ask(page.address)[0] == 200 and ask(page.address, "image/0/1")[0] == 200

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from browsing import browser, needs_chromium
-from choosers import Program, lines_of, make_images, until
+from choosers import Program, choices_in, lines_of, make_images, until
 
 from diffusionrl.choosing.choices import Choices
 from diffusionrl.choosing.page import PageServer
@@ -65,9 +65,8 @@ class Window:
 
 @contextmanager
 def showing(images: Path, judged: Path, size: int = 2) -> Iterator[tuple[Choices, str]]:
-    with Choices(judged, {}) as choices, PageServer(0) as page:
-        choices.rounds = plan(gallery(images), size, None, 0)
-        choices.total = len(choices.rounds)
+    choices = choices_in(judged, *plan(gallery(images), size, None, 0))
+    with PageServer(0) as page:
         page.show(choices)
         yield choices, page.address
 

@@ -8,45 +8,28 @@ images/          what was judged, by round and place
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from diffusionrl.choosing.board import Board
 from diffusionrl.errors import UserError
 from diffusionrl.runs.lines import replace_file
-from diffusionrl.runs.work import WorkFolder
 
 KIND = "selection"
 
 
 class Choices(Board):
-    """A folder of them, held by one process at a time.
-
-    Args:
-        settings: of the selection, as JSON values.
+    """Of a folder that is ``held`` (runs.work).
 
     Raises:
-        UserError: see ``WorkFolder``; or a line of choices.jsonl is broken.
+        UserError: a line of choices.jsonl is broken.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(several=False, about=f"kept in {folder}")
-        self.folder, self._work = folder, WorkFolder(folder, KIND, settings)
-        try:
-            self._lines = _read(folder / "choices.jsonl")
-            self.answers = [None if line["chosen"] is None else [line["chosen"]] for line in self._lines]
-            self.save()
-        except BaseException:
-            self._work.release()
-            raise
-
-    def __enter__(self) -> "Choices":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._work.release()
+        self.folder, self._lines = folder, _read(folder / "choices.jsonl")
+        self.answers = [None if line["chosen"] is None else [line["chosen"]] for line in self._lines]
+        self.save()
 
     def save(self) -> None:
         lines = self._lines[: len(self.answers)]

@@ -82,10 +82,11 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _among_images(config: ChooseConfig, page: "PageServer") -> None:
-    from diffusionrl.choosing.choices import Choices
+    from diffusionrl.choosing.choices import KIND, Choices
     from diffusionrl.choosing.rounds import plan
     from diffusionrl.data.folders import size_of
     from diffusionrl.data.gallery import gallery
+    from diffusionrl.runs.work import held
 
     place = expand(config.images or "")
     found = gallery(place, config.prompt)
@@ -93,7 +94,8 @@ def _among_images(config: ChooseConfig, page: "PageServer") -> None:
     content = json.dumps([[str(file.relative_to(place)), prompt, size_of(file)] for file, prompt in found])
     digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     settings = {"images": f"{len(found)} images, {digest}", "size": config.size, "seed": config.seed}
-    with Choices(config.out, settings) as choices:
+    with held(config.out, KIND, settings):
+        choices = Choices(config.out)
         choices.rounds, choices.total = rounds, len(rounds)
         _wait(choices, page)
 
@@ -106,8 +108,9 @@ def _as_you_go(config: ChooseConfig, page: "PageServer") -> None:
     prompts = prompts_given(config.prompts)
     check_model_name(model)
     quiet_libraries()
-    from diffusionrl.choosing.choices import Choices
+    from diffusionrl.choosing.choices import KIND, Choices
     from diffusionrl.policies import load_trained
+    from diffusionrl.runs.work import held
     from diffusionrl.sampling.drawing import Drawing
 
     policy = load_trained(model, config.lora, config.model_config, config.sampling, prompts[0])
@@ -116,7 +119,8 @@ def _as_you_go(config: ChooseConfig, page: "PageServer") -> None:
     for name in ("images", "prompt", "rounds", "port", "out"):
         del settings[name]
     settings = json.loads(json.dumps(settings | {"weights": policy.about.get("weights")}, default=str))
-    with Choices(config.out, settings) as choices:
+    with held(config.out, KIND, settings):
+        choices = Choices(config.out)
         choices.rounds, choices.total = [drawing.round(number) for number in range(len(choices.answers))], config.rounds
         _wait(choices, page, drawing)
 

@@ -83,7 +83,7 @@ def _search(config: SearchImagesConfig) -> None:
     from diffusionrl.report.search_page import write_search_page
     from diffusionrl.rewards import load_mixture, try_mixture
     from diffusionrl.rewards.loading import require_world
-    from diffusionrl.runs.work import check_folder
+    from diffusionrl.runs.work import check_folder, held
     from diffusionrl.sampling.rollout import metadata_of
     from diffusionrl.sampling.search import check_search, search
     from diffusionrl.sampling.search_folder import KIND, SearchFolder
@@ -102,7 +102,8 @@ def _search(config: SearchImagesConfig) -> None:
         if each is not None:
             try_mixture(each, policy.sample_shape, texts, metadata, (len(config.seeds),), config.rewards.timeout)
     settings = _settings(config, [prompt.text for prompt in prompts], policy.about.get("weights"))
-    with SearchFolder(config.out, settings) as folder:
+    with held(config.out, KIND, settings):
+        folder = SearchFolder(config.out)
         parts = (config.seeds, config.search, config.sampling, held_out, config.rewards, folder.done)
         progress = _Progress(len(prompts) * len(config.seeds), len(folder.done))
         try:

@@ -1,9 +1,9 @@
 """A folder that a command keeps its results in, for the same command to go on with: its settings are in NAME.json."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -14,8 +14,9 @@ from diffusionrl.runs.lines import replace_file
 from diffusionrl.runs.places import flat
 
 
-class WorkFolder:
-    """Held by one process at a time, from when it is made.
+@contextmanager
+def held(folder: Path, kind: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, the folder is there, and no other process in it.
 
     Args:
         kind: what is in it: "search".
@@ -24,32 +25,20 @@ class WorkFolder:
     Raises:
         UserError: it is no folder, another process is in it, or it holds what was made with other settings, or something else.
     """
-
-    def __init__(self, folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
-        check_folder(folder, kind)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made: {error}: choose another --out") from error
-        self._lock = FileLock(folder / "lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise UserError(f"another process is at work in {folder}: choose another --out, or wait for it") from error
-        try:
-            _keep_settings(folder, kind, dict(settings))
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def __enter__(self) -> "WorkFolder":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.release()
+    check_folder(folder, kind)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:  # which is an OSError too
+        raise UserError(f"another process is at work in {folder}: choose another --out, or wait for it") from error
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error}: choose another --out") from error
+    try:
+        _keep_settings(folder, kind, dict(settings))
+        yield
+    finally:
+        lock.release()
 
 
 def check_folder(folder: Path, kind: str) -> None:

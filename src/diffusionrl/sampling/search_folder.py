@@ -8,10 +8,8 @@ before/  after/   00000.png ..., by the index of the line; grids of them beside
 import json
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from diffusionrl.data.images import image_grid
 from diffusionrl.data.media import Show, shown, write_sample
 from diffusionrl.errors import UserError
 from diffusionrl.runs.lines import append_line, replace_file
-from diffusionrl.runs.work import WorkFolder
 from diffusionrl.sampling.search import Found
 
 SIDES = ("before", "after")
@@ -29,33 +26,19 @@ KIND = "search"
 
 
 class SearchFolder:
-    """One that is written to, by one process at a time.
-
-    Args:
-        settings: of the search, as JSON values.
+    """One that is ``held`` (runs.work), and written to.
 
     Attributes:
         done: indices of the images that are there.
 
     Raises:
-        UserError: it is no folder, another process is in it, or it is another search's, or something else's.
+        UserError: a line of images.jsonl is broken.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder, self._work = folder, WorkFolder(folder, KIND, settings)
-        try:
-            entries = read_images(folder)
-            replace_file(folder / "images.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in entries))
-            self.done = {entry["index"] for entry in entries}
-        except BaseException:
-            self._work.release()
-            raise
-
-    def __enter__(self) -> "SearchFolder":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._work.release()
+    def __init__(self, folder: Path) -> None:
+        self.folder, entries = folder, read_images(folder)
+        replace_file(folder / "images.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in entries))
+        self.done = {entry["index"] for entry in entries}
 
     def keep(self, found: Found, show: Show | None = None, sampling_rate: int | None = None) -> None:
         """One image: its files, and then its line. See ``Policy`` for ``show`` and ``sampling_rate``."""
