@@ -21,6 +21,7 @@ from diffusionrl import Prompt, RunStopped, TrainConfig, UserError, train
 from diffusionrl.cli import main, parse_train
 from diffusionrl.config import DDPOConfig, EvaluationConfig, SamplingConfig
 from diffusionrl.config.rewards import RewardsConfig
+from diffusionrl.data.gallery import gallery
 from diffusionrl.data.images import to_pil
 from diffusionrl.data.prompts import load_prompts
 from diffusionrl.evaluation.fixed_seed import evaluate
@@ -266,6 +267,7 @@ def test_sample_from_a_run(embedded_run: tuple[Path, str], tmp_path: Path, capsy
     assert main(["sample", "--model", str(embedded_run[0]), *options]) == 0
     assert len(list(out.glob("0*.png"))) == 6
     assert size_of(out / "grid.png") == (3 * 64, 2 * 64)
+    assert [(file.name, text) for file, text in gallery(out)][2:4] == [("00002.png", "a cat"), ("00003.png", "a dog")]
     assert main(["sample", "--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
 

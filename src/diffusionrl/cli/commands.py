@@ -22,6 +22,7 @@ USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
   sample        make images from a model or a run; with --search best-of-n, demon or particles, those that --reward likes
   evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline
   classify      which prompt fits an image, by a diffusion model       IMAGE ... --prompts "a cat" "a dog"
+  choose        the better of two images, by a person on a page of this machine   FOLDER, RUN or --model NAME
   report        write a run's report.html again   RUN
   compare       several runs on one page          RUN RUN ... [--out compare.html]
   export        write the weights of an earlier checkpoint          RUN [--step N] [--out FOLDER]
@@ -33,7 +34,8 @@ Options win over the YAML file, which wins over the preset (default: emoji, or e
 Presets: {textwrap.fill(", ".join(PRESETS), 110, subsequent_indent="  ", break_on_hyphens=False)}
 """
 COMMANDS = (
-    *("train", "doctor", "plan", "sample", "evaluate", "classify", "report", "compare", "export", "push", "serve-reward"),
+    *("train", "doctor", "plan", "sample", "evaluate", "classify", "choose", "report", "compare", "export", "push"),
+    "serve-reward",
 )
 """Each is a module beside this one, with a function ``run``."""
 

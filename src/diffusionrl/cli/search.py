@@ -83,11 +83,12 @@ def _search(config: SearchImagesConfig) -> None:
     from diffusionrl.report.search_page import write_search_page
     from diffusionrl.rewards import load_mixture, try_mixture
     from diffusionrl.rewards.loading import require_world
+    from diffusionrl.runs.work import check_folder, held
     from diffusionrl.sampling.rollout import metadata_of
     from diffusionrl.sampling.search import check_search, search
-    from diffusionrl.sampling.search_folder import SearchFolder, check_folder
+    from diffusionrl.sampling.search_folder import KIND, SearchFolder
 
-    check_folder(config.out)
+    check_folder(config.out, KIND)
     prompts = prompts_given(config.prompts)
     reward = load_mixture(config.reward, config.rewards)
     held_out = load_mixture(config.held_out, config.rewards) if config.held_out else None
@@ -101,7 +102,8 @@ def _search(config: SearchImagesConfig) -> None:
         if each is not None:
             try_mixture(each, policy.sample_shape, texts, metadata, (len(config.seeds),), config.rewards.timeout)
     settings = _settings(config, [prompt.text for prompt in prompts], policy.about.get("weights"))
-    with SearchFolder(config.out, settings) as folder:
+    with held(config.out, KIND, settings):
+        folder = SearchFolder(config.out)
         parts = (config.seeds, config.search, config.sampling, held_out, config.rewards, folder.done)
         progress = _Progress(len(prompts) * len(config.seeds), len(folder.done))
         try:
@@ -118,7 +120,7 @@ def _settings(config: SearchImagesConfig, prompts: list[str], weights: str | Non
     """What makes the images: a search that is taken up must have the same."""
     found = plain(dataclasses.asdict(config)) | {"prompts": prompts, "weights": weights}
     del found["out"]
-    for name in ("timeout", "max_invalid", "invalid_window", "cache"):
+    for name in ("timeout", "max_invalid", "invalid_window", "cache", "human"):
         del found["rewards"][name]
     return json.loads(json.dumps(found, default=str))
 

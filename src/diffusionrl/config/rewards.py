@@ -18,8 +18,8 @@ from diffusionrl.errors import require
 
 BUILT_IN_REWARDS = (
     *("aesthetic", "clip-score", "composition", "composition-judge", "compressibility", "diffusion-classifier", "emoji-gold"),
-    *("emoji-judge", "incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "psnr", "smooth"),
-    *("ssim", "vlm-bertscore", "vlm-yes"),
+    *("emoji-judge", "human", "incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "psnr"),
+    *("smooth", "ssim", "vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
 DIFFERENTIABLE_REWARDS = ("aesthetic", "clip-score", "composition", "composition-judge", "preference", "psnr", "ssim")
@@ -72,6 +72,21 @@ class SmoothConfig:
 
 
 @dataclass(frozen=True)
+class HumanConfig:
+    """The reward "human": a person, on a page of this machine; see docs/choose.md."""
+
+    size: int = 16
+    """Images of a prompt that are shown at once."""
+    port: int = 0
+    """Of the page; 0 takes any free one."""
+
+    def __post_init__(self) -> None:
+        check_values(self, "rewards.human.")
+        require(self.size >= 1, f"rewards.human.size must be at least 1, not {self.size}")
+        require(0 <= self.port <= 65535, f"rewards.human.port must lie between 0 and 65535, not {self.port}")
+
+
+@dataclass(frozen=True)
 class RewardsConfig:
     """How rewards are mixed, and what the built-in ones need."""
 
@@ -94,6 +109,7 @@ class RewardsConfig:
     vlm: VLMConfig = field(default_factory=VLMConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     smooth: SmoothConfig = field(default_factory=SmoothConfig)
+    human: HumanConfig = field(default_factory=HumanConfig)
 
     def __post_init__(self) -> None:
         check_values(self, "rewards.")

@@ -14,7 +14,8 @@ from diffusionrl.errors import RunStopped, UserError
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _KNOWN = ("file_name", "text", "chosen", "rejected", "prompt", "label")
 """Columns, however they are written."""
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+"""Ends of the names of images."""
 _EXAMPLE = '{"file_name": "0001.png", "text": "a cat"}'
 
 
@@ -68,14 +69,27 @@ def captions_in(folder: Path, setting: str) -> list[tuple[str, str]]:
     Raises:
         UserError: as in ``rows_of``; or an image has no caption.
     """
-    if folder.is_dir() and not any((folder / name).is_file() for name in _METADATA):
-        images = sorted(each for each in folder.rglob("*") if each.suffix.lower() in _IMAGES and each.is_file())
+    if folder.is_dir() and not _has_metadata(folder):
+        images = _images_in(folder)
         if any(image.with_suffix(".txt").is_file() for image in images):
             return _beside(folder, images)
     return [
         (image_in(row, "file_name", where, _EXAMPLE), text_in(row, "text", where, _EXAMPLE))
         for where, row in rows_of(folder, setting, _EXAMPLE)
     ]
+
+
+def has_captions(folder: Path) -> bool:
+    """Whether there is anything for ``captions_in`` to read."""
+    return _has_metadata(folder) or any(image.with_suffix(".txt").is_file() for image in _images_in(folder))
+
+
+def _has_metadata(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _METADATA)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGES and each.is_file())
 
 
 def _beside(folder: Path, images: Sequence[Path]) -> list[tuple[str, str]]:

@@ -45,13 +45,13 @@ class Job:
         return self
 
     def run(self) -> None:
-        self.began = time.perf_counter()
+        began = self.began = time.perf_counter()
         try:
             devices.use_index(self.gpu)
             self.work()
         except BaseException as error:  # foreign code may even try to end its thread
             self.raised = error
-        self.seconds = time.perf_counter() - self.began
+        self.seconds = time.perf_counter() - began
         self.over.set()
 
     def wait(self, timeout: float) -> bool:
@@ -115,6 +115,13 @@ def _leave_behind(hanging: Job) -> None:
         except Empty:
             old.jobs.put(None)
         _Now.thread.start()
+
+
+def hold() -> None:
+    """The work that this thread is at waits for a person who has asked for time: how long it may take counts from now."""
+    thread = threading.current_thread()
+    if isinstance(thread, _Thread) and thread.running is not None:
+        thread.running.began = time.perf_counter()
 
 
 def is_left_behind() -> bool:

@@ -22,7 +22,8 @@ from diffusionrl.report.page import (
 )
 from diffusionrl.report.record import Evaluated, Sample
 from diffusionrl.runs.places import flat
-from diffusionrl.sampling.search_folder import SIDES, read_images, read_settings
+from diffusionrl.runs.work import read_settings
+from diffusionrl.sampling.search_folder import KIND, SIDES, read_images
 
 
 def write_search_page(folder: Path) -> Path:
@@ -34,7 +35,7 @@ def write_search_page(folder: Path) -> Path:
     entries = read_images(folder)
     if not entries:
         raise UserError(f"{folder} has no image yet")
-    page = render("search.html.jinja", **_content(folder, entries, read_settings(folder)))
+    page = render("search.html.jinja", **_content(folder, entries, read_settings(folder, KIND)))
     try:
         write_page(folder / "report.html", page)
     except OSError as error:

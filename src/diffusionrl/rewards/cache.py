@@ -19,7 +19,7 @@ from diffusionrl.errors import UserError
 from diffusionrl.foreign.finding import code_of
 from diffusionrl.rewards.base import Reward, Scores, as_scores, attribute_of, counts_of, innermost, is_differentiable
 
-_NOT_OF_A_SCORE = {"timeout", "max_invalid", "invalid_window", "normalise", "cache"}
+_NOT_OF_A_SCORE = {"timeout", "max_invalid", "invalid_window", "normalise", "cache", "human"}
 
 
 class CachedReward:

@@ -130,7 +130,7 @@ def safe_changes(config: TrainConfig) -> tuple[str, ...]:
     """Beginnings of the names of settings that a run may be taken up with in another value: they say how long it goes on and
     what it writes, nothing else. A schedule of the learning rate depends on how long."""
     length = ("steps", "max_queries") if config.optimizer.schedule == "constant" else ()
-    return (*length, "track", "evaluation.every", "checkpoint.", "guard.")
+    return (*length, "track", "evaluation.every", "checkpoint.", "guard.", "rewards.human.")
 
 
 def same(before: Any, now: Any) -> bool:

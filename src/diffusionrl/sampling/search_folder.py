@@ -8,63 +8,37 @@ before/  after/   00000.png ..., by the index of the line; grids of them beside
 import json
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from diffusionrl.data.images import image_grid
 from diffusionrl.data.media import Show, shown, write_sample
 from diffusionrl.errors import UserError
-from diffusionrl.paths import describe, is_there
 from diffusionrl.runs.lines import append_line, replace_file
-from diffusionrl.runs.places import flat
 from diffusionrl.sampling.search import Found
 
 SIDES = ("before", "after")
+KIND = "search"
 
 
 class SearchFolder:
-    """One that is written to, by one process at a time.
-
-    Args:
-        settings: of the search, as JSON values.
+    """One that is ``held`` (runs.work), and written to.
 
     Attributes:
         done: indices of the images that are there.
 
     Raises:
-        UserError: it is no folder, another process is in it, or it is another search's, or something else's.
+        UserError: a line of images.jsonl is broken.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = folder
-        check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / "lock", timeout=0)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise UserError(f"another process is at work in {folder}: choose another --out, or wait for it") from error
-        try:
-            _keep_settings(folder, dict(settings))
-            entries = read_images(folder)
-            replace_file(folder / "images.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in entries))
-            self.done = {entry["index"] for entry in entries}
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def __enter__(self) -> "SearchFolder":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.release()
+    def __init__(self, folder: Path) -> None:
+        self.folder, entries = folder, read_images(folder)
+        replace_file(folder / "images.jsonl", "".join(f"{json.dumps(entry)}\n" for entry in entries))
+        self.done = {entry["index"] for entry in entries}
 
     def keep(self, found: Found, show: Show | None = None, sampling_rate: int | None = None) -> None:
         """One image: its files, and then its line. See ``Policy`` for ``show`` and ``sampling_rate``."""
@@ -95,44 +69,6 @@ class SearchFolder:
 
 def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def check_folder(folder: Path) -> None:
-    """Raises UserError where no search can be: it is no folder, or holds something else."""
-    if not is_there(folder):
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is {describe(folder)}, not a folder: choose another --out")
-    if not (folder / "search.json").is_file() and any(each.name != "lock" for each in folder.iterdir()):
-        raise UserError(f"{folder} is there, and no search: choose another --out")
-
-
-def _keep_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError where the folder's search had others."""
-    file = folder / "search.json"
-    if not file.is_file():
-        replace_file(file, json.dumps(settings, indent=2) + "\n")
-        return
-    before, now = flat(read_settings(folder)), flat(settings)
-    differing = [key for key in (*before, *(key for key in now if key not in before)) if before.get(key) != now.get(key)]
-    if differing:
-        key = differing[0]
-        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
-        raise UserError(
-            f"{folder} holds another search: {key} was {before.get(key)!r}, and is {now.get(key)!r}{more}: choose another "
-            "--out, or the same settings to go on"
-        )
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """search.json. Raises UserError where it is none."""
-    try:
-        found = json.loads((folder / "search.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'search.json'} is broken ({error}): choose another --out") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{folder / 'search.json'} is broken: choose another --out")
-    return found
 
 
 def read_images(folder: Path) -> list[dict[str, Any]]:

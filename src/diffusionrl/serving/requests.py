@@ -16,19 +16,12 @@ from torch import Tensor
 
 from diffusionrl.data.media import to_rgb
 from diffusionrl.rewards.base import Scores
+from diffusionrl.web.server import Refused
 
 MAX_PIXELS = 4 * 4096 * 4096
 """Of the images of all requests together, which are held in 8 bits: 200 MB."""
 MAX_IMAGES = 1024
 """Of one request."""
-
-
-class Refused(Exception):
-    """A request that gets no scores: HTTP status and reason."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 class Budget:

@@ -9,19 +9,12 @@ must say that it is JSON, which a foreign web page cannot send without asking fi
 """
 
 import hmac
-import ipaddress
-import json
 import os
 import queue
-import socket
-import sys
 import threading
 import time
-import urllib.parse
-from contextlib import ExitStack, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from itertools import accumulate
-from typing import Any
 
 import torch
 
@@ -29,23 +22,19 @@ from diffusionrl.config.rewards import ServeConfig
 from diffusionrl.errors import UserError
 from diffusionrl.rewards import load_reward
 from diffusionrl.rewards.base import Reward, Scores, looks_at_groups, score
-from diffusionrl.serving.requests import MAX_PIXELS, Budget, Refused, Request, parse
+from diffusionrl.serving.requests import MAX_PIXELS, Budget, Request, parse
+from diffusionrl.web.server import BoundedServer, Handler, Refused, is_loopback
 
 _PIXELS_AT_ONCE = 4096 * 4096  # in float32, before the reward: 200 MB
 _BODIES_AT_ONCE = 256_000_000  # bytes
-_MAX_DIGITS = 12  # of a length
-_LOOK = 0.1  # seconds between two looks at who is late
 
 
-class RewardServer(ThreadingHTTPServer):
-    """Serves one reward; ``serve_forever`` and ``shutdown`` as in the standard library.
+class RewardServer(BoundedServer):
+    """Serves one reward.
 
     Raises:
         UserError: a reward that looks at whole groups, an open address without a token, or an address that cannot be had.
     """
-
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, reward: Reward, config: ServeConfig) -> None:
         if looks_at_groups(reward):
@@ -55,7 +44,7 @@ class RewardServer(ThreadingHTTPServer):
             )
         self.reward, self.config = reward, config
         self.token = os.environ.get(config.token_variable, "").strip()
-        if not self.token and not _is_loopback(config.host):
+        if not self.token and not is_loopback(config.host):
             raise UserError(
                 f"{config.host} can be reached from other machines: set {config.token_variable} to a secret that its clients "
                 "know too, or listen on 127.0.0.1"
@@ -63,54 +52,9 @@ class RewardServer(ThreadingHTTPServer):
         self.places = threading.BoundedSemaphore(config.max_requests)
         self.bytes = Budget(max(config.max_bytes, _BODIES_AT_ONCE), "bytes")
         self.pixels, self.decoding = Budget(MAX_PIXELS, "pixels"), threading.Lock()
-        self._connections = threading.BoundedSemaphore(4 * config.max_requests)
-        self._deadlines: dict[socket.socket, float] = {}
         self._jobs: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        try:
-            super().__init__((config.host, config.port), _Handler)
-        except OSError as error:
-            raise UserError(f"cannot listen on {config.host}:{config.port}: {error}") from error
-        for work in (self._work, self._hang_up_on_the_late):
-            threading.Thread(target=work, daemon=True).start()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Or hang up at once, where too many are connected: idle ones must not use up what the process may open."""
-        if not self._connections.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._deadlines.pop(request, None)
-            self._connections.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is no error of ours."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
-
-    def give_until(self, connection: socket.socket, deadline: float | None) -> None:
-        """Hang up on a connection then, whatever it is doing; None: not any more."""
-        if deadline is None:
-            self._deadlines.pop(connection, None)
-        else:
-            self._deadlines[connection] = deadline
-
-    def _hang_up_on_the_late(self) -> None:
-        while True:
-            time.sleep(_LOOK)
-            now = time.monotonic()
-            for connection in [each for each, deadline in list(self._deadlines.items()) if deadline < now]:
-                self._deadlines.pop(connection, None)
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.server_address[0]!s}:{self.server_port}"
+        super().__init__(config.host, config.port, _Handler, config.timeout, 4 * config.max_requests)
+        threading.Thread(target=self._work, daemon=True).start()
 
     def score(self, job: Request, deadline: float) -> Scores:
         """Of one request, when its turn has come.
@@ -176,40 +120,22 @@ class RewardServer(ThreadingHTTPServer):
             batch.append(job)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     server: RewardServer
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "diffusionrl", ""
-    wbufsize = -1  # head and body of a reply in one packet: two wait for each other 40 ms
-    disable_nagle_algorithm = True
 
-    def setup(self) -> None:
-        super().setup()
-        self.connection.settimeout(self.server.config.timeout)  # so that a silent client frees its thread
+    def get(self) -> None:
+        self._check("/health")
+        self.send_json(200, {"reward": self.server.config.name})
 
-    def handle_one_request(self) -> None:
-        """Or hang up: a client has the time-out to begin, and once more for the request and its answer, however it drips."""
-        self.server.give_until(self.connection, time.monotonic() + 2 * self.server.config.timeout)
-        try:
-            super().handle_one_request()
-        finally:
-            self.server.give_until(self.connection, None)
-
-    def do_GET(self) -> None:
-        try:
-            self._check("/health")
-        except Refused as refused:
-            return self._send(refused.status, {"error": str(refused)})
-        self._send(200, {"reward": self.server.config.name})
-
-    def do_POST(self) -> None:
-        try:
-            self._check("/score")
-            scores = self._scores()
-        except Refused as refused:
-            return self._send(refused.status, {"error": str(refused)})
+    def post(self) -> None:
+        self._check("/score")
+        scores = self._scores()
         pairs = zip(scores.values.tolist(), scores.valid.tolist(), strict=True)
-        self._send(200, {"scores": [value if valid else None for value, valid in pairs], "error": scores.error})
+        self.send_json(200, {"scores": [value if valid else None for value, valid in pairs], "error": scores.error})
+
+    def more_headers(self) -> dict[str, str]:
+        request_id = self.headers.get("X-Request-Id", "")
+        return {"X-Request-Id": request_id[:200]} if request_id.isascii() and request_id.isprintable() else {}
 
     def _check(self, path: str) -> None:
         """Raises Refused where a request does not say what it must; before it takes anything of the server."""
@@ -218,77 +144,20 @@ class _Handler(BaseHTTPRequestHandler):
         said = self.headers.get("Authorization", "").encode()
         if self.server.token and not hmac.compare_digest(said, f"Bearer {self.server.token}".encode()):
             raise Refused(401, "the token is missing or wrong")
-        host = urllib.parse.urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
-        if _is_loopback(self.server.config.host) and not _is_loopback(host):  # a web page whose name was bound to this address
-            raise Refused(421, "this server answers for loopback addresses alone")
+        self.check_host()
 
     def _scores(self) -> Scores:
         config, deadline = self.server.config, time.monotonic() + self.server.config.timeout
-        if self.headers.get_content_type() != "application/json":
-            raise Refused(415, "the body must be application/json")
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal()):
-            raise Refused(411, "Content-Length is needed")
-        if len(length) > _MAX_DIGITS or int(length) > config.max_bytes:
-            raise Refused(413, f"the body is longer than {config.max_bytes} bytes")
+        length = self.length(config.max_bytes)
         with ExitStack() as held:
             if not self.server.places.acquire(blocking=False):
                 raise Refused(503, f"{config.max_requests} requests are being answered already")
             held.callback(self.server.places.release)
-            held.enter_context(self.server.bytes.taken(int(length)))
-            request = parse(self._read(int(length), deadline))
+            held.enter_context(self.server.bytes.taken(length))
+            request = parse(self.read(length, deadline))
             held.enter_context(self.server.pixels.taken(request.pixels))
             request.decode(self.server.decoding)
             return self.server.score(request, deadline)
-
-    def _read(self, length: int, deadline: float) -> bytes:
-        body = bytearray()
-        while len(body) < length:
-            if time.monotonic() > deadline:
-                raise Refused(408, "the body did not come in time")
-            try:
-                part = self.rfile.read1(length - len(body))
-            except TimeoutError as error:
-                raise Refused(408, "the body did not come in time") from error
-            if not part:
-                raise Refused(400, "the body ended early")
-            body += part
-        return bytes(body)
-
-    def _send(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        request_id = self.headers.get("X-Request-Id", "")
-        if request_id.isascii() and request_id.isprintable():
-            self.send_header("X-Request-Id", request_id[:200])
-        if status != 200:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
-        self.wfile.flush()
-        if status != 200:
-            self._drain()
-
-    def _drain(self) -> None:
-        """End the connection, but let a client that still sends come to reading why, for a second."""
-        self.close_connection = True
-        end = time.monotonic() + 1
-        self.connection.settimeout(0.1)
-        with suppress(OSError):
-            while time.monotonic() < end and self.rfile.read1(65536):
-                pass
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def serve(config: ServeConfig) -> None:

@@ -1,0 +1,1 @@
+"""People choose among images, on a page of this machine."""
