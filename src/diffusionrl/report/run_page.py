@@ -110,7 +110,7 @@ def _headline(run: Run) -> str:
     what = str(algorithm.get("name")) + (f" ({algorithm['variant']})" if "variant" in algorithm else "")
     rewards = run.config.get("reward")
     named = ", ".join(map(str, rewards)) if isinstance(rewards, list) else str(rewards)
-    return cut(f"{what} on {run.config.get('model')} towards {named}")
+    return cut(f"{what} on {run.config.get('model')} {'blind to' if run.config.get('blind') else 'towards'} {named}")
 
 
 def gains(run: Run) -> tuple[list[float], list[str]]:
