@@ -37,6 +37,8 @@ MAX_CONFIG = 20_000  # characters
 MAX_ALARMS = 20
 KL = "policy/approx_kl"
 NOTES = {
+    "reference_kl": "from the reference model at fixed states, nats; every denoising step alike",
+    "reference_distance": "from the reference model at fixed states, of its predictions",
     "kl_per_step": "from the reference model, nats a denoising step",
     "diversity": "cosine distance within a prompt",
     "vendi": "effective number of different images of a prompt",

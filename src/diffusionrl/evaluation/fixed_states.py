@@ -1,0 +1,88 @@
+"""How far the policy is from the reference model, at states that stay the same: noisy latents of the reference's own.
+
+``kl_per_step`` (``measures.py``) looks where the policy goes, and weighs each denoising step by 1 / fresh^2: it depends on the
+sampler, and hangs on the last steps. Here states, the weight of each step and the measure are the same for every policy of a
+model, whatever it is trained and sampled with. At a state x the network says (x0, noise), and
+
+    reference_kl        = |(x0, noise) - (x0_ref, noise_ref)|^2 / 2, in nats: the KL of Gaussians of unit variance around both
+    reference_distance  = |(x0, noise) - (x0_ref, noise_ref)| / |(x0_ref, noise_ref)|
+
+averaged over the states, which are spread evenly over the denoising steps. Both parts are needed: of pure noise, every network
+says the same noise, and of a clean sample the same x0. On variance-preserving paths, the norm is that of v.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusionrl.config import SamplingConfig
+from diffusionrl.data.prompts import Prompt
+from diffusionrl.policies.base import Policy, chunks
+from diffusionrl.sampling.rollout import draw_noise, make_table, predict, sample_trajectories
+from diffusionrl.transitions import SamplerTable
+
+TRAJECTORIES, STATES = 8, 32
+"""Samples that the reference draws once, and the states that are taken of them: a tenth of an evaluation, and then a few
+percent of each."""
+
+
+@dataclass(frozen=True)
+class FixedStates:
+    """S states of the reference model, and what it says there.
+
+    Attributes:
+        x: noisy latents, (S, ...).
+        rows: of the table, (S,).
+        prompts: S of them.
+        said: (x0, noise) as one vector a state, (S, D), on the CPU.
+    """
+
+    table: SamplerTable
+    x: Tensor
+    rows: Tensor
+    prompts: Sequence[Prompt]
+    sampling: SamplingConfig
+    said: Tensor
+
+    def distance(self, policy: Policy) -> dict[str, float]:
+        """ "reference_kl" and "reference_distance"."""
+        gaps = (_say(policy, self.table, self.x, self.rows, self.prompts, self.sampling) - self.said).square().sum(1)
+        relative = (gaps / self.said.square().sum(1)).sqrt()
+        return {"reference_kl": gaps.mean().item() / 2, "reference_distance": relative.mean().item()}
+
+
+@torch.no_grad()
+def fix_states(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> FixedStates:
+    """States of the reference that depend on these arguments alone, and on none of the policy's trained weights.
+
+    Args:
+        prompts: of the trajectories, one each.
+
+    Raises:
+        UserError: the policy keeps no reference.
+    """
+    table, count = make_table(policy, sampling), len(prompts)
+    drawn = []
+    with policy.reference():
+        for part in chunks(count, sampling.batch_size):
+            chosen, indices = prompts[part], range(part.start, part.stop)
+            start, noise = draw_noise(policy, table, chosen, seed, "fixed_states", 0, indices)
+            drawn.append(sample_trajectories(policy, table, chosen, start, noise, sampling.guidance).latents)
+        latents = torch.cat(drawn)
+        rows, samples = torch.arange(STATES) * len(table) // STATES, torch.arange(STATES) % count
+        x, asked = latents[samples.to(latents.device), rows.to(latents.device)], [prompts[i] for i in samples.tolist()]
+        return FixedStates(table, x, rows, asked, sampling, _say(policy, table, x, rows, asked, sampling))
+
+
+@torch.no_grad()
+def _say(
+    policy: Policy, table: SamplerTable, x: Tensor, rows: Tensor, prompts: Sequence[Prompt], sampling: SamplingConfig
+) -> Tensor:
+    """(x0, noise) of each state, (S, D), in double precision on the CPU."""
+    said = []
+    for part in chunks(len(rows), sampling.batch_size):
+        x0, noise = predict(policy, table, x[part], rows[part], prompts[part], sampling.guidance)
+        said.append(torch.cat([x0.flatten(1), noise.flatten(1)], 1).cpu().double())
+    return torch.cat(said)
