@@ -69,4 +69,4 @@ def require_world(names: Sequence[str], config: RewardsConfig, model: str) -> No
 
 
 _PARITIES = ("parity", "parity-sp", "parity-squared")
-_EMBEDDED_ALONE = ("composition-judge", "emoji-gold", "emoji-judge", "preference")
+_EMBEDDED_ALONE = ("composition-judge", "emoji-gold", "emoji-judge", "emoji-scene", "emoji-template", "preference")
