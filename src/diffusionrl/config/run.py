@@ -207,17 +207,17 @@ class TrainConfig:
         )
 
     def _check_blind(self) -> None:
-        name = self.algorithm.name
-        require(not (self.blind and self.preferences), "blind is for samples, not for preferences: judged images are labels")
+        algorithm, name = self.algorithm, self.algorithm.name
+        if not self.blind:
+            return
+        require(not self.preferences, "blind is for samples, not for preferences: judged images are labels")
+        require(self.redraw_queries == 0, "redraw_queries looks at scores, and a blind run does not: set it to 0")
         require(
-            not (self.blind and self.redraw_queries), "redraw_queries looks at scores, and a blind run does not: set it to 0"
-        )
-        require(
-            not (self.blind and isinstance(self.algorithm, RewardGradientConfig)),
+            not isinstance(algorithm, RewardGradientConfig),
             f"algorithm {name} follows the reward's gradient and gives samples no weight: it has no blind run",
         )
         require(
-            not (self.blind and isinstance(self.algorithm, DPOConfig | D3POConfig)),
+            not isinstance(algorithm, DPOConfig | D3POConfig),
             f"algorithm {name} learns from pairs, and there is none of samples that count alike: its control is --reward noise",
         )
 

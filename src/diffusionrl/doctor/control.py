@@ -67,7 +67,8 @@ def check_control(trainer: Trainer) -> Finding:
     except (NonFiniteError, RunStopped) as error:
         return Finding("fail", "control", f"{STEPS} steps on a reward of noise break the model: {error}", remedy)
     found = _compare(before, _evaluate(trainer), next(iter(trainer.reward.rewards)))
-    told = f"at this rate a reward of noise moves {', '.join(map(str, found))} a step (95 %, of {STEPS} steps)"
+    moved = ", ".join(map(str, found)) or "nothing that has a score"
+    told = f"at this rate a reward of noise moves {moved} a step (95 %, of {STEPS} steps)"
     if any(each.matters for each in found):
         return Finding("warn", "control", told, f"that much is drift: {remedy}")
     return Finding("pass", "control", told)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffusionrl.emoji.scenes import DARKEST, IMAGE_SIZE, PITCH, SLOTS, Slot
 from diffusionrl.emoji.sprites import load_sprites
-from diffusionrl.emoji.vocabulary import ACTIVITIES, GENDERS, OCCUPATIONS, SKIN_TONES, SUBJECTS, person
+from diffusionrl.emoji.vocabulary import ACTIVITIES, GENDERS, OCCUPATIONS, SKIN_TONES, SUBJECTS, person, subject_of
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,17 @@ class Asked:
 
 def asked_by(prompt: str) -> Asked | None:
     """None where a prompt is no caption of the world."""
-    parts = [_bare(part) for part in prompt.strip().split(" and ")]
-    if all(part in SUBJECTS for part in parts) and len(parts) < 3:
-        return Asked("pair" if len(parts) == 2 else "subject", tuple((part,) for part in parts))
-    for activity in ACTIVITIES:
-        animal = parts[0].removesuffix(f" {activity}")
-        if len(parts) == 1 and animal != parts[0] and animal in SUBJECTS:
-            return Asked("activity", ((animal,), (activity,)))
-    if parts[0] in OCCUPATIONS and len(parts) == 1:
-        return Asked("person", (tuple(person(parts[0], gender, tone) for gender in GENDERS for tone in SKIN_TONES),))
+    texts = [_bare(text) for text in prompt.strip().split(" and ")]
+    if len(texts) == 2 and all(text in SUBJECTS for text in texts):
+        return Asked("pair", ((texts[0],), (texts[1],)))
+    if len(texts) != 1:
+        return None
+    text, subject = texts[0], subject_of(texts[0])
+    if subject is not None:
+        activity = text.removeprefix(subject).strip()
+        return Asked("activity", ((subject,), (activity,))) if activity else Asked("subject", ((subject,),))
+    if text in OCCUPATIONS:
+        return Asked("person", (tuple(person(text, gender, tone) for gender in GENDERS for tone in SKIN_TONES),))
     return None
 
 

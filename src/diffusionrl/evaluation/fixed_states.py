@@ -1,8 +1,8 @@
 """How far the policy is from the reference model, at states that stay the same: noisy latents of the reference's own.
 
 ``kl_per_step`` (``measures.py``) looks where the policy goes, and weighs each denoising step by 1 / fresh^2: it depends on the
-sampler, and hangs on the last steps. Here states, the weight of each step and the measure are the same for every policy of a
-model, whatever it is trained and sampled with. At a state x the network says (x0, noise), and
+sampler, and hangs on the last steps. Here states are those of the ODE on the run's grid, and each step counts alike: the
+measure is the same for every objective and sampler. At a state x the network says (x0, noise), and
 
     reference_kl        = |(x0, noise) - (x0_ref, noise_ref)|^2 / 2, in nats: the KL of Gaussians of unit variance around both
     reference_distance  = |(x0, noise) - (x0_ref, noise_ref)| / |(x0_ref, noise_ref)|
@@ -12,7 +12,7 @@ says the same noise, and of a clean sample the same x0. On variance-preserving p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class FixedStates:
     said: Tensor
 
     def distance(self, policy: Policy) -> dict[str, float]:
-        """ "reference_kl" and "reference_distance"."""
+        """Both measures, by name."""
         gaps = (_say(policy, self.table, self.x, self.rows, self.prompts, self.sampling) - self.said).square().sum(1)
         relative = (gaps / self.said.square().sum(1)).sqrt()
         return {"reference_kl": gaps.mean().item() / 2, "reference_distance": relative.mean().item()}
@@ -55,7 +55,7 @@ class FixedStates:
 
 @torch.no_grad()
 def fix_states(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int) -> FixedStates:
-    """States of the reference that depend on these arguments alone, and on none of the policy's trained weights.
+    """States of the reference that depend on these arguments alone, but for sampler and eta, and on no trained weight.
 
     Args:
         prompts: of the trajectories, one each.
@@ -63,7 +63,7 @@ def fix_states(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingConf
     Raises:
         UserError: the policy keeps no reference.
     """
-    table, count = make_table(policy, sampling), len(prompts)
+    table, count = make_table(policy, replace(sampling, sampler="ode", eta=0.0)), len(prompts)
     drawn = []
     with policy.reference():
         for part in chunks(count, sampling.batch_size):
