@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -29,6 +30,9 @@ from diffusionrl.runs import checkpoint  # noqa: E402
 
 PAGE = HERE.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- figures: benchmarks/faults.py writes these lines -->", "<!-- end of figures -->"
+
+PATIENCE = 1800  # seconds for a run of seconds: it may stand back behind other work
+WITH_COPIES = "--algorithm.name nft --optimizer.average 0.5"
 
 JOINT = """
 tasks:
@@ -59,19 +63,24 @@ class Campaign:
         if not self.model.is_dir():
             build_tiny_pipeline(self.folder / "parts").save_pretrained(self.model)
         (self.folder / "joint.yaml").write_text(JOINT)
-        self.joint = ("--config", str(self.folder / "joint.yaml"))
-        self.undisturbed_joint, _ = self._undisturbed(
-            "undisturbed_joint", self.joint
-        )  # whatever is slow the first time is slow here
-        self.undisturbed, self.seconds = self._undisturbed("undisturbed")
+        self.kinds: dict[str, Callable[[Path], list[str]]] = {
+            "two tasks": lambda run_dir: tiny_run(self.model, run_dir, "--config", str(self.folder / "joint.yaml")),
+            "DiffusionNFT with an average": lambda run_dir: tiny_run(self.model, run_dir, algorithm=WITH_COPIES),
+            "DDPO": lambda run_dir: tiny_run(self.model, run_dir),
+        }
+        self.undisturbed: dict[str, dict[str, Any]] = {}
+        for kind in self.kinds:  # the last one's time counts: whatever is slow the first time is slow before
+            began = time.monotonic()
+            self.undisturbed[kind] = self._undisturbed(kind)
+            self.seconds = time.monotonic() - began
 
-    def _undisturbed(self, name: str, options: tuple[str, ...] = ()) -> tuple[dict[str, Any], float]:
-        """What a run makes that nothing happens to, and the seconds that it takes."""
-        run_dir, began = self.folder / name, time.monotonic()
+    def _undisturbed(self, kind: str) -> dict[str, Any]:
+        """What a run makes that nothing happens to."""
+        run_dir = self.folder / f"undisturbed_{kind.replace(' ', '_')}"
         shutil.rmtree(run_dir, ignore_errors=True)
-        if finish(tiny_run(self.model, run_dir, *options), self.folder / "log") != 0:
+        if finish(self.kinds[kind](run_dir), self.folder / "log", limit=PATIENCE) != 0:
             raise SystemExit((self.folder / "log").read_text())
-        return what_it_made(run_dir), time.monotonic() - began
+        return what_it_made(run_dir)
 
     def count(self, **changes: int) -> None:
         for name, change in changes.items():
@@ -79,14 +88,14 @@ class Campaign:
         self.file.write_text(json.dumps(self.state, indent=1) + "\n")
 
     def kills(self) -> None:
-        """SIGKILL at random moments of runs that are taken up again, each run to its end; every other one has two tasks."""
+        """SIGKILL at random moments of runs that are taken up again, each run to its end; the kinds of runs take turns."""
         rng = random.Random(self.state.get("kills", 0))
         run_dir = self.folder / "killed"
         shutil.rmtree(run_dir, ignore_errors=True)
         while self.state.get("kills", 0) < self.config.kills:
             before = checkpoint.complete_steps(run_dir)
-            joint = self.state.get("killed_runs", 0) % 2
-            process = start(tiny_run(self.model, run_dir, *(self.joint if joint else ())), self.folder / "log")
+            kind = list(self.kinds)[self.state.get("killed_runs", 0) % len(self.kinds)]
+            process = start(self.kinds[kind](run_dir), self.folder / "log")
             process.join(rng.uniform(0, self.seconds))
             if process.exitcode is None:
                 kill(process)
@@ -95,9 +104,8 @@ class Campaign:
                 torn = sum(not _whole(checkpoint.folder_of(run_dir, step)) for step in after)
                 self.count(kills=1, checkpoints_lost=int(lost), torn_checkpoints=torn)
             else:
-                expected = self.undisturbed_joint if joint else self.undisturbed
-                good = process.exitcode == 0 and what_it_made(run_dir) == expected
-                self.count(killed_runs=1, killed_runs_identical=int(good), killed_joint_runs=joint)
+                good = process.exitcode == 0 and what_it_made(run_dir) == self.undisturbed[kind]
+                self.count(killed_runs=1, killed_runs_identical=int(good), **{f"killed_runs of {kind}": 1})
                 if not good:
                     shutil.copytree(run_dir, self.folder / f"failed_{self.state['killed_runs']}")
                 shutil.rmtree(run_dir)
@@ -105,7 +113,7 @@ class Campaign:
     def flips(self) -> None:
         """One bit of one file of the newest checkpoint."""
         rng = random.Random(1)
-        source, copy = self.folder / "undisturbed", self.folder / "flipped"
+        source, copy = self.folder / "undisturbed_DDPO", self.folder / "flipped"
         for number in range(self.config.flips):
             shutil.rmtree(copy, ignore_errors=True)
             shutil.copytree(source, copy)
@@ -123,14 +131,14 @@ class Campaign:
         while self.state.get("nans", 0) < self.config.nans:
             shutil.rmtree(run_dir, ignore_errors=True)
             where, value, nth = rng.choice(["loss", "gradient"]), rng.choice(["nan", "inf"]), rng.randint(1, 12)
-            code = finish(tiny_run(self.model, run_dir), self.folder / "log", f"spoil_at:{where}:{value}:{nth}")
+            code = finish(tiny_run(self.model, run_dir), self.folder / "log", f"spoil_at:{where}:{value}:{nth}", PATIENCE)
             steps = checkpoint.complete_steps(run_dir)
             saved = checkpoint.load(checkpoint.folder_of(run_dir, steps[-1])) if steps else None
             clean = saved is not None and all(
                 tensor.isfinite().all() for file in saved.tensors.values() for tensor in file.values()
             )
-            went_on = finish(tiny_run(self.model, run_dir), self.folder / "log") == 0
-            identical = went_on and what_it_made(run_dir) == self.undisturbed
+            went_on = finish(tiny_run(self.model, run_dir), self.folder / "log", limit=PATIENCE) == 0
+            identical = went_on and what_it_made(run_dir) == self.undisturbed["DDPO"]
             self.count(nans=1, nans_stopped=int(code == 1), nans_clean=int(clean), nans_resumed_identical=int(identical))
 
     def soak(self) -> None:
@@ -165,10 +173,11 @@ class Campaign:
     def write(self) -> None:
         """The table, between its two marks in the page."""
         state, commit = self.state, _output("git", "rev-parse", "--short", "HEAD")
+        kinds = ", ".join(f"{state.get(f'killed_runs of {kind}', 0)} of {kind}" for kind in self.kinds)
         rows = [
             ("a run killed at any moment ends bit-identical", "SIGKILL from outside at random moments, the same command again",
-             f"{state['kills']} kills in {state['killed_runs']} runs ({state.get('killed_joint_runs', 0)} of two tasks): "
-             f"{state['killed_runs_identical']} identical, "
+             f"{state['kills']} kills in {state.get('killed_runs', 0)} runs ({kinds}): "
+             f"{state.get('killed_runs_identical', 0)} identical, "
              f"{state['checkpoints_lost']} checkpoints lost, {state['torn_checkpoints']} torn"),
             ("a flipped bit is found before weights are used", "a random bit of a random file of the newest checkpoint",
              f"{state['flips_found']} of {state['flips']} found, {state['fallbacks']} fell back to the one before"),

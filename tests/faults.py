@@ -60,10 +60,10 @@ def start(arguments: list[str], log: Path, prepare: str | None = None) -> ForkSe
     return process
 
 
-def finish(arguments: list[str], log: Path, prepare: str | None = None) -> int | None:
-    """Run it to its end; returns the exit code."""
+def finish(arguments: list[str], log: Path, prepare: str | None = None, limit: float = 60) -> int | None:
+    """Run it to its end, within so many seconds; returns the exit code."""
     process = start(arguments, log, prepare)
-    process.join(60)
+    process.join(limit)
     assert process.exitcode is not None, f"still running: {log.read_text()[-2000:]}"
     return process.exitcode
 
@@ -132,11 +132,11 @@ def kill(process: ForkServerProcess) -> None:
     process.join()
 
 
-def tiny_run(model: Path, run_dir: Path, *more: str) -> list[str]:
-    """A run of seconds: a checkpoint every other step, evaluations, and every kind of state that an algorithm has."""
+def tiny_run(model: Path, run_dir: Path, *more: str, algorithm: str = "--algorithm.min-count 2") -> list[str]:
+    """A run of seconds: a checkpoint every other step, evaluations, and every kind of state that DDPO has."""
     options = f"""train --model {model} --run-dir {run_dir} --prompts ddpo-animals --reward incompressibility --steps 6
         --prompts-per-step 2 --samples-per-prompt 2 --sampling.num-steps 3 --sampling.batch-size 4
-        --algorithm.updates-per-step 2 --algorithm.min-count 2 --evaluation.every 3 --evaluation.num-samples 2
+        {algorithm} --algorithm.updates-per-step 2 --evaluation.every 3 --evaluation.num-samples 2
         --checkpoint.every 2 --rewards.normalise"""
     return [*options.split(), *more]
 

@@ -5,6 +5,7 @@ import json
 import runpy
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -194,6 +195,19 @@ def test_settings_of_a_file_without_a_configuration_are_those_that_diffusers_nam
     expected = draw(load_pipeline(str(folder)), "sd1")
     assert torch.equal(draw(load_pipeline(str(file)), "sd1"), expected)
     assert torch.equal(draw(load_pipeline(str(file), config="owner/tiny"), "sd1"), expected)
+
+
+def test_a_hub_that_nobody_reaches_is_said_at_once(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would ask six times, with waits of 23 seconds in between."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    for model in (str(saved("sd1")[0]), "owner/name"):
+        with pytest.raises(UserError, match=r"http://127.0.0.1:\d+ cannot be reached .*: look at the network"):
+            check_model(model)
+    assert time.monotonic() - began < 4
 
 
 def _without_weights(folder: Path, to: Path) -> Path:

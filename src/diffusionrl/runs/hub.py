@@ -78,7 +78,20 @@ def cached_first(load: Callable[..., Any], source: str, revision: str | None = N
     except OSError:
         if Path(source).is_dir():
             raise
+        _reach_hub()
         return load(source, revision=revision, **settings)
+
+
+def _reach_hub() -> None:
+    """Raises OSError at once where nothing answers: the client alone tries again and again, for some 24 seconds."""
+    from huggingface_hub import constants, get_session, is_offline_mode  # here: ``serve-reward`` runs without it
+
+    if is_offline_mode():
+        return  # the client says it itself
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # its HTTP library's own
+        raise OSError(f"{constants.ENDPOINT} cannot be reached ({error}): look at the network, or give a folder") from error
 
 
 def push(folder: Path, repo_id: str, private: bool = False) -> str:
