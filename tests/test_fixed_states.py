@@ -59,7 +59,7 @@ def test_the_distance_is_that_of_the_predictions() -> None:
     first = states.rows == 0
     assert states.table.grid.alpha[0] < 1e-3, "all is noise there, whatever the network says: the difference is in x0"
     noise, x0 = states.said[first, 2:], states.said[first, :2]
-    assert torch.allclose(noise, states.x[first].double(), atol=1e-3) and x0.std() > 1e-3
+    assert torch.allclose(noise, states.x[first], atol=1e-3) and x0.std() > 1e-3
 
 
 def tall(points: Tensor, prompts: Any, metadata: Any) -> Tensor:

@@ -11,7 +11,7 @@ averaged over the states, which are spread evenly over the denoising steps. Both
 says the same noise, and of a clean sample the same x0. On variance-preserving paths, the norm is that of v.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,9 +48,13 @@ class FixedStates:
 
     def distance(self, policy: Policy) -> dict[str, float]:
         """Both measures, by name."""
-        gaps = (_say(policy, self.table, self.x, self.rows, self.prompts, self.sampling) - self.said).square().sum(1)
-        relative = (gaps / self.said.square().sum(1)).sqrt()
-        return {"reference_kl": gaps.mean().item() / 2, "reference_distance": relative.mean().item()}
+        kl, distance = 0.0, 0.0
+        for part, said in _say(policy, self.table, self.x, self.rows, self.prompts, self.sampling):
+            expected = self.said[part].double()
+            gaps = (said.double() - expected).square().sum(1)
+            kl += gaps.sum().item() / 2
+            distance += (gaps / expected.square().sum(1)).sqrt().sum().item()
+        return {"reference_kl": kl / STATES, "reference_distance": distance / STATES}
 
 
 @torch.no_grad()
@@ -64,25 +68,25 @@ def fix_states(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingConf
         UserError: the policy keeps no reference.
     """
     table, count = make_table(policy, replace(sampling, sampler="ode", eta=0.0)), len(prompts)
-    drawn = []
+    rows, samples = torch.arange(STATES) * len(table) // STATES, torch.arange(STATES) % count
+    x = torch.empty(STATES, *policy.latent_shape, device=policy.device)
     with policy.reference():
         for part in chunks(count, sampling.batch_size):
             chosen, indices = prompts[part], range(part.start, part.stop)
             start, noise = draw_noise(policy, table, chosen, seed, "fixed_states", 0, indices)
-            drawn.append(sample_trajectories(policy, table, chosen, start, noise, sampling.guidance).latents)
-        latents = torch.cat(drawn)
-        rows, samples = torch.arange(STATES) * len(table) // STATES, torch.arange(STATES) % count
-        x, asked = latents[samples.to(latents.device), rows.to(latents.device)], [prompts[i] for i in samples.tolist()]
-        return FixedStates(table, x, rows, asked, sampling, _say(policy, table, x, rows, asked, sampling))
+            latents = sample_trajectories(policy, table, chosen, start, noise, sampling.guidance).latents
+            for state in ((samples >= part.start) & (samples < part.stop)).nonzero().flatten().tolist():
+                x[state] = latents[samples[state] - part.start, rows[state]]
+        asked = [prompts[i] for i in samples.tolist()]
+        said = torch.cat([each for _, each in _say(policy, table, x, rows, asked, sampling)])
+    return FixedStates(table, x, rows, asked, sampling, said)
 
 
 @torch.no_grad()
 def _say(
     policy: Policy, table: SamplerTable, x: Tensor, rows: Tensor, prompts: Sequence[Prompt], sampling: SamplingConfig
-) -> Tensor:
-    """(x0, noise) of each state, (S, D), in double precision on the CPU."""
-    said = []
+) -> Iterator[tuple[slice, Tensor]]:
+    """(x0, noise) of some states after the others, (B, D), on the CPU."""
     for part in chunks(len(rows), sampling.batch_size):
         x0, noise = predict(policy, table, x[part], rows[part], prompts[part], sampling.guidance)
-        said.append(torch.cat([x0.flatten(1), noise.flatten(1)], 1).cpu().double())
-    return torch.cat(said)
+        yield part, torch.cat([x0.flatten(1), noise.flatten(1)], 1).cpu()
