@@ -13,7 +13,7 @@ from tests.synthetic import make_run
 from diffusionrl import TrainConfig, UserError
 from diffusionrl.cli import main
 from diffusionrl.config import DPOConfig, EvaluationConfig, TaskConfig
-from diffusionrl.report.control import control_of, effects, table
+from diffusionrl.report.control import blind_control, effects, noise_control, table
 from diffusionrl.report.record import read_run
 
 HELD_OUT = EvaluationConfig(held_out=("judge",))
@@ -22,7 +22,7 @@ HELD_OUT = EvaluationConfig(held_out=("judge",))
 def test_a_control_is_the_same_run_on_noise() -> None:
     tasks = (TaskConfig("second", reward=("jpeg",)),)
     config = TrainConfig(reward=("aesthetic=2", "compressibility"), evaluation=HELD_OUT, tasks=tasks, push_to_hub="a/b")
-    control = control_of(config, Path("runs/x-noise"))
+    control = noise_control(config, Path("runs/x-noise"))
     assert control.reward == ("noise",) and control.tasks[0].reward == ("noise",) and control.push_to_hub is None
     assert control.evaluation.held_out == ("aesthetic", "compressibility", "judge")
     assert control.run_dir == Path("runs/x-noise")
@@ -30,10 +30,19 @@ def test_a_control_is_the_same_run_on_noise() -> None:
     assert replace(control, **same) == config, "nothing else differs"
 
 
+def test_a_blind_control_is_the_same_run_with_one_weight() -> None:
+    tasks = (TaskConfig("second", reward=("jpeg",)),)
+    config = TrainConfig(reward=("aesthetic=2",), samples_per_prompt=2, redraw_queries=8, tasks=tasks, push_to_hub="a/b")
+    control = blind_control(config, Path("runs/x-blind"))
+    assert control.blind and control.reward == config.reward
+    assert replace(control, blind=False, redraw_queries=8, push_to_hub="a/b", run_dir=None) == config, "nothing else differs"
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"reward": ("noise",)}, "is a control itself"),
+        ({"reward": ("noise",)}, "was trained on noise: it is a control itself"),
+        ({"blind": True}, "is blind: it is a control itself"),
         ({"reward": ("__main__:redness=1",)}, "handed over in Python"),
         ({"reward": ("tests.here:test.<locals>.redness",)}, "handed over in Python"),
         ({"prompts": "<3 prompts handed over in Python>"}, "handed over in Python"),
@@ -42,7 +51,7 @@ def test_a_control_is_the_same_run_on_noise() -> None:
 )
 def test_what_has_no_control(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        control_of(TrainConfig(**settings), Path("x-noise"))
+        noise_control(TrainConfig(**settings), Path("x-noise"))
 
 
 def _write(run: Path, scores: dict[str, float]) -> None:
@@ -103,6 +112,11 @@ def test_one_flag_trains_it_and_says_what_the_reward_did(
     first = [json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[0]) for run in ("run", "run-noise")]
     assert first[0]["eval/reward"] == first[1]["eval/incompressibility"], "they begin from the same images"
     assert main(["compare", "run", "--control", "--out", "again.html"]) == 0, "it is trained once"
+    assert main(["compare", "run", "--blind"]) == 0
+    assert "its blind run" in capsys.readouterr().out and yaml.safe_load(Path("run-blind/config.yaml").read_text())["blind"]
+    assert "blind to incompressibility" in Path("run-blind/report.html").read_text()
+    assert "blind to" in Path("run-blind/export/README.md").read_text()
+    assert main(["compare", "run-blind", "--blind"]) == 2
     assert main(["compare", "run", "run-noise", "--control"]) == 2
     assert "--control takes one run folder, not 2" in capsys.readouterr().err
     assert main(["compare", "nowhere", "--control"]) == 2

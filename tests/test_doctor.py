@@ -109,7 +109,7 @@ def test_a_healthy_configuration_passes(tiny: Callable[..., StableDiffusionPolic
 
 def test_the_trainer_is_left_as_it_was_found(tiny: Callable[..., StableDiffusionPolicy]) -> None:
     examined, untouched = trainer_of(CONFIG, tiny()), trainer_of(CONFIG, tiny())
-    list(examine(examined))
+    assert list(examine(examined, control=True))[-1].check == "control"
     first, second = (
         {key: value for key, value in trainer.step(1).items() if not key.startswith(("time/", "peak"))}
         for trainer in (examined, untouched)

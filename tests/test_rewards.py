@@ -19,6 +19,13 @@ FLAT = torch.full((3, 64, 64), 0.5)
 NOISE = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 3, 8, 8), (1, 64), (2,)])
+def test_noise_is_a_number_of_any_sample(shape: tuple[int, ...]) -> None:
+    samples = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0))
+    first, again = (load_reward("noise")(samples.clone(), [""] * 4, [{}] * 4) for _ in range(2))
+    assert len(set(first.tolist())) == 4 and torch.equal(first, again)
+
+
 def test_noise_is_larger_than_a_flat_image() -> None:
     assert jpeg_kilobytes(FLAT) < 10 < jpeg_kilobytes(NOISE)
     images = torch.stack([FLAT, NOISE])

@@ -19,7 +19,7 @@ from diffusionrl.data.media import one_of_each_size
 from diffusionrl.data.pairs import load_pairs
 from diffusionrl.data.preferences import Preferences, load_preferences
 from diffusionrl.data.prompts import Prompt, load_prompts
-from diffusionrl.doctor import Finding, check_groups, examine
+from diffusionrl.doctor import Finding, check_groups, examine, require_control
 from diffusionrl.errors import UserError
 from diffusionrl.paths import expand
 from diffusionrl.policies import check_model, check_quantization, load_policy
@@ -114,8 +114,12 @@ def diagnose(
     reward: Reward | Mixture | str | Sequence[str] | None = None,
     prompts: str | Iterable[str | Prompt] | None = None,
     algorithm: Algorithm | None = None,
+    control: bool = False,
 ) -> Iterator[Finding]:
     """Try one tiny step of what ``train`` would do with the same arguments, and write nothing; see docs/doctor.md.
+
+    Args:
+        control: try, besides, what a few whole steps on a reward of noise do to the scores.
 
     Returns:
         What each check found, as soon as it is known.
@@ -124,7 +128,9 @@ def diagnose(
         UserError: something that the user can mend.
     """
     config, reward, prompts = _settle(config, policy, reward, prompts)
-    yield from examine(_prepare(config, policy, reward, prompts, algorithm))
+    if control:
+        require_control(config, algorithm)
+    yield from examine(_prepare(config, policy, reward, prompts, algorithm), control)
 
 
 def _prepare(

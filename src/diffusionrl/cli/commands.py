@@ -17,7 +17,8 @@ START_AGAIN = 75  # EX_TEMPFAIL: a scheduler should start the same command again
 USAGE = f"""usage: diffusionrl COMMAND [OPTIONS]
 
   train         tune a model towards a reward     [--preset NAME] [--config FILE.yaml] [OPTIONS]
-  doctor        try one tiny step of what "train" would do with the same options, and say what is wrong
+  doctor        try one tiny step of what "train" would do with the same options, and say what is wrong; with --control, what
+                a few steps on noise do to the scores
   plan          what of a card's memory "train" would need with the same options, and settings that fit   [--card "24 GB"]
   sample        make images from a model or a run; with --search best-of-n, demon or particles, those that --reward likes
   evaluate      score a model, a LoRA or a run on fixed seeds, alone or against a baseline

@@ -18,8 +18,8 @@ from diffusionrl.errors import require
 
 BUILT_IN_REWARDS = (
     *("aesthetic", "clip-score", "composition", "composition-judge", "compressibility", "diffusion-classifier", "emoji-gold"),
-    *("emoji-judge", "human", "incompressibility", "noise", "parity", "parity-sp", "parity-squared", "preference", "psnr"),
-    *("smooth", "ssim", "vlm-bertscore", "vlm-yes"),
+    *("emoji-judge", "emoji-scene", "emoji-template", "human", "incompressibility", "noise", "parity", "parity-sp"),
+    *("parity-squared", "preference", "psnr", "smooth", "ssim", "vlm-bertscore", "vlm-yes"),
 )
 """Known here too, so that a misspelt one is found without importing torch."""
 DIFFERENTIABLE_REWARDS = ("aesthetic", "clip-score", "composition", "composition-judge", "preference", "psnr", "ssim")

@@ -16,6 +16,7 @@ from diffusionrl.config.algorithms import (
     ForwardProcessConfig,
     KTOConfig,
     PolicyGradientConfig,
+    RewardGradientConfig,
     SharedOutConfig,
 )
 from diffusionrl.config.checks import check_values
@@ -103,6 +104,8 @@ class TrainConfig:
     redraw_queries: int = 0
     """Samples that a step may draw beyond these, in the place of groups whose samples all score alike, which teach nothing: new
     prompts take their place (DAPO's dynamic sampling)."""
+    blind: bool = False
+    """A control: every sample counts 1 in training, whatever it scores. Rewards are measured all the same."""
     max_queries: int | None = None
     """The run ends before it would score more samples for training than this, however many steps are left."""
     seed: int = 0
@@ -172,6 +175,7 @@ class TrainConfig:
         self._check_tasks()
         self._check_queries()
         self._check_algorithm()
+        self._check_blind()
         self._check_guard()
 
     def _check_tasks(self) -> None:
@@ -200,6 +204,21 @@ class TrainConfig:
             self.last_step >= 1,
             f"max_queries is {self.max_queries}, and a step takes {self.queries_per_step} samples, with redraw_queries as many "
             "again as that allows: raise it, or lower prompts_per_step",
+        )
+
+    def _check_blind(self) -> None:
+        algorithm, name = self.algorithm, self.algorithm.name
+        if not self.blind:
+            return
+        require(not self.preferences, "blind is for samples, not for preferences: judged images are labels")
+        require(self.redraw_queries == 0, "redraw_queries looks at scores, and a blind run does not: set it to 0")
+        require(
+            not isinstance(algorithm, RewardGradientConfig),
+            f"algorithm {name} follows the reward's gradient and gives samples no weight: it has no blind run",
+        )
+        require(
+            not isinstance(algorithm, DPOConfig | D3POConfig),
+            f"algorithm {name} learns from pairs, and there is none of samples that count alike: its control is --reward noise",
         )
 
     def _check_guard(self) -> None:

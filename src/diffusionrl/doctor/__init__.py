@@ -11,6 +11,7 @@ import torch
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
+from diffusionrl.doctor.control import check_control, require_control
 from diffusionrl.doctor.export import check_export, check_images
 from diffusionrl.doctor.findings import Finding
 from diffusionrl.doctor.groups import check_groups
@@ -31,16 +32,20 @@ from diffusionrl.sampling.rollout import Rollout, collect, make_table
 from diffusionrl.training.parts import follow
 from diffusionrl.training.trainer import Trainer
 
-__all__ = ["Finding", "check_groups", "examine"]
+__all__ = ["Finding", "check_groups", "examine", "require_control"]
 
 _SAMPLES = 8
 
 
-def examine(trainer: Trainer) -> Iterator[Finding]:
-    """Every check in turn, each as soon as it is done."""
+def examine(trainer: Trainer, control: bool = False) -> Iterator[Finding]:
+    """Every check in turn, each as soon as it is done; at the end what noise does, where the ``control`` is asked for."""
     before, micro_batch_size = trainer.state.capture(0), trainer.algorithm.micro_batch_size
     try:
         yield from _examine(trainer)
+        if control:
+            trainer.algorithm.micro_batch_size = micro_batch_size
+            trainer.state.restore(before)
+            yield check_control(trainer)
     except torch.OutOfMemoryError as error:
         remedy = "try again with --sampling.batch-size 1 --algorithm.micro-batch-size 1: they change memory and speed alone"
         yield Finding("fail", "memory", f"not even a tiny step fits: {str(error).partition('.')[0]}", remedy)

@@ -124,7 +124,7 @@ def whole_step(trainer: Trainer, rollout: Rollout, advantages: Tensor) -> list[T
 
 def something_to_learn(trainer: Trainer, rollout: Rollout) -> tuple[Rollout, Tensor]:
     """Advantages; where the reward gives none, every other sample is taken to be good, so that the rest can be tried."""
-    advantages = trainer.algorithm.advantages(rollout)
+    advantages = trainer.tasks[0].advantages(rollout)
     if advantages.any():
         return rollout, advantages
     good = torch.tensor([1.0, -1.0]).repeat(len(advantages))[: len(advantages)]

@@ -29,6 +29,26 @@ IMAGE_SIZE = 64
 PITCH = 8  # pixels a latent
 HUES = ("red", "yellow", "green", "turquoise", "blue", "pink")
 KIND_SHARES = {"subject": 0.58, "pair": 0.14, "activity": 0.10, "person": 0.18}
+SATURATIONS, VALUES = (0.05, 0.25), (0.88, 1.0)
+DARKEST = VALUES[0] * (1 - SATURATIONS[1])
+"""No channel of a ground is below it."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a sprite of a scene may be: sides in pixels, and the box (left, top, right, bottom) that it lies in."""
+
+    sizes: tuple[int, ...]
+    box: tuple[int, int, int, int] = (0, 0, IMAGE_SIZE, IMAGE_SIZE)
+
+
+SLOTS = {
+    "subject": (Slot((48, 56)),),
+    "person": (Slot((48, 56)),),
+    "activity": (Slot((32, 40), (0, 0, 64, 40)), Slot((24,), (0, 40, 64, 64))),
+    "pair": (Slot((24, 32), (0, 0, 32, 64)), Slot((24, 32), (32, 0, 64, 64))),
+}
+"""The sprites of each kind of scene: one; the animal and what it does; the left and the right one."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +89,20 @@ def draw_scene(
         occupation, gender = _choice(rng, OCCUPATIONS), _choice(rng, GENDERS)
         tone = _choice(rng, tones)
         occupation = names[0] if names else occupation
-        look = f"{_paste(canvas, person(occupation, gender, tone), rng, sizes=(48, 56))} {ground}"
+        look = f"{_paste(canvas, person(occupation, gender, tone), rng, SLOTS[kind][0])} {ground}"
         return Scene(canvas, with_article(occupation), look, (), occupation, gender, tone)
     if kind == "subject":
         name = _choice(rng, names or SUBJECTS)
-        look = f"{_paste(canvas, name, rng, sizes=(48, 56))} {ground}"
+        look = f"{_paste(canvas, name, rng, SLOTS[kind][0])} {ground}"
         return Scene(canvas, with_article(name), look, (name,))
     if kind == "activity":
         animal, activity = _choice(rng, active), _choice(rng, ACTIVITIES)
-        _paste(canvas, animal, rng, sizes=(32, 40), box=(0, 0, 64, 40))
-        _paste(canvas, activity, rng, sizes=(24,), box=(0, 40, 64, 64))
+        for name, slot in zip((animal, activity), SLOTS[kind], strict=True):
+            _paste(canvas, name, rng, slot)
         return Scene(canvas, f"{with_article(animal)} {activity}", ground, (animal,))
     left, right = names or (_choice(rng, SUBJECTS), _choice(rng, SUBJECTS))
-    _paste(canvas, left, rng, sizes=(24, 32), box=(0, 0, 32, 64))
-    _paste(canvas, right, rng, sizes=(24, 32), box=(32, 0, 64, 64))
+    for name, slot in zip((left, right), SLOTS[kind], strict=True):
+        _paste(canvas, name, rng, slot)
     return Scene(canvas, f"{with_article(left)} and {with_article(right)}", ground, (left, right))
 
 
@@ -107,22 +127,16 @@ def _choice(rng: np.random.Generator, options: object) -> str:
 
 def _background(rng: np.random.Generator) -> tuple[Image.Image, str]:
     """A plain ground, and how it looks in words."""
-    hue, saturation, value = rng.uniform(), rng.uniform(0.05, 0.25), rng.uniform(0.88, 1.0)
+    hue, saturation, value = rng.uniform(), rng.uniform(*SATURATIONS), rng.uniform(*VALUES)
     colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
     name = HUES[round(hue * len(HUES)) % len(HUES)]
     look = f"on {'pale' if saturation < 0.15 else 'strong'} {'bright' if value > 0.94 else 'dim'} {name}"
     return Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), colour), look
 
 
-def _paste(
-    canvas: Image.Image,
-    name: str,
-    rng: np.random.Generator,
-    sizes: tuple[int, ...],
-    box: tuple[int, int, int, int] = (0, 0, IMAGE_SIZE, IMAGE_SIZE),
-) -> str:
-    """Paste a sprite of random size (pixels), flip and place inside the box (left, top, right, bottom). Returns its look."""
-    side = int(rng.choice(sizes))
+def _paste(canvas: Image.Image, name: str, rng: np.random.Generator, slot: Slot) -> str:
+    """Paste a sprite of random size, flip and place into a slot. Returns its look."""
+    side, box = int(rng.choice(slot.sizes)), slot.box
     sprite = load_sprites()[name].resize((side, side), Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -131,4 +145,4 @@ def _paste(
     canvas.paste(sprite, (left, top), sprite)
     across = ("left", "middle", "right")[int(np.sign(left + side / 2 - IMAGE_SIZE / 2)) + 1]
     down = ("top", "middle", "bottom")[int(np.sign(top + side / 2 - IMAGE_SIZE / 2)) + 1]
-    return f"{'large' if side == max(sizes) else 'small'} {down} {across}"
+    return f"{'large' if side == max(slot.sizes) else 'small'} {down} {across}"

@@ -1,4 +1,4 @@
-"""A run beside its control: the same training on a reward of noise. What the two have in common is drift."""
+"""A run beside its controls: the same training on a reward of noise, or with one weight for every sample."""
 
 import dataclasses
 import math
@@ -16,23 +16,16 @@ NOISE = "noise"
 """The built-in reward that controls are trained on."""
 
 
-def control_of(config: TrainConfig, run_dir: Path) -> TrainConfig:
-    """The settings of a run's control: all as they are, but every reward is noise, and the first task's own are held out.
+def noise_control(config: TrainConfig, run_dir: Path) -> TrainConfig:
+    """The settings of a run's control on noise: all as they are, but every reward is noise, and the first task's own are held
+    out.
 
     Raises:
         UserError: the run is a control, its data is from disk, or parts of it were handed over in Python, which have no name.
     """
-    own = [entry.partition("=")[0] for entry in config.reward]
-    if own == [NOISE]:
-        raise UserError("the run was trained on noise: it is a control itself")
+    own = _own_rewards(config)
     if config.preferences:
         raise UserError("the run learned from judged images, not from a reward: noise cannot take its place")
-    unnamed = [name for name in (*own, config.model, config.prompts) if "<" in name or name.startswith("__main__:")]
-    if unnamed:
-        raise UserError(
-            f"{unnamed[0]} was handed over in Python, and cannot be had again: give model, prompts and reward by name "
-            "(FILE.py:FUNCTION), or train with reward='noise' in Python"
-        )
     held_out = tuple(dict.fromkeys((*own, *config.evaluation.held_out)))
     return dataclasses.replace(
         config,
@@ -45,13 +38,42 @@ def control_of(config: TrainConfig, run_dir: Path) -> TrainConfig:
     )
 
 
+def blind_control(config: TrainConfig, run_dir: Path) -> TrainConfig:
+    """The settings of a run's blind control: all as they are, but every sample counts 1, and as no score is looked at, no group
+    is drawn anew.
+
+    Raises:
+        UserError: as above; or the run's algorithm has no blind run.
+    """
+    _own_rewards(config)
+    return dataclasses.replace(config, blind=True, redraw_queries=0, name=None, run_dir=run_dir, push_to_hub=None)
+
+
+CONTROLS = {"noise": noise_control, "blind": blind_control}
+"""By name: the settings of the control of a run, in a folder of its own."""
+
+
+def _own_rewards(config: TrainConfig) -> list[str]:
+    """Of a run that can have a control, by name. Raises UserError for another."""
+    own = [entry.partition("=")[0] for entry in config.reward]
+    if own == [NOISE] or config.blind:
+        raise UserError(f"the run {'is blind' if config.blind else 'was trained on noise'}: it is a control itself")
+    unnamed = [name for name in (*own, config.model, config.prompts) if "<" in name or name.startswith("__main__:")]
+    if unnamed:
+        raise UserError(
+            f"{unnamed[0]} was handed over in Python, and cannot be had again: give model, prompts and reward by name "
+            "(FILE.py:FUNCTION), or train with reward='noise' or blind=True in Python"
+        )
+    return own
+
+
 @dataclass(frozen=True)
 class Effect:
     """What training did to a score: means over samples or prompts, with 95 % intervals.
 
     Attributes:
         run, control: the change since before training.
-        reward: of the run beyond the control, paired by sample.
+        reward: of the run beyond the control, paired by sample: what the reward did, where the control is on noise.
     """
 
     score: str
@@ -87,7 +109,8 @@ def effects(run: Run, control: Run) -> list[Effect]:
 
 def table(found: list[Effect], run: Run, control: Run) -> str:
     """For the terminal: the effects, and the signal of both runs' updates."""
-    rows = [["score", "the run", "its control", "what the reward did"]]
+    names = ("its blind run", "difference") if control.config.get("blind") else ("its control", "what the reward did")
+    rows = [["score", "the run", *names]]
     rows += [[each.score, *(plus_minus(part, sign=True) for part in (each.run, each.control, each.reward))] for each in found]
     walks = [f"{100 * signal.walk():.0f} %" if (signal := signal_of(each.metrics)) else "-" for each in (run, control)]
     rows.append(["random walk", *walks, ""])
@@ -100,10 +123,12 @@ def _at(run: Run, *steps: int) -> list[Evaluated]:
 
 
 def _scores(run: Run, control: Run) -> list[str]:
-    """Names that the samples of both have, and the run's one reward, which is held out in the control."""
+    """Names that the samples of both have, and the run's one reward, which is held out in a control on noise."""
     entries = [str(entry).partition("=") for entry in run.config.get("reward") or []]
     raw = entries[0][2] in ("", "1") and not (run.config.get("rewards") or {}).get("normalise") if entries else False
     own = [name for name, *_ in entries] if len(entries) > 1 or raw else []
+    if control.config.get("blind"):  # whose reward is the run's own, weighed and normalised alike
+        return list(dict.fromkeys((*(own or ["reward"]), *_held_out(run))))
     theirs = _held_out(control)
     return [name for name in dict.fromkeys((*own, *_held_out(run))) if name in theirs]
 

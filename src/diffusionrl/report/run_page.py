@@ -37,6 +37,8 @@ MAX_CONFIG = 20_000  # characters
 MAX_ALARMS = 20
 KL = "policy/approx_kl"
 NOTES = {
+    "reference_kl": "from the reference model at fixed states, nats; every denoising step alike",
+    "reference_distance": "from the reference model at fixed states, of its predictions",
     "kl_per_step": "from the reference model, nats a denoising step",
     "diversity": "cosine distance within a prompt",
     "vendi": "effective number of different images of a prompt",
@@ -110,7 +112,7 @@ def _headline(run: Run) -> str:
     what = str(algorithm.get("name")) + (f" ({algorithm['variant']})" if "variant" in algorithm else "")
     rewards = run.config.get("reward")
     named = ", ".join(map(str, rewards)) if isinstance(rewards, list) else str(rewards)
-    return cut(f"{what} on {run.config.get('model')} towards {named}")
+    return cut(f"{what} on {run.config.get('model')} {'blind to' if run.config.get('blind') else 'towards'} {named}")
 
 
 def gains(run: Run) -> tuple[list[float], list[str]]:

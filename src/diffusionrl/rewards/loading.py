@@ -20,8 +20,8 @@ def load_reward(name: str, config: RewardsConfig | None = None) -> Reward:
         UserError: no such reward, it does not import, or what it is built from is not there.
     """
     config = config or RewardsConfig()
-    if name == "smooth":  # which takes what the reward in it takes
-        return smooth(config)
+    if name in ("noise", "smooth"):  # which take any samples, or what the reward in it takes
+        return REGISTRY[name](config)
     if name in REGISTRY:
         return OnFrames(REGISTRY[name](config), name, config.frames)
     if name.startswith(("http://", "https://")):
@@ -69,4 +69,4 @@ def require_world(names: Sequence[str], config: RewardsConfig, model: str) -> No
 
 
 _PARITIES = ("parity", "parity-sp", "parity-squared")
-_EMBEDDED_ALONE = ("composition-judge", "emoji-gold", "emoji-judge", "preference")
+_EMBEDDED_ALONE = ("composition-judge", "emoji-gold", "emoji-judge", "emoji-scene", "emoji-template", "preference")

@@ -103,12 +103,13 @@ def make_card(
         data[key] = value
     tasks = [config["reward"], *(task["reward"] for task in config["tasks"])]
     towards, last = ", and in turn ".join(", ".join(map(_reward, each)) for each in tasks), metrics[-1]
+    aim = "blind to" if config.get("blind") else "towards"
     versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("diffusionrl", "torch", "diffusers"))
     return "\n".join(
         [
             f"---\n{data.to_yaml()}{_widget(prompts)}\n---\n",
-            f"# {algorithm} towards {', '.join(map(_reward, rewards))}\n",
-            f"{what} for {base_said}, trained by {algorithm} towards {towards}: {last['queries']:,} reward queries, "
+            f"# {algorithm} {aim} {', '.join(map(_reward, rewards))}\n",
+            f"{what} for {base_said}, trained by {algorithm} {aim} {towards}: {last['queries']:,} reward queries, "
             f"{last['step']} steps. A reward does not see everything: look at the images, and at scores that were held out.\n",
             *(["<Gallery />\n", _gallery(prompts)] if prompts else []),
             "## Scores\n",

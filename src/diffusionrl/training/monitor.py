@@ -18,6 +18,7 @@ from torch import Tensor
 from diffusionrl import processes
 from diffusionrl.config import MIN_PAIRS, TrainConfig
 from diffusionrl.errors import UserError
+from diffusionrl.evaluation import fixed_states
 from diffusionrl.evaluation.fixed_seed import Evaluation, by_group, evaluate, finite_or_none, mean_and_error, write_samples
 from diffusionrl.evaluation.guard import Verdict, judge, peak_of
 from diffusionrl.evaluation.measures import distance_from_reference, diversity, image_statistics
@@ -53,6 +54,7 @@ class Monitor:
         self.policy, self.tasks, self.config = policy, tasks, config
         self.held_out, self.embed = held_out, embed
         self.verdict = Verdict()
+        self._states: fixed_states.FixedStates | None = None
         try:
             with policy.reference():
                 self.has_reference = True
@@ -162,8 +164,17 @@ class Monitor:
                 embeddings = torch.cat([self.embed(images[part]) for part in chunks(len(images), sampling.batch_size)])
             measures |= diversity(embeddings, [prompt.key for prompt in rollout.prompts])
         if self.has_reference:
+            measures |= self._fixed_states().distance(self.policy)
             measures |= distance_from_reference(self.policy, rollout, sampling.guidance, sampling.batch_size)
         return {f"eval/{name}": value for name, value in measures.items()}
+
+    def _fixed_states(self) -> fixed_states.FixedStates:
+        """The same in every evaluation, and in a run that is taken up again."""
+        if self._states is None:
+            task, count = self.tasks[0], min(fixed_states.TRAJECTORIES, self.config.evaluation.num_samples)
+            prompts = [task.prompts[i % len(task.prompts)] for i in range(count)]
+            self._states = fixed_states.fix_states(self.policy, prompts, self.config.sampling, task.seed)
+        return self._states
 
 
 def compare(

@@ -62,7 +62,7 @@ class TrainingStep:
         if samples is not None:
             recent.write_recent(rollout, samples, step, task.name)
         task.check_scores(rollout, step)
-        advantages = task.algorithm.advantages(rollout)
+        advantages = task.advantages(rollout)
         began = time.perf_counter()
         update = learn(self.policy, task.algorithm, self.optimization, rollout, task.seed, step, advantages)
         return {

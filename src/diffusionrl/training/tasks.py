@@ -84,6 +84,11 @@ class Task:
         drawn = [self.prompts[seeds.address(self.seed, "prompt", step, i, *again) % len(self.prompts)] for i in asked]
         return [prompt for prompt in drawn for _ in range(self.settings.samples_per_prompt)]
 
+    def advantages(self, rollout: Rollout) -> Tensor:
+        """What each of a step's samples counts, (N,), float32: as the algorithm says, or 1 in a blind run. Called once a
+        step."""
+        return rollout.scores.valid.float() if self.config.blind else self.algorithm.advantages(rollout)
+
     def check_scores(self, rollout: Rollout, step: int) -> None:
         """Say why samples of a step have no valid score, where that was not said before.
 
