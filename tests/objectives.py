@@ -16,6 +16,7 @@ from diffusionrl.algorithms import (
     KTO,
     NFT,
     ORW,
+    PSO,
     RAM,
     VGRPO,
     AlignProp,
@@ -27,6 +28,7 @@ from diffusionrl.algorithms import (
     GRPOFast,
     GRPOGuard,
     MixGRPO,
+    OfflinePSO,
     ReFL,
     TempFlow,
 )
@@ -52,7 +54,9 @@ from diffusionrl.config import (
     KTOConfig,
     MixGRPOConfig,
     NFTConfig,
+    OfflinePSOConfig,
     ORWConfig,
+    PSOConfig,
     RAMConfig,
     ReFLConfig,
     TempFlowConfig,
@@ -75,6 +79,7 @@ FORWARD: dict[str, Callable[..., ForwardProcess]] = {
     "orw": lambda **more: ORW(ORWConfig(**FEW | {"inverse_temperature": 5.0} | more), 1.0),
     "dpo": lambda **more: DPO(DPOConfig(**FEW | LOW_BETA | more), 1.0),
     "kto": lambda **more: KTO(KTOConfig(**FEW | LOW_BETA | more), 1.0),
+    "pso-offline": lambda **more: OfflinePSO(OfflinePSOConfig(**FEW | more), 1.0),
 }
 REWARD_GRADIENT: dict[str, Callable[..., RewardGradient]] = {
     "draft": lambda **more: DRaFT(DRaFTConfig(**{"last_steps": 2, "micro_batch_size": 3} | more), 1.0),
@@ -94,6 +99,11 @@ def lightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[st
 def d3po(**more: Any) -> D3PO:
     """Which looks at trajectories."""
     return D3PO(D3POConfig(**{"micro_batch_size": 3} | more), 2.0)
+
+
+def pso(**more: Any) -> PSO:
+    """Which looks at trajectories too."""
+    return PSO(PSOConfig(**{"micro_batch_size": 3} | more), 2.0)
 
 
 WINDOW = WindowConfig(2, "random")

@@ -15,7 +15,7 @@ import numpy as np
 import own_points
 import pytest
 import torch
-from objectives import FORWARD, REVERSE, REWARD_GRADIENT, d3po
+from objectives import FORWARD, REVERSE, REWARD_GRADIENT, d3po, pso
 from peft import PeftModel
 from safetensors.torch import load_model
 from torch import Tensor
@@ -173,7 +173,7 @@ def test_a_step_is_the_same_after_a_checkpoint_and_the_export_draws_the_same(set
     torch.testing.assert_close(rollout_of(again).latents, drawn, rtol=0, atol=1e-5)
 
 
-OBJECTIVES: dict[str, Callable[..., Any]] = {**FORWARD, **REWARD_GRADIENT, **REVERSE, "d3po": d3po}
+OBJECTIVES: dict[str, Callable[..., Any]] = {**FORWARD, **REWARD_GRADIENT, **REVERSE, "d3po": d3po, "pso": pso}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

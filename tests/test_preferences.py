@@ -391,7 +391,7 @@ def command(model: Path, source: Path, name: str, run_dir: Path, *more: str) -> 
     return [*OPTIONS.split(), "--algorithm.name", name, *model_and_data, *more]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("dpo", "folder"), ("dpo", "parquet"), ("kto", "labelled")])
+@pytest.mark.parametrize(("name", "kind"), [("dpo", "folder"), ("pso-offline", "parquet"), ("kto", "labelled")])
 def test_a_run_on_judged_images_that_is_killed_ends_as_if_it_had_not_been(
     tiny_folder: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
@@ -455,7 +455,7 @@ def test_a_checkpoint_is_of_its_judgements(make_policy: Any, tmp_path: Path) -> 
         ("dpo", {"chosen": "0.png", "rejected": "broken.png", "prompt": "a cat"}, "1 images do not decode"),
         ("kto", {"file_name": "0.png", "label": 2, "prompt": "a cat"}, "the label must be 1 or 0, not 2"),
         ("kto", {"file_name": "0.png", "label": 1, "prompt": "a cat"}, "all labels are alike"),
-        ("ddpo", {"chosen": "0.png", "rejected": "1.png", "prompt": "a cat"}, "by --algorithm.name dpo and kto, not by ddpo"),
+        ("ddpo", {"chosen": "0.png", "rejected": "1.png", "prompt": "a cat"}, "kto and pso-offline, not by ddpo"),
     ],
 )
 def test_bad_judgements_are_named_at_once(

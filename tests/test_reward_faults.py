@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from objectives import FORWARD, REVERSE, REWARD_GRADIENT, d3po, lightness
+from objectives import FORWARD, REVERSE, REWARD_GRADIENT, d3po, lightness, pso
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -351,6 +351,7 @@ ALGORITHMS: dict[str, Callable[[], Any]] = {
     **FORWARD,
     **REWARD_GRADIENT,
     "d3po": d3po,
+    "pso": pso,
     **REVERSE,
     "rwr-sparse": lambda: RWR(RWRConfig(variant="sparse", updates_per_step=3, batch_size=4), 2.0),
 }

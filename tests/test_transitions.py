@@ -10,6 +10,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 from hypothesis import given
@@ -20,6 +21,7 @@ from diffusionrl.policies.schedules import Schedule
 from diffusionrl.transitions import (
     SAMPLERS,
     Grid,
+    Prediction,
     cps,
     ddim,
     flow_grid,
@@ -129,6 +131,25 @@ def test_ode_adds_no_noise_and_renoise_keeps_none(grid: Grid) -> None:
     assert torch.equal(renoise(grid).fresh, grid.sigma_next)
     for sampler in (ddim, cps, precise):
         torch.testing.assert_close(sampler(grid, 0.0).kept, ode(grid).kept)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_renoise_is_diffusers_lcm(prediction: Prediction) -> None:
+    """Whose boundary conditions are 1 and 0 to 1e-5 at these times; its last step ends at no noise."""
+    scheduler = LCMScheduler.from_config(stable_diffusion_scheduler(prediction_type=prediction).config)
+    scheduler.set_timesteps(4)
+    signal = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], torch.ones(1)])
+    now, then = signal[:-1], signal[1:]
+    grid = Grid(scheduler.timesteps.float(), now.sqrt(), (1 - now).sqrt(), then.sqrt(), (1 - then).sqrt())
+    table, draw = renoise(grid), torch.Generator().manual_seed(0)
+    for i, timestep in enumerate(scheduler.timesteps):
+        x, output = torch.randn(2, 2, 3, 4, 4, generator=draw)
+        estimates = to_x0_and_noise(prediction, output, x, grid.alpha[i], grid.sigma[i])
+        rows, noise = torch.tensor([i, i]), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(i))
+        found = table.mean(rows, *estimates) + table.std(rows, x) * noise
+        expected = scheduler.step(output, timestep, x, torch.Generator().manual_seed(i)).prev_sample
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert (table.fresh[i] > 0) == (i < 3)
 
 
 @given(num_steps=st.integers(2, 40), eta=st.floats(0.05, 0.9))

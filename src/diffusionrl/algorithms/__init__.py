@@ -26,6 +26,7 @@ from diffusionrl.algorithms.kto import KTO
 from diffusionrl.algorithms.mixgrpo import MixGRPO
 from diffusionrl.algorithms.nft import NFT
 from diffusionrl.algorithms.orw import ORW
+from diffusionrl.algorithms.pso import PSO, OfflinePSO
 from diffusionrl.algorithms.ram import RAM
 from diffusionrl.algorithms.refl import ReFL
 from diffusionrl.algorithms.rwr import RWR
@@ -45,6 +46,7 @@ __all__ = [
     "KTO",
     "NFT",
     "ORW",
+    "PSO",
     "RAM",
     "RWR",
     "VGRPO",
@@ -59,6 +61,7 @@ __all__ = [
     "GRPOFast",
     "GRPOGuard",
     "MixGRPO",
+    "OfflinePSO",
     "ReFL",
     "TempFlow",
     "make_algorithm",
@@ -92,6 +95,8 @@ _BY_NAME: dict[str, Callable[[Any, float], Algorithm]] = {
     "dpo": DPO,
     "kto": KTO,
     "d3po": D3PO,
+    "pso": PSO,
+    "pso-offline": OfflinePSO,
 }
 
 

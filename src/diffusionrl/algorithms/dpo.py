@@ -60,7 +60,11 @@ class DPO(ForwardProcess):
         reference = self.ask(policy, at, policy.reference(), self.guidance)
         own = at.ask(policy, self.guidance)
         error, distance = at.error(own), at.distance(own, reference)
-        losses, figures = compare(at.error(reference) - error, self.config.beta / 2)
+        losses, figures = self.compared(error, at.error(reference))
         means = {"policy/denoising_loss": error, "policy/distance_from_reference": distance}
         figures |= {name: each.detach().view(2, -1).mean(0) for name, each in means.items()}
         return losses + self.config.reference_weight * distance.view(2, -1).mean(0), figures
+
+    def compared(self, error: Tensor, reference: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See ``compare``. The errors, the policy's with gradient, are of the winners and then of the losers, (2R,)."""
+        return compare(reference - error, self.config.beta / 2)

@@ -106,6 +106,7 @@ def noised(
     parts: Sequence[int] | None = None,
     count: int = 1,
     within: tuple[float, float] = (0.0, 1.0),
+    among: NoiseLevels | None = None,
 ) -> Noised:
     """Endpoints at fresh noise levels.
 
@@ -113,10 +114,11 @@ def noised(
         clean: x0, (B, ...).
         prompts: B of them.
         draws: a seed for each sample's level and noise.
-        parts: which of ``count`` equal parts of the model's grid the level is drawn from, uniformly; None: the only one.
+        parts: which of ``count`` equal parts of the grid the level is drawn from, uniformly; None: the only one.
         within: the part of the grid that is cut into these; 0 is its noisy end.
+        among: the grid; None: the model's own fine one.
     """
-    grid, rows, noises = policy.noise_levels, [], []
+    grid, rows, noises = among or policy.noise_levels, [], []
     for draw, part in zip(draws, parts or [0] * len(draws), strict=True):
         generator = torch.Generator().manual_seed(draw)
         share = within[0] + (within[1] - within[0]) * (part + torch.rand((), generator=generator).item()) / count
@@ -201,7 +203,12 @@ class ForwardProcess(PlainAlgorithm):
         """The endpoints of some rows."""
         sample, settings = rows[:, 0], self.settings
         clean, prompts, parts = rollout.endpoints(sample), rollout.prompts_of(sample), rows[:, 1].tolist()
-        return noised(policy, clean, prompts, rows[:, 2].tolist(), parts, settings.noisings, settings.levels)
+        draws, among = rows[:, 2].tolist(), self.among(policy, rollout)
+        return noised(policy, clean, prompts, draws, parts, settings.noisings, settings.levels, among)
+
+    def among(self, policy: Policy, rollout: Rollout) -> NoiseLevels:
+        """The levels that endpoints are noised to."""
+        return policy.noise_levels
 
     def losses(self, policy: Policy, rollout: Rollout, rows: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         at, weights = self.noised(policy, rollout, rows), handed(weights, rollout.latents.device)

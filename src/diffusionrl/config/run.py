@@ -16,6 +16,7 @@ from diffusionrl.config.algorithms import (
     ForwardProcessConfig,
     KTOConfig,
     PolicyGradientConfig,
+    PSOConfig,
     RewardGradientConfig,
     SharedOutConfig,
 )
@@ -235,7 +236,7 @@ class TrainConfig:
         algorithm = self.algorithm
         require(
             not self.preferences or isinstance(algorithm, DPOConfig | KTOConfig),
-            f"preferences are learnt from by --algorithm.name dpo and kto, not by {algorithm.name}",
+            f"preferences are learnt from by --algorithm.name dpo, kto and pso-offline, not by {algorithm.name}",
         )
         for task in self.all_tasks:
             self._check_groups(task)
@@ -245,6 +246,10 @@ class TrainConfig:
                 "a policy gradient needs fresh noise: choose a sampling.sampler other than 'ode' and sampling.eta above 0",
             )
             algorithm.window.places(self.sampling.num_steps)
+        require(
+            not isinstance(algorithm, PSOConfig) or self.sampling.num_steps > 1,
+            "pso leaves the last denoising step out, which adds no noise: set sampling.num_steps above 1",
+        )
 
     def _check_groups(self, task: TaskConfig) -> None:
         algorithm, drawn = self.algorithm, not self.preferences or bool(task.name)

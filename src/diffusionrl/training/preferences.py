@@ -38,7 +38,7 @@ class JudgedImages:
         images = torch.stack([disk.cropped(image, policy.sample_shape) for _, pair in drawn for image in pair])
         values = torch.tensor([score for _, score in judged])
         return Rollout(
-            table=make_table(policy, self.config.sampling),  # not looked at, where only endpoints are trained on
+            table=make_table(policy, self.config.sampling),  # of which noise levels may be looked at
             prompts=[prompt for prompt, _ in judged],
             latents=policy.encode(images)[:, None],
             log_probs=torch.zeros(len(images), 0),

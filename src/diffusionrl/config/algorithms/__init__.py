@@ -29,7 +29,7 @@ from diffusionrl.config.algorithms.policy_gradient import (
     TempFlowConfig,
     WindowConfig,
 )
-from diffusionrl.config.algorithms.preference import D3POConfig, DPOConfig, KTOConfig
+from diffusionrl.config.algorithms.preference import D3POConfig, DPOConfig, KTOConfig, OfflinePSOConfig, PSOConfig
 from diffusionrl.config.algorithms.reward_gradient import (
     AlignPropConfig,
     DRaFTConfig,
@@ -67,6 +67,8 @@ __all__ = [
     "MixGRPOConfig",
     "NFTConfig",
     "ORWConfig",
+    "OfflinePSOConfig",
+    "PSOConfig",
     "PolicyGradientConfig",
     "RAMConfig",
     "RWRConfig",
@@ -92,7 +94,7 @@ ForwardProcess = (
     NFTConfig | AWMConfig | RAMConfig | FlowAWRConfig | VGRPOConfig | EPGConfig | DGPOConfig | CRDConfig | ORWConfig | RWRConfig
 )
 RewardGradient = DRaFTConfig | AlignPropConfig | ReFLConfig | DRTuneConfig | FlowBPConfig
-Preference = DPOConfig | KTOConfig | D3POConfig
+Preference = DPOConfig | KTOConfig | D3POConfig | PSOConfig | OfflinePSOConfig
 AlgorithmConfig = PolicyGradient | ForwardProcess | Preference | RewardGradient
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "ddpo": DDPOConfig,
@@ -121,4 +123,6 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
     "dpo": DPOConfig,
     "kto": KTOConfig,
     "d3po": D3POConfig,
+    "pso": PSOConfig,
+    "pso-offline": OfflinePSOConfig,
 }

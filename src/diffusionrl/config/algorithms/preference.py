@@ -77,10 +77,40 @@ class D3POConfig(PolicyGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.kl_weight == 0, "algorithm.kl_weight is not for d3po, whose loss holds the reference model already")
+        require(
+            self.kl_weight == 0, f"algorithm.kl_weight is not for {self.name}, whose loss holds the reference model already"
+        )
         require(self.clip_range < 1, f"algorithm.clip_range must be below 1, not {self.clip_range}")
         require(self.updates_per_step >= 1, f"algorithm.updates_per_step must be at least 1, not {self.updates_per_step}")
         _check_pairs(self)
+
+
+@dataclass(frozen=True)
+class PSOConfig(D3POConfig):
+    """Online PSO; see docs/preference.md."""
+
+    name: Literal["pso"] = "pso"  # type: ignore[assignment]
+    """The algorithm. Scores tell which sample is the target, no more: advantage_clip is not used."""
+    beta: float = 50.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.window.size == 0, "algorithm.window is not for pso, which trains the whole of a short chain")
+
+
+@dataclass(frozen=True)
+class OfflinePSOConfig(DPOConfig):
+    """Offline PSO; see docs/preference.md."""
+
+    name: Literal["pso-offline"] = "pso-offline"  # type: ignore[assignment]
+    """The algorithm. Scores tell which sample is the target, no more: normalisation and advantage_clip are not used."""
+    beta: float = 5.0
+    retain: float = 0.5
+    """Weight of the denoising loss on the model's own samples, against forgetting."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.retain >= 0, f"algorithm.retain must not be negative, not {self.retain}")
 
 
 def _check_pairs(config: DPOConfig | D3POConfig) -> None:
