@@ -12,5 +12,6 @@ One command a stage, each of which saves, resumes when run again, and writes its
     python -m diffusionrl.emoji.recipe preference
     python -m diffusionrl.emoji.recipe diffusion
     python -m diffusionrl.emoji.recipe flow         # a transformer on the VAE and text encoders of the others
+    python -m diffusionrl.emoji.recipe turbo        # four steps without guidance, distilled from the published UNet
     python -m diffusionrl.emoji.recipe publish      # float16 weights and figures into the package
 """

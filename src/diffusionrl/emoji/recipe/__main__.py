@@ -13,6 +13,7 @@ from diffusionrl.emoji.recipe.flow import FlowConfig, train_flow
 from diffusionrl.emoji.recipe.preference import PreferenceConfig, train_preference
 from diffusionrl.emoji.recipe.publish import PublishConfig, publish
 from diffusionrl.emoji.recipe.skin_tones import SkinTonesConfig, train_skin_tones
+from diffusionrl.emoji.recipe.turbo import TurboConfig, train_turbo
 from diffusionrl.emoji.recipe.vae import VAEConfig, train_vae
 
 STAGES: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -25,6 +26,7 @@ STAGES: dict[str, tuple[type, Callable[[Any], None]]] = {
     "preference": (PreferenceConfig, train_preference),
     "diffusion": (DiffusionConfig, train_diffusion),
     "flow": (FlowConfig, train_flow),
+    "turbo": (TurboConfig, train_turbo),
     "publish": (PublishConfig, publish),
 }
 

@@ -126,11 +126,11 @@ def measure_flow(weights: Path, samples_per_subject: int = 5) -> dict[str, float
         "flow_pairs_composition": composition(load_detector(), drawn_pairs, pairs).mean().item(),
         "flow_pairs_composition_judge": composition(load_detector("detector_judge"), drawn_pairs, pairs).mean().item(),
     }
-    fresh = torch.from_numpy(draw_images(EVALUATION_SEED, range(4000), "subject")[0]).permute(0, 3, 1, 2).float() / 255
+    fresh = fresh_scenes(4000)
     clip = CLIPModel.from_pretrained(weights / "clip", dtype=torch.float32)
     scenes = embed(clip, fresh[:2000])
     drawn = {
-        "emoji": _first_pipeline(weights, prompts),
+        "emoji": draw_first(weights / "pipeline", prompts),
         "flow": guided,
         "flow_unguided": plain,
         "scenes": fresh[2000 : 2000 + len(names)],
@@ -141,10 +141,18 @@ def measure_flow(weights: Path, samples_per_subject: int = 5) -> dict[str, float
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def _first_pipeline(weights: Path, prompts: Sequence[str]) -> Tensor:
-    """Samples of ``emoji`` as its own figures take them."""
-    policy = StableDiffusionPolicy(StableDiffusionPipeline.from_pretrained(weights / "pipeline", safety_checker=None))
-    sampling = SamplingConfig(NUM_STEPS, GUIDANCE, "ddim", 1.0, batch_size=64)
+def fresh_scenes(count: int) -> Tensor:
+    """(N, 3, 64, 64) in [0, 1], of single subjects that no stage has seen."""
+    return torch.from_numpy(draw_images(EVALUATION_SEED, range(count), "subject")[0]).permute(0, 3, 1, 2).float() / 255
+
+
+FIRST = SamplingConfig(NUM_STEPS, GUIDANCE, "ddim", 1.0, batch_size=64)
+"""How the figures of ``emoji`` are taken."""
+
+
+def draw_first(folder: Path, prompts: Sequence[str], sampling: SamplingConfig = FIRST) -> Tensor:
+    """Samples of ``emoji``, or of a pipeline like it, one a prompt."""
+    policy = StableDiffusionPolicy(StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32))
 
     def nothing(images: Tensor, texts: Sequence[str], metadata: object) -> list[float]:
         return [0.0] * len(images)

@@ -47,7 +47,7 @@ class MatrixOptimizer:
         self.matrices = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
         self.vectors = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
-        self.adamw = torch.optim.AdamW(self.vectors, betas=(0.9, 0.99), weight_decay=0.0)
+        self.adamw = torch.optim.AdamW([{"params": self.vectors}], betas=(0.9, 0.99), weight_decay=0.0)
         self.config = config
 
     @torch.no_grad()
