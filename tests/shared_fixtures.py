@@ -14,11 +14,14 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from hypothesis import settings
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusionrl.emoji.recipe.tokenizer import train_tokenizer
 from diffusionrl.policies import StableDiffusionPolicy
 
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 gc.freeze()  # what was imported stays: looking through it again and again takes a twentieth of the time
 
 

@@ -112,7 +112,7 @@ def test_a_score_that_does_not_repeat_itself_is_not_compared() -> None:
     assert mixture.tried == {}
 
 
-@settings(max_examples=examples(10), deadline=None)
+@settings(max_examples=examples(10))
 @given(
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     st.integers(1, 7),
@@ -164,7 +164,7 @@ anything = (
 )
 
 
-@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_sealed_checkpoint_that_is_wrong_is_one_message_or_no_harm(
     begun_trainer: tuple[Trainer, Checkpoint], data: st.DataObject

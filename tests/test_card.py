@@ -130,7 +130,7 @@ def test_paths_in_settings_lose_their_folders() -> None:
     assert "bob" not in text and "model: mine" in text and "prompts: prompts.txt" in text and "pipe.unet = " in text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=4))
 def test_no_prompt_can_break_the_card(prompts: list[str]) -> None:
     plain = make_card(config_of(), ENVIRONMENT, METRICS, ["a cat"] * len(prompts), full=False)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -74,7 +73,6 @@ def test_images_are_prepared_as_the_processor_prepares_them(tiny_clip: Path, siz
     assert (ours - theirs).abs().max() < 3.5 * level
 
 
-@hypothesis_settings(deadline=None)
 @given(height=st.integers(8, 300), width=st.integers(8, 300), edge=st.sampled_from([32, 64, 224]))
 def test_images_of_any_size_become_what_the_processor_makes_of_their_size(height: int, width: int, edge: int) -> None:
     clip = CLIP.__new__(CLIP)  # of which only the settings are looked at

@@ -399,7 +399,7 @@ def test_what_a_reward_says_of_itself_may_be_anything() -> None:
     assert called(functools.partial(bright)).valid.all()
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(
     st.sampled_from([*CHANGES.keys() - REFUSED - {"output", "errors", "descriptor"}, None]),
     st.one_of(

@@ -30,7 +30,7 @@ plain = yaml.safe_load(to_yaml(TrainConfig()))
 known = st.sampled_from([*plain, "nonsense", "algorithm.clip_range"])
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(300))
 @given(st.binary(max_size=200), st.sampled_from(["p.txt", "p.jsonl"]))
 def test_prompt_files(content: bytes, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def test_prompt_files(content: bytes, name: str) -> None:
             assert prompts and all(prompt.text.strip() for prompt in prompts)
 
 
-@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         known, values | st.dictionaries(st.sampled_from(["name", "every", "clip_range", "vlm"]), values), max_size=3
@@ -92,7 +92,7 @@ plausible = st.one_of(
 )
 
 
-@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(settings_of), plausible)
 def test_what_python_takes_a_file_gives_back(setting: tuple[TrainConfig, str], value: Any) -> None:
     """Any setting with any value: refused in one message, or the same when it is read again from what a run writes."""

@@ -191,6 +191,7 @@ def test_the_benchmark_runs_at_toy_size(
         return found
 
     monkeypatch.setattr(gpu, "worker", worker)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # which would stay for all tests after this one
     parts = [
         "rate",
         "sd15/fused AdamW",

@@ -94,7 +94,7 @@ def test_values_without_a_range_are_refused() -> None:
         to_rgb(Image.fromarray(np.ones((4, 4), np.float32)))
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(
     st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]),
     st.integers(0, 255),

@@ -171,7 +171,7 @@ def test_sharded_weights_learn_as_whole_ones(folder: Path) -> None:
     said = run(folder, 2, *options, "--run-dir", "two", "--steps", "3")
     assert "going on after step 2" in said
     assert said.count("going on after") == 1
-    assert len(load_file(next((folder / "two" / "export" / "unet").glob("*.safetensors")))) > 100
+    assert len(load_file(next((folder / "two" / "export" / "unet").glob("*.safetensors")))) > 50
 
 
 def test_sharded_weights_are_gathered_for_checkpoints_alone(

@@ -165,7 +165,7 @@ words = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_ca
 texts = words.map(str.strip).filter(bool)
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(
     st.lists(st.fixed_dictionaries({"prompt": texts, "note": texts}), min_size=1, max_size=4),
     st.sampled_from(["json lines", "json", "json, indented", ",", ";", "\t", "|"]),
@@ -189,7 +189,7 @@ def test_prompts_written_in_any_format_under_any_name_are_read_or_refused(
         assert prompts is not None or suffix in (".csv", ".tsv", ".JSON", ".jsonl"), "a plain name says nothing else"
 
 
-@settings(max_examples=examples(150), deadline=None)
+@settings(max_examples=examples(150))
 @given(st.lists(texts, min_size=1, max_size=5), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_plain_lines_are_themselves_or_refused(lines: list[str], end: str) -> None:
     with tempfile.TemporaryDirectory() as folder:

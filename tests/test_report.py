@@ -492,7 +492,7 @@ def test_an_image_that_changes_is_read_again(tmp_path: Path) -> None:
 numbers = st.none() | st.floats(-1e30, 1e30)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(numbers, numbers, st.floats(0, 1e6)), max_size=10), st.sampled_from([1, 100]))
 def test_a_curve_stays_in_its_box(points: list[tuple[float | None, float | None, float]], times: int) -> None:
     points = points * times

@@ -151,7 +151,7 @@ def test_a_setting_that_an_older_version_did_not_know_has_its_default(tmp_path: 
 SMALL_FILES = ["config.yaml", "env.json", "metrics.jsonl", "alarms.jsonl", "finished.json"]
 
 
-@settings(max_examples=examples(80), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(80), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(SMALL_FILES),
     st.one_of(

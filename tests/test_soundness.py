@@ -152,7 +152,7 @@ def test_no_setting_that_changes_what_is_asked_is_passed_over(extra: dict[str, s
     assert understood(PLAIN_UNET | extra, PLAIN_VAE, scheduler) is None
 
 
-@settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_one_damaged_file_is_one_message_or_no_harm(tiny_folder: Path, tmp_path_factory: Any, data: st.DataObject) -> None:
     """Cut, emptied, or with one byte changed: a policy that gives finite numbers, or a UserError; never another error."""
@@ -210,7 +210,7 @@ def drawn_by(policy: StableDiffusionPolicy, start: torch.Tensor) -> torch.Tensor
     return policy.decode(drawn.latents[:, -1])
 
 
-@settings(max_examples=examples(8), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(8), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_configuration_with_one_field_changed_is_followed_or_refused(
     tiny_folder: Path, tmp_path_factory: Any, data: st.DataObject

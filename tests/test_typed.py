@@ -225,7 +225,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=examples(200), deadline=None)
+@settings(max_examples=examples(200))
 @given(values, st.text("abc01: -[]{}&*!|>'\"\n#%@`,?", max_size=40))
 def test_yaml_is_what_was_written_or_a_value_error(value: Any, text: str) -> None:
     assert parse_yaml(yaml.safe_dump(value)) == value

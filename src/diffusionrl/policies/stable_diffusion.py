@@ -247,7 +247,8 @@ class StableDiffusionPolicy:
         """FSDP2, a block of the UNet at a time; gradients are added up, not averaged."""
         self.memory_format = torch.contiguous_format  # which is what it takes
         self.unet.to(memory_format=self.memory_format)
-        for module in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks, self.unet):
+        middle = [] if self.unet.mid_block is None else [self.unet.mid_block]  # small ones are made without
+        for module in (*self.unet.down_blocks, *middle, *self.unet.up_blocks, self.unet):
             fully_shard(module)
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)

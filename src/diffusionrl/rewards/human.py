@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionrl import processes
 from diffusionrl.choosing.board import Board, Round
 from diffusionrl.choosing.page import PageServer
 from diffusionrl.config.rewards import HumanConfig, RewardsConfig
@@ -104,5 +103,7 @@ class Human:
 @register("human")
 def human(config: RewardsConfig) -> Reward:
     """What ``rewards.human`` says."""
+    from diffusionrl import processes  # here: ``serve-reward`` runs without what it needs
+
     require(processes.count() == 1, "the reward human asks one person on one page: train on one process")
     return Human(config.human, config.timeout)
