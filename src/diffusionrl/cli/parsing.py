@@ -29,6 +29,12 @@ _SECTIONS = {
     "pretraining",
     "tasks",
 }
+_ABOUT = {
+    "train": "Train a model to a reward: the settings of --preset NAME, then of --config FILE, then these.",
+    "doctor": "One tiny step of what train would do with the same options. Beside them: --control, what noise would do.",
+    "plan": 'What of a card\'s memory train would need with the same options. Beside them: --card "24 GB", and --rate, its '
+    "sustained TFLOP/s.",
+}
 _FIRST_PROMPTS = 1000  # lines of a file that are looked at before torch is imported: enough to see what it is
 
 
@@ -59,7 +65,8 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
             config = dataclasses.replace(config, algorithm=ALGORITHMS[name]())
         name, rest = take(rest, "--algorithm.name")
     kind = tyro.conf.AvoidSubcommands[TrainConfig]
-    return tyro.cli(kind, default=config, args=rest, prog=f"diffusionrl {command} --config {file or 'FILE'}")
+    prog = f"diffusionrl {command} --config {file or 'FILE'}"
+    return tyro.cli(kind, default=config, args=rest, prog=prog, description=_ABOUT[command])
 
 
 def _preset_of(model: str | None) -> str:
