@@ -53,10 +53,10 @@ def assert_same(run_dir: Path, undisturbed: dict[str, Any]) -> None:
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     tiny_folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    """8 kills; a run that is done before its kill is compared, and another one begun."""
+    """4 kills; a run that is done before its kill is compared, and another one begun."""
     rng, kills, runs = random.Random(0), 0, 0
     run_dir = tmp_path / "run_0"
-    while kills < 8:
+    while kills < 4:
         process = start(tiny_run(tiny_folder, run_dir), tmp_path / "log")
         process.join(rng.uniform(0, 1.1 * undisturbed["seconds"]))
         steps = checkpoint.complete_steps(run_dir)
