@@ -23,7 +23,7 @@ RESULTS = Path(__file__).with_suffix(".json")
 POLICY_GRADIENT = ("ddpo", "diffusionrl", "grpo", "grpo-fast", "mixgrpo", "grpo-guard", "flow-dppo", "tempflow")
 REWARD_GRADIENT = ("draft", "alignprop", "refl", "drtune", "flowbp")
 FORWARD = ("nft", "awm", "ram", "flow-awr", "v-grpo", "epg", "dgpo", "crd", "orw", "rwr")
-PREFERENCE = ("dpo", "kto", "d3po")
+PREFERENCE = ("dpo", "kto", "d3po", "pso", "pso-offline")
 OPTIONS: dict[str, list[str]] = {
     "diffusionrl": ["--algorithm.timesteps-per-step", "4"],
     "grpo": ["--algorithm.clip-range", "1e-3", "--algorithm.step-weight-power", "2"],
@@ -46,7 +46,7 @@ def reward_of(name: str) -> str:
 
 
 def options_of(name: str, world: str) -> list[str]:
-    preset = world if name in (*POLICY_GRADIENT, "d3po") else f"{world}-forward"
+    preset = world if name in (*POLICY_GRADIENT, "d3po", "pso") else f"{world}-forward"
     return ["--preset", preset, "--algorithm.name", name, *OPTIONS.get(name, [])]
 
 

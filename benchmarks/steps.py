@@ -1,6 +1,6 @@
 """What a step of every objective costs, beside DDPO's: processor time and memory, on both embedded worlds.
 
-    python benchmarks/steps.py                        # half an hour; may be stopped and taken up again
+    python benchmarks/steps.py                        # 45 minutes of a processor; may be stopped and taken up again
     python benchmarks/steps.py nft awm --worlds emoji-flow
 
 The settings are those of learns.py: 48 samples a step (DDPO and DiffusionRL on ``emoji``: 64). Each objective has a process of
