@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import tiny_pipelines as tiny
 from torch import Tensor
 
 from diffusionrl.algorithms import (
@@ -63,6 +64,7 @@ from diffusionrl.config import (
     VGRPOConfig,
     WindowConfig,
 )
+from diffusionrl.policies.pipeline import PipelinePolicy
 from diffusionrl.rewards import differentiable
 
 FEW = {"noisings": 2, "micro_batch_size": 3}
@@ -89,6 +91,12 @@ REWARD_GRADIENT: dict[str, Callable[..., RewardGradient]] = {
     "drtune": lambda **more: DRTune(DRTuneConfig(**{"trained_steps": 2, "micro_batch_size": 3} | more), 1.0),
     "flowbp": lambda **more: FlowBP(FlowBPConfig(**{"trained_steps": 2, "micro_batch_size": 3} | more), 1.0),
 }
+
+
+def flow_policy(steps: int, guidance: float = 1.0) -> PipelinePolicy:
+    """A tiny SD3 on images of 8 x 8, with an adapter."""
+    arguments = tiny.call_of("sd3") | {"height": 8, "width": 8}
+    return PipelinePolicy(tiny.build("sd3"), steps=steps, guidance=guidance, arguments=arguments, lora_rank=2)
 
 
 @differentiable

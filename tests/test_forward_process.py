@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines as tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from objectives import FORWARD
+from objectives import FORWARD, flow_policy
 from torch import Tensor
 
 from diffusionrl.algorithms import NFT, ORW, RWR
@@ -50,7 +49,7 @@ def brightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[s
 
 @pytest.fixture(scope="module")
 def flow() -> PipelinePolicy:
-    return PipelinePolicy(tiny.build("sd3"), steps=3, guidance=1.0, arguments=tiny.call_of("sd3"), lora_rank=2)
+    return flow_policy(3)
 
 
 def moved(policy: Any, by: float, seed: int) -> None:

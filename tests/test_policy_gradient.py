@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines as tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from objectives import GUIDANCE, REVERSE
+from objectives import GUIDANCE, REVERSE, flow_policy
 from torch import Tensor
 
 from diffusionrl.algorithms import DDPO, GRPO, DiffusionRL
@@ -53,7 +52,7 @@ def brightness(images: Tensor, prompts: Sequence[str], metadata: Sequence[dict[s
 
 @pytest.fixture(scope="module")
 def flow() -> PipelinePolicy:
-    return PipelinePolicy(tiny.build("sd3"), steps=STEPS, guidance=GUIDANCE, arguments=tiny.call_of("sd3"), lora_rank=2)
+    return flow_policy(STEPS, GUIDANCE)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import tiny_pipelines as tiny
 import torch
 from datasets import Dataset
 from faults import die_at, finish, finish_together, what_it_made
-from objectives import FORWARD, d3po
+from objectives import FORWARD, d3po, flow_policy
 from PIL import Image
 from test_forward_process import alike, endpoints, gradient, learned, parts_of, small, square, whole_loss
 from torch import Tensor
@@ -35,7 +35,7 @@ assert die_at  # named by a string
 
 @pytest.fixture(scope="module")
 def flow() -> PipelinePolicy:
-    return PipelinePolicy(tiny.build("sd3"), steps=3, guidance=1.0, arguments=tiny.call_of("sd3"), lora_rank=2)
+    return flow_policy(3)
 
 
 @pytest.fixture(params=["velocity", "noise"])

@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny_pipelines as tiny
 import torch
-from objectives import FORWARD, pso
+from objectives import FORWARD, flow_policy, pso
 from test_forward_process import alike, brightness, endpoints, gradient, learned
 from torch import Tensor
 
@@ -24,7 +23,7 @@ CHAIN = SamplingConfig(num_steps=4, guidance=2.0, sampler="renoise", batch_size=
 
 @pytest.fixture(scope="module")
 def flow() -> PipelinePolicy:
-    return PipelinePolicy(tiny.build("sd3"), steps=4, guidance=1.0, arguments=tiny.call_of("sd3"), lora_rank=2)
+    return flow_policy(4)
 
 
 @pytest.fixture(params=["flow", "stable diffusion"])

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pipelines as tiny
 import torch
-from objectives import REWARD_GRADIENT, lightness
+from objectives import REWARD_GRADIENT, flow_policy, lightness
 from torch import Tensor
 
 from diffusionrl.algorithms.reward_gradient import Chain, RewardGradient
@@ -285,7 +284,7 @@ def test_what_is_drawn_follows_the_papers() -> None:
 
 @pytest.fixture(scope="module")
 def flow() -> PipelinePolicy:
-    policy = PipelinePolicy(tiny.build("sd3"), steps=4, guidance=1.0, arguments=tiny.call_of("sd3"), lora_rank=2)
+    policy = flow_policy(4)
     for index, weight in enumerate(policy.trainable().values()):
         weight.data.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)))
     return policy
