@@ -1,6 +1,7 @@
 """Whatever a reward does, the run goes on, and learns exactly what the samples that have a score teach."""
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objectives import FORWARD, REVERSE, REWARD_GRADIENT, d3po, lightness, pso
+from own_points import make_painter
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from diffusionrl.config import (
     DDPOConfig,
     DiffusionRLConfig,
     EvaluationConfig,
+    OptimizerConfig,
     RWRConfig,
     SamplingConfig,
 )
@@ -37,7 +40,7 @@ from diffusionrl.runs import checkpoint
 from diffusionrl.sampling.rollout import Rollout, collect
 from diffusionrl.training.optimization import accumulate_gradient
 
-SAMPLING = SamplingConfig(num_steps=3, guidance=2.0, batch_size=8)
+SAMPLING = SamplingConfig(num_steps=3, guidance=2.0, sampler="cps", eta=0.7, batch_size=8)
 PROMPTS = [Prompt("a cat"), Prompt("a dog")] * 4
 
 
@@ -90,7 +93,7 @@ FAULTS: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_run_goes_on_and_counts_what_failed(make_policy: Any, tmp_path: Path, fault: str) -> None:
+def test_a_run_goes_on_and_counts_what_failed(tmp_path: Path, fault: str) -> None:
     """The second of four steps fails; no score of it is used, nothing is scored 0, and the third step is as ever."""
     broken, _ = FAULTS[fault]
     calls: list[int] = []
@@ -109,7 +112,7 @@ def test_a_run_goes_on_and_counts_what_failed(make_policy: Any, tmp_path: Path, 
         checkpoint=CheckpointConfig(every=1, keep=4),
         rewards=RewardsConfig(timeout=0.2 if fault == "hang" else 60.0),
     )
-    train(config, policy=make_policy(), reward=failing_once, prompts=["a cat", "a dog"])
+    train(config, policy=make_painter(), reward=failing_once, prompts=["a cat", "a dog"])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("reward/invalid") for line in lines] == [None, 0, 4, 0]
     assert lines[2]["reward/mean"] is None
@@ -118,10 +121,10 @@ def test_a_run_goes_on_and_counts_what_failed(make_policy: Any, tmp_path: Path, 
     assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
 
 
-def test_a_reward_that_hangs_from_the_start_is_refused(make_policy: Any, tmp_path: Path) -> None:
+def test_a_reward_that_hangs_from_the_start_is_refused(tmp_path: Path) -> None:
     config = TrainConfig(run_dir=tmp_path / "run", sampling=SAMPLING, rewards=RewardsConfig(timeout=0.2))
     with pytest.raises(UserError, match=r"no scores for a few grey images within 0.2 s .*hangs"):
-        train(config, policy=make_policy(), reward=hangs, prompts=["a cat"])
+        train(config, policy=make_painter(), reward=hangs, prompts=["a cat"])
     assert not (tmp_path / "run").exists()
 
 
@@ -132,7 +135,7 @@ def test_the_error_is_the_rewards_own(fault: str) -> None:
     assert not found.valid.any() and said in (found.error or "")
 
 
-def test_a_hanging_reward_does_not_keep_the_next_call_from_its_scores(make_policy: Any) -> None:
+def test_a_hanging_reward_does_not_keep_the_next_call_from_its_scores() -> None:
     began: list[float] = []
 
     def hangs_once(images: Tensor, prompts: Any, metadata: Any) -> Any:
@@ -143,7 +146,7 @@ def test_a_hanging_reward_does_not_keep_the_next_call_from_its_scores(make_polic
 
     start = time.monotonic()
     sampling = replace(SAMPLING, batch_size=4)
-    scores = collect(make_policy(), hangs_once, PROMPTS, sampling, 0, "test", 1, timeout=0.5).scores
+    scores = collect(make_painter(), hangs_once, PROMPTS, sampling, 0, "test", 1, timeout=0.5).scores
     assert scores.valid.tolist() == [False] * 4 + [True] * 4
     assert "no scores within 0.5 s" in (scores.error or "")
     assert time.monotonic() - start < 5
@@ -219,7 +222,7 @@ def test_degenerate_groups_give_finite_advantages_and_invalid_samples_none(found
             assert not advantages.any(), "nothing to compare with teaches nothing"
 
 
-def test_prompts_that_teach_nothing_are_counted(make_policy: Any, tmp_path: Path) -> None:
+def test_prompts_that_teach_nothing_are_counted(tmp_path: Path) -> None:
     def constant_for_cats(images: Tensor, prompts: Any, metadata: Any) -> list[float]:
         return [1.0 if "cat" in prompt else image.mean().item() for image, prompt in zip(images, prompts, strict=True)]
 
@@ -232,12 +235,12 @@ def test_prompts_that_teach_nothing_are_counted(make_policy: Any, tmp_path: Path
         algorithm=DDPOConfig(updates_per_step=1, normalisation="group"),
         evaluation=EvaluationConfig(num_samples=2),
     )
-    train(config, policy=make_policy(), reward=constant_for_cats, prompts=["a cat", "a dog"])
+    train(config, policy=make_painter(), reward=constant_for_cats, prompts=["a cat", "a dog"])
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     assert line["advantage/idle_prompts"] == 1
 
 
-def test_a_run_whose_reward_is_gone_saves_and_stops_with_its_last_error(make_policy: Any, tmp_path: Path) -> None:
+def test_a_run_whose_reward_is_gone_saves_and_stops_with_its_last_error(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def dying(images: Tensor, prompts: Any, metadata: Any) -> Any:
@@ -253,14 +256,14 @@ def test_a_run_whose_reward_is_gone_saves_and_stops_with_its_last_error(make_pol
         evaluation=EvaluationConfig(every=0, num_samples=2),
     )
     with pytest.raises(RunStopped, match=r"8 of 12 samples of the last 3 steps .* ConnectionError: the scorer is gone"):
-        train(config, policy=make_policy(), reward=dying, prompts=["a cat", "a dog"])
+        train(config, policy=make_painter(), reward=dying, prompts=["a cat", "a dog"])
     assert checkpoint.complete_steps(tmp_path / "run") == [3]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nothing_non_finite_reaches_the_weights(
-    make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, value: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, value: float
 ) -> None:
     """Injected at several updates; weights and optimizer are as before it, and the batch can be looked at."""
     original, calls = DDPO.losses, []
@@ -288,7 +291,7 @@ def test_nothing_non_finite_reaches_the_weights(
             evaluation=EvaluationConfig(every=0, num_samples=2),
         )
         with pytest.raises(RunStopped, match=r"not finite in step .* Try a lower optimizer\.learning_rate"):
-            train(config, policy=make_policy(), reward=brightness, prompts=["a cat", "a dog"])
+            train(config, policy=make_painter(), reward=brightness, prompts=["a cat", "a dog"])
         (step,) = checkpoint.complete_steps(run_dir)
         assert step == (nth - 1) // 2
         saved = checkpoint.load(checkpoint.folder_of(run_dir, step))
@@ -328,6 +331,7 @@ def whole_and_resumed(make_policy: Any, run_dir: Path, make: Callable[[], Any]) 
         run_dir=run_dir,
         sampling=SAMPLING,
         algorithm=DDPOConfig(updates_per_step=2, min_count=1),
+        optimizer=OptimizerConfig(max_grad_norm=math.inf),  # which would hide how long a gradient is
         evaluation=EvaluationConfig(every=0, num_samples=2),
         checkpoint=CheckpointConfig(every=1, keep=2),
     )
@@ -363,22 +367,23 @@ def test_the_list_of_algorithms_is_complete() -> None:
     )
 
 
-def test_full_fine_tuning_resumes_exactly(make_policy: Any, tmp_path: Path) -> None:
-    whole, resumed = whole_and_resumed(lambda: make_policy(lora_rank=None), tmp_path, ALGORITHMS["ddpo-is"])
-    assert len(whole) > 50 and all(torch.equal(whole[key], resumed[key]) for key in whole)
+@pytest.mark.parametrize(("name", "rank", "tensors"), [("ddpo-is", None, 50), ("nft", 4, 10)], ids=["full", "lora and copies"])
+def test_a_unet_resumes_exactly(make_policy: Any, tmp_path: Path, name: str, rank: int | None, tensors: int) -> None:
+    whole, resumed = whole_and_resumed(lambda: make_policy(lora_rank=rank), tmp_path, ALGORITHMS[name])
+    assert len(whole) > tensors and all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_resumes_exactly(make_policy: Any, tmp_path: Path, name: str) -> None:
-    whole, resumed = whole_and_resumed(make_policy, tmp_path, ALGORITHMS[name])
+def test_every_algorithm_resumes_exactly(tmp_path: Path, name: str) -> None:
+    whole, resumed = whole_and_resumed(make_painter, tmp_path, ALGORITHMS[name])
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_an_algorithm_that_forgets_its_state_is_found_out(make_policy: Any, tmp_path: Path) -> None:
+def test_an_algorithm_that_forgets_its_state_is_found_out(tmp_path: Path) -> None:
     """The test above can fail: it does for an algorithm that has a state and does not save it."""
     for forgets in (False, True):
         whole, resumed = whole_and_resumed(
-            make_policy, tmp_path / str(forgets), lambda forgets=forgets: Counting(ALGORITHMS["ddpo-group"](), forgets)
+            make_painter, tmp_path / str(forgets), lambda forgets=forgets: Counting(ALGORITHMS["ddpo-group"](), forgets)
         )
         assert all(torch.equal(whole[key], resumed[key]) for key in whole) != forgets
 
