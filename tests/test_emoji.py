@@ -5,12 +5,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusionrl.config import SamplingConfig
 from diffusionrl.data.prompts import Prompt
 from diffusionrl.emoji.classifier import load_classifier, name_subjects
+from diffusionrl.emoji.recipe import vae
 from diffusionrl.emoji.recipe.tokenizer import train_tokenizer
 from diffusionrl.emoji.recipe.vae import EVALUATION_SEED, evaluate_vae
 from diffusionrl.emoji.scenes import KIND_SHARES, draw_images, draw_scene
@@ -58,7 +60,9 @@ def test_the_weights_are_small_and_load_quickly() -> None:
     assert best < 2
 
 
-def test_the_vae_meets_its_bar() -> None:
+def test_the_vae_meets_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fewer scenes than the recipe takes; 29 dB on both."""
+    monkeypatch.setattr(vae, "NUM_EVALUATION_SCENES", 128)
     figures = evaluate_vae(load_pipeline("emoji").vae.eval(), "cpu")
     assert figures["psnr_db"] >= 27
 
@@ -71,7 +75,7 @@ def test_the_classifier_knows_fresh_scenes() -> None:
 
 
 def test_samples_show_what_was_asked_for() -> None:
-    """One sample a subject; the published figure, over five times as many, is in the weights' figures.json."""
+    """One sample of every third subject; the published figure, over 15 times as many, is in the weights' figures.json."""
     policy, classifier = StableDiffusionPolicy(load_pipeline("emoji"), lora_rank=None), load_classifier()
 
     def right(images: torch.Tensor, prompts: list[str], metadata: object) -> list[float]:
@@ -80,7 +84,7 @@ def test_samples_show_what_was_asked_for() -> None:
         ]
 
     sampling = SamplingConfig(num_steps=16, guidance=3.0, batch_size=54)
-    scores = collect(policy, right, [Prompt(with_article(name)) for name in SUBJECTS], sampling, 0, "test", 0).scores  # type: ignore[arg-type]
+    scores = collect(policy, right, [Prompt(with_article(name)) for name in list(SUBJECTS)[::3]], sampling, 0, "test", 0).scores  # type: ignore[arg-type]
     published = json.loads((Path(EMBEDDED_MODEL).parent / "figures.json").read_text())
     assert published["subject_accuracy"] >= 0.9
     assert scores.values.mean() >= 0.85

@@ -29,6 +29,7 @@ from diffusionrl.emoji.vocabulary import DDPO_ANIMALS, SUBJECTS, caption_sets, w
 
 KINDS = {"subject": 0.45, "activity": 0.25, "pair": 0.15, "person": 0.15}
 RATER_NOISE = 0.5
+NUM_EVALUATION_SCENES = 1000  # of each kind, for the CLIP
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def measure_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, device: str) -> dict
     figures = {}
     candidates = {"subject": [with_article(name) for name in SUBJECTS], "activity": caption_sets()["activities"]}
     for kind, captions in candidates.items():
-        images, scenes = draw_images(EVALUATION_SEED, range(1000), kind, tuple(DDPO_ANIMALS))
+        images, scenes = draw_images(EVALUATION_SEED, range(NUM_EVALUATION_SCENES), kind, tuple(DDPO_ANIMALS))
         similarity = _embed_images(clip, torch.from_numpy(images), device) @ _embed_texts(clip, tokenizer, captions, device).T
         named = [captions[i] for i in similarity.argmax(1).tolist()]
         right = sum(name == scene.caption for name, scene in zip(named, scenes, strict=True))
