@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_points import make_painter
 from torch import Tensor
 
 from diffusionrl import TrainConfig, train
@@ -83,18 +84,18 @@ def test_a_healthy_run_raises_none(make_policy: Any, tmp_path: Path, capsys: Any
     assert not (tmp_path / "run" / "alarms.jsonl").exists()
 
 
-def test_a_constant_reward(make_policy: Any, tmp_path: Path, capsys: Any) -> None:
+def test_a_constant_reward(tmp_path: Path, capsys: Any) -> None:
     """Named at the first evaluation, and alone: that there is no advantage and no gradient follows from it."""
-    assert run(make_policy(), tmp_path / "run", reward=constant) == [(0, "constant-reward")]
+    assert run(make_painter(), tmp_path / "run", reward=constant) == [(0, "constant-reward")]
     assert "warning: step 0: the reward gave every image of the first evaluation the same score" in capsys.readouterr().err
 
 
-def test_prompts_without_advantage(make_policy: Any, tmp_path: Path) -> None:
-    assert (PATIENCE, "idle-prompts") in run(make_policy(), tmp_path / "run", reward=length_of_the_prompt)
+def test_prompts_without_advantage(tmp_path: Path) -> None:
+    assert (PATIENCE, "idle-prompts") in run(make_painter(), tmp_path / "run", reward=length_of_the_prompt)
 
 
-def test_a_vanishing_gradient(make_policy: Any, tmp_path: Path) -> None:
-    policy = make_policy()
+def test_a_vanishing_gradient(tmp_path: Path) -> None:
+    policy = make_painter()
     for weight in policy.trainable().values():
         weight.register_hook(lambda gradient: gradient * 1e-12)
     assert (PATIENCE, "small-gradient") in run(policy, tmp_path / "run")
@@ -111,26 +112,26 @@ def test_a_ratio_that_is_off(make_policy: Any, tmp_path: Path, monkeypatch: pyte
     assert run(make_policy(), tmp_path / "run") == [(1, "ratio")]
 
 
-def test_a_policy_that_stands_still(make_policy: Any, tmp_path: Path) -> None:
+def test_a_policy_that_stands_still(tmp_path: Path) -> None:
     config = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=1e-30))
-    assert run(make_policy(), tmp_path / "run", config) == [(PATIENCE, "policy-still")]
+    assert run(make_painter(), tmp_path / "run", config) == [(PATIENCE, "policy-still")]
 
 
 ON_POLICY = DDPOConfig(variant="sf", updates_per_step=1, normalisation="group")
 
 
 @pytest.mark.parametrize("algorithm", [ON_POLICY, RWRConfig(updates_per_step=2, batch_size=4)], ids=["sf", "rwr"])
-def test_a_policy_that_stands_still_is_seen_without_ratios_too(make_policy: Any, tmp_path: Path, algorithm: Any) -> None:
+def test_a_policy_that_stands_still_is_seen_without_ratios_too(tmp_path: Path, algorithm: Any) -> None:
     """At the evaluations, once; the adapter is moved off zero by the first of many steps where it learns."""
     config = replace(CONFIG, steps=3, algorithm=algorithm, evaluation=EvaluationConfig(every=1, num_samples=4))
     still = replace(config, optimizer=OptimizerConfig(learning_rate=1e-30, weight_decay=0.0))
-    assert run(untrained(make_policy), tmp_path / "still", still) == [(1, "policy-still")]
-    assert run(untrained(make_policy), tmp_path / "moving", config) == []
+    assert run(untrained(), tmp_path / "still", still) == [(1, "policy-still")]
+    assert run(untrained(), tmp_path / "moving", config) == []
 
 
-def untrained(make_policy: Any) -> Any:
+def untrained() -> Any:
     """Whose adapter changes nothing yet."""
-    policy = make_policy()
+    policy = make_painter()
     for name, weight in policy.trainable().items():
         if "lora_B" in name:
             weight.data.zero_()
@@ -215,12 +216,12 @@ def test_the_tolerance_of_the_ratio() -> None:
 # Once, however often the run is taken up
 
 
-def test_a_run_taken_up_again_raises_no_alarm_twice_and_none_too_few(make_policy: Any, tmp_path: Path) -> None:
+def test_a_run_taken_up_again_raises_no_alarm_twice_and_none_too_few(tmp_path: Path) -> None:
     config = replace(CONFIG, optimizer=OptimizerConfig(learning_rate=1e-30), checkpoint=CheckpointConfig(every=1))
     straight = replace(config, steps=5)
-    assert run(make_policy(), tmp_path / "straight", straight) == [(3, "policy-still")]
+    assert run(make_painter(), tmp_path / "straight", straight) == [(3, "policy-still")]
     for steps in (2, 4, 5):
-        run(make_policy(), tmp_path / "parts", replace(config, steps=steps))
+        run(make_painter(), tmp_path / "parts", replace(config, steps=steps))
     assert alarms_of(tmp_path / "parts") == alarms_of(tmp_path / "straight")
 
 
@@ -275,8 +276,8 @@ def test_a_reward_that_does_not_repeat_itself_is_told_when_a_run_begins(
         assert ("rolling: the same grey image twice gets different scores" in said) == (name == "rolling"), name
 
 
-def test_alarms_are_told_before_the_run_begins_too(make_policy: Any, tmp_path: Path, capsys: Any) -> None:
+def test_alarms_are_told_before_the_run_begins_too(tmp_path: Path, capsys: Any) -> None:
     """What costs nothing is looked at when a run begins: here, statistics that hardly ever fill."""
     config = replace(CONFIG, steps=1, algorithm=replace(CONFIG.algorithm, normalisation="prompt", min_count=16))
-    run(make_policy(), tmp_path / "run", config)
+    run(make_painter(), tmp_path / "run", config)
     assert "warning: 2 prompts x 4 a step; 0% of the samples" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_points import make_painter
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -86,7 +87,7 @@ def joint(**settings: Any) -> TrainConfig:
         **{
             "steps": 4,
             "prompts_per_step": 4,
-            "sampling": SamplingConfig(num_steps=3, batch_size=8),
+            "sampling": SamplingConfig(num_steps=3, sampler="cps", eta=0.7, batch_size=8),
             "algorithm": DDPOConfig(updates_per_step=2, min_count=2),
             "evaluation": EvaluationConfig(every=2, num_samples=2),
             "checkpoint": CheckpointConfig(every=1),
@@ -168,9 +169,9 @@ def test_bad_tasks(at_home: Path, capsys: Any, yaml: str, said: str) -> None:
 # Steps
 
 
-def test_each_task_has_its_own_samples_statistics_and_updates(make_policy: Any) -> None:
+def test_each_task_has_its_own_samples_statistics_and_updates() -> None:
     config = joint()
-    trainer = trainer_of(make_policy(), config, config.tasks)
+    trainer = trainer_of(make_painter(), config, config.tasks)
     counted: list[int] = []
     trainer.state.optimization.adamw.register_step_post_hook(lambda *_: counted.append(1))
     metrics = trainer.step(1)
@@ -182,28 +183,28 @@ def test_each_task_has_its_own_samples_statistics_and_updates(make_policy: Any) 
     assert [list(each) for each in statistics] == [["a cat"], ["an ant"]]
 
 
-def test_the_first_task_draws_as_if_it_were_alone(make_policy: Any) -> None:
+def test_the_first_task_draws_as_if_it_were_alone() -> None:
     config = joint()
-    alone = timeless(trainer_of(make_policy(), replace(config, tasks=())).step(1))
-    beside = timeless(trainer_of(make_policy(), config, config.tasks).step(1))
+    alone = timeless(trainer_of(make_painter(), replace(config, tasks=())).step(1))
+    beside = timeless(trainer_of(make_painter(), config, config.tasks).step(1))
     assert {key: beside[key] for key in alone} == alone | {"queries": 10}
 
 
-def test_tasks_draw_by_their_names(make_policy: Any) -> None:
+def test_tasks_draw_by_their_names() -> None:
     tasks = (TaskConfig("one", prompts_per_step=4), TaskConfig("two", prompts_per_step=4))
     config = joint(tasks=tasks)
-    metrics = trainer_of(make_policy(), config, tasks).step(1)
+    metrics = trainer_of(make_painter(), config, tasks).step(1)
     assert metrics["one/reward/mean"] != metrics["two/reward/mean"]
-    swapped = trainer_of(make_policy(), replace(config, tasks=tasks[::-1]), tasks[::-1])
-    assert swapped.tasks[2].seed == trainer_of(make_policy(), config, tasks).tasks[1].seed
+    swapped = trainer_of(make_painter(), replace(config, tasks=tasks[::-1]), tasks[::-1])
+    assert swapped.tasks[2].seed == trainer_of(make_painter(), config, tasks).tasks[1].seed
 
 
 # Runs
 
 
-def test_a_joint_run_and_its_folder(make_policy: Any, at_home: Path) -> None:
+def test_a_joint_run_and_its_folder(at_home: Path) -> None:
     config = joint(run_dir=at_home / "run", rewards=RewardsConfig(normalise=True))
-    train(config, policy=make_policy(), reward=bright, prompts=["a cat"])
+    train(config, policy=make_painter(), reward=bright, prompts=["a cat"])
     found = lines(at_home / "run")
     assert [line["queries"] for line in found] == [0, 10, 20, 30, 40]
     assert [("eval/blue/reward" in line, "eval/blue/reward_se" in line) for line in found] == [
@@ -220,48 +221,46 @@ def test_a_joint_run_and_its_folder(make_policy: Any, at_home: Path) -> None:
     assert "the reward of task blue, trained on" in (at_home / "run" / "export" / "README.md").read_text()
 
 
-def test_a_joint_run_goes_on_exactly(make_policy: Any, at_home: Path) -> None:
+def test_a_joint_run_goes_on_exactly(at_home: Path) -> None:
     config = joint(tasks=(TaskConfig("blue", ("joint_rewards:killing",), "articles.txt", 3, 2),))
     straight = replace(config, tasks=(replace(config.tasks[0], reward=("joint_rewards:blue",)),), run_dir=at_home / "straight")
     given = {"reward": bright, "prompts": ["a cat", "a dog"]}
-    train(straight, policy=make_policy(), **given)
+    train(straight, policy=make_painter(), **given)
     config = replace(config, run_dir=at_home / "halves")
     with pytest.raises(Interrupted, match="SIGTERM"):
-        train(config, policy=make_policy(), **given)
-    train(config, policy=make_policy(), **given)
+        train(config, policy=make_painter(), **given)
+    train(config, policy=make_painter(), **given)
 
     def said(run_dir: Path) -> list[dict[str, Any]]:
         return [{k: v for k, v in line.items() if "asked" not in k} for line in lines(run_dir)]
 
     assert said(at_home / "halves") == said(at_home / "straight")
-    weights = [load_file(at_home / name / "export" / "pytorch_lora_weights.safetensors") for name in ("halves", "straight")]
+    ends = [at_home / name / "checkpoints" / "step_000004" for name in ("halves", "straight")]
+    weights = [load_file(end / "policy.safetensors") for end in ends]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    states = [
-        json.loads((at_home / name / "checkpoints" / "step_000004" / "state.json").read_text())["tasks"]["blue"]
-        for name in ("halves", "straight")
-    ]
+    states = [json.loads((end / "state.json").read_text())["tasks"]["blue"] for end in ends]
     assert states[0]["algorithm"] == states[1]["algorithm"] and states[0]["algorithm"]["prompt_statistics"]
 
 
-def test_a_checkpoint_is_of_its_tasks(make_policy: Any) -> None:
+def test_a_checkpoint_is_of_its_tasks() -> None:
     config = joint()
-    found = trainer_of(make_policy(), config, config.tasks).state.capture(1)
+    found = trainer_of(make_painter(), config, config.tasks).state.capture(1)
     assert isinstance(found, Checkpoint)
     with pytest.raises(UserError, match=r"began with other tasks \(further ones: blue; now none\)"):
-        trainer_of(make_policy(), replace(config, tasks=())).state.restore(found)
-    other = trainer_of(make_policy(), config, config.tasks)
+        trainer_of(make_painter(), replace(config, tasks=())).state.restore(found)
+    other = trainer_of(make_painter(), config, config.tasks)
     task = Task(config.tasks[0], [Prompt("a cow")], as_mixture(blue), make_algorithm(config), config)
-    changed = Trainer(make_policy(), bright, [Prompt("a cat")], make_algorithm(config), config, further=[task])
+    changed = Trainer(make_painter(), bright, [Prompt("a cat")], make_algorithm(config), config, further=[task])
     with pytest.raises(UserError, match="task blue: the prompts are not those"):
         changed.state.restore(found)
     other.state.restore(found)
 
 
-def test_too_many_invalid_samples_are_judged_by_task(make_policy: Any, at_home: Path) -> None:
+def test_too_many_invalid_samples_are_judged_by_task(at_home: Path) -> None:
     task = TaskConfig("blue", ("joint_rewards:failing",), "articles.txt", 4)
     config = joint(tasks=(task,), rewards=RewardsConfig(invalid_window=2), run_dir=at_home / "run")
     with pytest.raises(RunStopped, match="task blue: 8 of 8 samples of the last 2 steps have no valid score"):
-        train(config, policy=make_policy(), reward=bright, prompts=["a cat"])
+        train(config, policy=make_painter(), reward=bright, prompts=["a cat"])
     assert len(lines(at_home / "run")) == 2
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from own_points import make_painter
 from torch import Tensor
 
 from diffusionrl.algorithms import EPG
@@ -65,13 +66,13 @@ def small(run_dir: Path, **more: Any) -> TrainConfig:
 # Queries
 
 
-def test_a_run_ends_before_it_would_score_more_than_it_may(make_policy: Any, tmp_path: Path) -> None:
+def test_a_run_ends_before_it_would_score_more_than_it_may(tmp_path: Path) -> None:
     config = small(tmp_path / "run", steps=9, max_queries=23)
-    train(config, policy=make_policy(), reward=brightness, prompts=["a cat"])
+    train(config, policy=make_painter(), reward=brightness, prompts=["a cat"])
     lines = read_metrics(tmp_path / "run")
     assert [line["queries"] for line in lines] == [0, 8, 16] and "eval/reward" in lines[-1]
     assert json.loads((tmp_path / "run" / "finished.json").read_text())["steps"] == 2
-    train(replace(config, max_queries=24), policy=make_policy(), reward=brightness, prompts=["a cat"])
+    train(replace(config, max_queries=24), policy=make_painter(), reward=brightness, prompts=["a cat"])
     assert [line["queries"] for line in read_metrics(tmp_path / "run")] == [0, 8, 16, 24]
     with pytest.raises(UserError, match="max_queries is 7, and a step takes 8"):
         small(tmp_path, max_queries=7)
@@ -90,7 +91,7 @@ def test_a_schedule_falls_to_its_end(schedule: Any, middle: float, end: float) -
     assert scheduled(optimizer, 0, 1) == 0.25, "the warm-up comes on top"
 
 
-def test_a_run_with_a_schedule_goes_on_exactly_and_keeps_its_length(make_policy: Any, tmp_path: Path) -> None:
+def test_a_run_with_a_schedule_goes_on_exactly_and_keeps_its_length(tmp_path: Path) -> None:
     optimizer, calls = OptimizerConfig(schedule="linear"), []
 
     def killing(images: Tensor, prompts: Any, metadata: Any) -> Tensor:
@@ -105,13 +106,13 @@ def test_a_run_with_a_schedule_goes_on_exactly_and_keeps_its_length(make_policy:
         given = {"prompts": ["a cat", "a dog"]}
         if name == "halves":
             with pytest.raises(Interrupted):
-                train(config, policy=make_policy(), reward=killing, **given)
+                train(config, policy=make_painter(), reward=killing, **given)
             assert complete_steps(tmp_path / name) in ([1], [2])
             with pytest.raises(UserError, match="these change its result: steps"):
-                train(replace(config, steps=4), policy=make_policy(), reward=killing, **given)
+                train(replace(config, steps=4), policy=make_painter(), reward=killing, **given)
         else:
             calls += 100 * [1]
-        train(config, policy=make_policy(), reward=killing, **given)
+        train(config, policy=make_painter(), reward=killing, **given)
         calls.clear()
         final.append(load_newest(tmp_path / name, True))
         rates[name] = [line["step"] for line in read_metrics(tmp_path / name)]
@@ -125,12 +126,12 @@ def test_a_run_with_a_schedule_goes_on_exactly_and_keeps_its_length(make_policy:
 # Groups drawn anew
 
 
-def test_groups_that_score_alike_give_way_to_other_prompts_and_are_counted(make_policy: Any, tmp_path: Path) -> None:
+def test_groups_that_score_alike_give_way_to_other_prompts_and_are_counted(tmp_path: Path) -> None:
     prompts, counts = [Prompt("a cat"), Prompt("a dog")], {}
     for budget in (0, 2, 40):
         config = small(tmp_path / str(budget), redraw_queries=budget)
         algorithm_seen: list[Rollout] = []
-        trainer = Trainer(make_policy(), only_dogs_differ, prompts, Recorded(algorithm_seen), config)
+        trainer = Trainer(make_painter(), only_dogs_differ, prompts, Recorded(algorithm_seen), config)
         metrics = trainer.step(1)
         counts[budget] = [prompt.text for prompt in algorithm_seen[0].prompts].count("a cat")
         redrawn = trainer.tasks[0].redrawn
@@ -160,12 +161,12 @@ class Recorded:
         return self.inner.advantages(rollout)
 
 
-def test_a_run_that_draws_anew_goes_on_exactly(make_policy: Any, tmp_path: Path) -> None:
+def test_a_run_that_draws_anew_goes_on_exactly(tmp_path: Path) -> None:
     final = []
     for name, halves in (("whole", (3,)), ("halves", (1, 3))):
         for steps in halves:
             config = small(tmp_path / name, steps=steps, redraw_queries=4)
-            train(config, policy=make_policy(), reward=only_dogs_differ, prompts=["a cat", "a dog"])
+            train(config, policy=make_painter(), reward=only_dogs_differ, prompts=["a cat", "a dog"])
         final.append(load_newest(tmp_path / name, True))
     whole, halves = final
     assert whole is not None and halves is not None
@@ -294,7 +295,7 @@ def test_alarms(changes: dict[str, float], kind: str | None, tmp_path: Path) -> 
     assert [alarm.kind for alarm in raised] == ([kind] if kind else [])
 
 
-def test_a_run_stopped_in_a_step_goes_on_with_the_copies_as_the_step_began(make_policy: Any, tmp_path: Path) -> None:
+def test_a_run_stopped_in_a_step_goes_on_with_the_copies_as_the_step_began(tmp_path: Path) -> None:
     final = []
     for name, stop_at in (("whole", 0), ("stopped", 6)):
         calls = 0
@@ -309,8 +310,8 @@ def test_a_run_stopped_in_a_step_goes_on_with_the_copies_as_the_step_began(make_
         config = small(tmp_path / name, steps=3, algorithm=NFTConfig(noisings=1))
         if stop_at:
             with pytest.raises(Interrupted):
-                train(config, policy=make_policy(), reward=bright, prompts=["a cat"])
-        train(config, policy=make_policy(), reward=bright, prompts=["a cat"])
+                train(config, policy=make_painter(), reward=bright, prompts=["a cat"])
+        train(config, policy=make_painter(), reward=bright, prompts=["a cat"])
         final.append(load_newest(tmp_path / name, True))
     whole, stopped = final
     assert whole is not None and stopped is not None and "copies" in whole.tensors
