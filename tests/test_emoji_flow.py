@@ -161,6 +161,7 @@ def test_the_model_brings_its_preset() -> None:
     assert parse_train(["--model", "emoji-flow", "--preset", "emoji"]).sampling.sampler == "ddim"
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_it_is_trained_and_drawn_from_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     quick = [*("--steps", "1", "--prompts-per-step", "2", "--samples-per-prompt", "2"), *("--evaluation.num-samples", "2")]

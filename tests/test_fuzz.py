@@ -44,7 +44,7 @@ def test_prompt_files(content: bytes, name: str) -> None:
             assert prompts and all(prompt.text.strip() for prompt in prompts)
 
 
-@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.dictionaries(
         known, values | st.dictionaries(st.sampled_from(["name", "every", "clip_range", "vlm"]), values), max_size=3

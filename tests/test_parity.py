@@ -304,6 +304,7 @@ def test_a_clip_that_is_not_there() -> None:
 # Runs
 
 
+@pytest.mark.usefixtures("no_picture")
 def test_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
     run, prompts = tmp_path / "run", tmp_path / "prompts.txt"
     prompts.write_text("a doctor\na judge\na pilot\n")
