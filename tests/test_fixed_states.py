@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusionrl import Prompt, TrainConfig, train
 from diffusionrl.config import EvaluationConfig, NFTConfig, OptimizerConfig, PolicyConfig, SamplingConfig
-from diffusionrl.evaluation.fixed_states import STATES, fix_states
+from diffusionrl.evaluation.fixed_states import STATES, TRAJECTORIES, fix_states
 from diffusionrl.runs.lines import read_metrics
 
 PROMPTS = [Prompt(name, {"place": place}) for name, place in (("a", (1.0, 0.0)), ("b", (0.0, 1.0)), ("c", (0.0, 0.0)))]
@@ -31,8 +31,12 @@ def test_states_are_the_references_and_every_step_has_as_many() -> None:
     states = fix_states(policy, PROMPTS, ODE, 3)
     assert states.distance(policy) == {"reference_kl": 0.0, "reference_distance": 0.0}
     counts = torch.bincount(states.rows)
-    assert len(counts) == ODE.num_steps and counts.max() - counts.min() <= 1 and len(states.rows) == STATES
+    assert counts.tolist() == [len(PROMPTS)] * ODE.num_steps
     assert len(torch.unique(states.x, dim=0)) == len(PROMPTS) * ODE.num_steps
+    many = fix_states(policy, [PROMPTS[i % len(PROMPTS)] for i in range(TRAJECTORIES)], ODE, 3)
+    counts = torch.bincount(many.rows)
+    assert len(many.rows) == STATES and len(counts) == ODE.num_steps and counts.max() - counts.min() <= 1
+    assert len(torch.unique(many.x, dim=0)) == STATES
     shift(policy, 0.3)
     again = fix_states(policy, PROMPTS, CPS, 3)
     assert torch.equal(again.x, states.x) and torch.equal(again.said, states.said)
@@ -45,7 +49,7 @@ def test_the_distance_is_that_of_the_predictions() -> None:
     shift(policy, 0.3)
     found = states.distance(policy)
     levels, gaps, sizes = states.table.grid.levels, [], []
-    for i in range(STATES):  # one by one
+    for i in range(len(states.rows)):  # one by one
         at: Any = (states.x[i : i + 1], levels[states.rows[i : i + 1]], [states.prompts[i]], 1.0)
         with torch.no_grad():
             own = policy.denoise(*at)
@@ -53,8 +57,8 @@ def test_the_distance_is_that_of_the_predictions() -> None:
                 other = policy.denoise(*at)
         gaps.append(sum((a - b).square().sum().item() for a, b in zip(own, other, strict=True)))
         sizes.append(sum(each.square().sum().item() for each in other))
-    assert found["reference_kl"] == pytest.approx(sum(gaps) / STATES / 2, rel=1e-4)
-    relative = sum((gap / size) ** 0.5 for gap, size in zip(gaps, sizes, strict=True)) / STATES
+    assert found["reference_kl"] == pytest.approx(sum(gaps) / len(gaps) / 2, rel=1e-4)
+    relative = sum((gap / size) ** 0.5 for gap, size in zip(gaps, sizes, strict=True)) / len(gaps)
     assert found["reference_distance"] == pytest.approx(relative, rel=1e-4)
     first = states.rows == 0
     assert states.table.grid.alpha[0] < 1e-3, "all is noise there, whatever the network says: the difference is in x0"
