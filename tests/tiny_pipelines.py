@@ -227,7 +227,6 @@ def sdxl() -> Any:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2),
         projection_class_embeddings_input_dim=80,
         cross_attention_dim=64,
         norm_num_groups=8,
@@ -263,7 +262,7 @@ def flow(**settings: Any) -> Any:
 @pipeline(**_WORDS)
 def sd3() -> Any:
     network = d.SD3Transformer2DModel(
-        sample_size=32,
+        sample_size=16,
         patch_size=1,
         in_channels=4,
         num_layers=2,
