@@ -30,9 +30,11 @@ def test_states_are_the_references_and_every_step_has_as_many() -> None:
     policy = own_points.make_policy(own_points.LORA, 0)
     states = fix_states(policy, PROMPTS, ODE, 3)
     assert states.distance(policy) == {"reference_kl": 0.0, "reference_distance": 0.0}
-    counts = torch.bincount(states.rows)
-    assert len(counts) == ODE.num_steps and counts.max() - counts.min() <= 1 and len(states.rows) == STATES
-    assert len(torch.unique(states.x, dim=0)) == len(PROMPTS) * ODE.num_steps
+    assert len(torch.unique(states.x, dim=0)) == len(states.rows) == len(PROMPTS) * ODE.num_steps, "each of so few once"
+    for found in (states, fix_states(policy, PROMPTS * 3, ODE, 3)):
+        counts = torch.bincount(found.rows)
+        assert len(counts) == ODE.num_steps and counts.max() - counts.min() <= 1
+    assert len(found.rows) == STATES, "and of more, no more than that"
     shift(policy, 0.3)
     again = fix_states(policy, PROMPTS, CPS, 3)
     assert torch.equal(again.x, states.x) and torch.equal(again.said, states.said)
@@ -45,7 +47,7 @@ def test_the_distance_is_that_of_the_predictions() -> None:
     shift(policy, 0.3)
     found = states.distance(policy)
     levels, gaps, sizes = states.table.grid.levels, [], []
-    for i in range(STATES):  # one by one
+    for i in range(len(states.rows)):  # one by one
         at: Any = (states.x[i : i + 1], levels[states.rows[i : i + 1]], [states.prompts[i]], 1.0)
         with torch.no_grad():
             own = policy.denoise(*at)
@@ -53,8 +55,8 @@ def test_the_distance_is_that_of_the_predictions() -> None:
                 other = policy.denoise(*at)
         gaps.append(sum((a - b).square().sum().item() for a, b in zip(own, other, strict=True)))
         sizes.append(sum(each.square().sum().item() for each in other))
-    assert found["reference_kl"] == pytest.approx(sum(gaps) / STATES / 2, rel=1e-4)
-    relative = sum((gap / size) ** 0.5 for gap, size in zip(gaps, sizes, strict=True)) / STATES
+    assert found["reference_kl"] == pytest.approx(sum(gaps) / len(gaps) / 2, rel=1e-4)
+    relative = sum((gap / size) ** 0.5 for gap, size in zip(gaps, sizes, strict=True)) / len(gaps)
     assert found["reference_distance"] == pytest.approx(relative, rel=1e-4)
     first = states.rows == 0
     assert states.table.grid.alpha[0] < 1e-3, "all is noise there, whatever the network says: the difference is in x0"

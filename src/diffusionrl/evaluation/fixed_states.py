@@ -24,8 +24,8 @@ from diffusionrl.sampling.rollout import draw_noise, make_table, predict, sample
 from diffusionrl.transitions import SamplerTable
 
 TRAJECTORIES, STATES = 8, 32
-"""Samples that the reference draws once, and the states that are taken of them: a tenth of an evaluation, and then a few
-percent of each."""
+"""Samples that the reference draws once, and the states that are taken of them, where there are so many: a tenth of an
+evaluation, and then a few percent of each."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class FixedStates:
             gaps = (said.double() - expected).square().sum(1)
             kl += gaps.sum().item() / 2
             distance += (gaps / expected.square().sum(1)).sqrt().sum().item()
-        return {"reference_kl": kl / STATES, "reference_distance": distance / STATES}
+        return {"reference_kl": kl / len(self.rows), "reference_distance": distance / len(self.rows)}
 
 
 @torch.no_grad()
@@ -68,8 +68,9 @@ def fix_states(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingConf
         UserError: the policy keeps no reference.
     """
     table, count = make_table(policy, replace(sampling, sampler="ode", eta=0.0)), len(prompts)
-    rows, samples = torch.arange(STATES) * len(table) // STATES, torch.arange(STATES) % count
-    x = torch.empty(STATES, *policy.latent_shape, device=policy.device)
+    states = min(STATES, len(table) * count)  # short grids have fewer: each of them once
+    rows, samples = torch.arange(states) * len(table) // states, torch.arange(states) % count
+    x = torch.empty(states, *policy.latent_shape, device=policy.device)
     with policy.reference():
         for part in chunks(count, sampling.batch_size):
             chosen, indices = prompts[part], range(part.start, part.stop)
