@@ -579,7 +579,7 @@ def cogview4() -> Any:
 # Videos and sound
 
 
-@pipeline(**_WORDS, num_frames=9)
+@pipeline(**_WORDS, num_frames=5)
 def wan() -> Any:
     network = d.WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -611,7 +611,7 @@ def wan() -> Any:
     )
 
 
-@pipeline(**_WORDS, num_frames=9, height=32, width=32)
+@pipeline(**_WORDS, num_frames=5, height=32, width=32)
 def ltx() -> Any:
     network = d.LTXVideoTransformer3DModel(
         in_channels=8,
@@ -646,7 +646,7 @@ def ltx() -> Any:
     return d.LTXPipeline(transformer=network, vae=vae, scheduler=scheduler, text_encoder=t5(), tokenizer=tokenizer())
 
 
-@pipeline(**_WORDS, num_frames=9, prompt_template={"template": "{}", "crop_start": 0})
+@pipeline(**_WORDS, num_frames=5, prompt_template={"template": "{}", "crop_start": 0})
 def hunyuan_video() -> Any:
     network = d.HunyuanVideoTransformer3DModel(
         in_channels=4,
@@ -739,7 +739,7 @@ NAMES = list(_BUILDERS)
 
 QUICK = [
     *("--sampling.num-steps", "2", "--sampling.guidance", "2", "--sampling.sampler", "cps", "--sampling.eta", "0.7"),
-    *("--sampling.batch-size", "2"),
+    *("--sampling.batch-size", "4"),
 ]
 
 
