@@ -22,6 +22,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+# Python 3.11's server does not take over sys.path, and leaves out what it does not find.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [

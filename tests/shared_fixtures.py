@@ -103,7 +103,7 @@ def tiny_pipeline(tiny_folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load_tiny(tiny_pipeline: StableDiffusionPipeline) -> Callable[..., StableDiffusionPipeline]:
     def load(**scheduler_settings: object) -> StableDiffusionPipeline:
         pipeline = copy.deepcopy(tiny_pipeline)
@@ -113,7 +113,7 @@ def load_tiny(tiny_pipeline: StableDiffusionPipeline) -> Callable[..., StableDif
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_policy(load_tiny: Callable[..., StableDiffusionPipeline]) -> Callable[..., StableDiffusionPolicy]:
     """A tiny policy; its adapter is moved off zero, so that it matters."""
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,15 @@ def test_paths_in_settings_lose_their_folders() -> None:
     assert "bob" not in text and "model: mine" in text and "prompts: prompts.txt" in text and "pipe.unet = " in text
 
 
-@settings(max_examples=50)
+@cache
+def plain_card(num_prompts: int) -> str:
+    return make_card(config_of(), ENVIRONMENT, METRICS, ["a cat"] * num_prompts, full=False)
+
+
+@settings(max_examples=30)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=4))
 def test_no_prompt_can_break_the_card(prompts: list[str]) -> None:
-    plain = make_card(config_of(), ENVIRONMENT, METRICS, ["a cat"] * len(prompts), full=False)
+    plain = plain_card(len(prompts))
     text = make_card(config_of(), ENVIRONMENT, METRICS, prompts, full=False)
     data = ModelCard(text).data.to_dict()
     assert data.keys() == ModelCard(plain).data.to_dict().keys()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusionrl import Prompt, TrainConfig, train
 from diffusionrl.config import EvaluationConfig, NFTConfig, OptimizerConfig, PolicyConfig, SamplingConfig
-from diffusionrl.evaluation.fixed_states import STATES, fix_states
+from diffusionrl.evaluation.fixed_states import STATES, TRAJECTORIES, fix_states
 from diffusionrl.runs.lines import read_metrics
 
 PROMPTS = [Prompt(name, {"place": place}) for name, place in (("a", (1.0, 0.0)), ("b", (0.0, 1.0)), ("c", (0.0, 0.0)))]
@@ -30,11 +30,13 @@ def test_states_are_the_references_and_every_step_has_as_many() -> None:
     policy = own_points.make_policy(own_points.LORA, 0)
     states = fix_states(policy, PROMPTS, ODE, 3)
     assert states.distance(policy) == {"reference_kl": 0.0, "reference_distance": 0.0}
-    assert len(torch.unique(states.x, dim=0)) == len(states.rows) == len(PROMPTS) * ODE.num_steps, "each of so few once"
-    for found in (states, fix_states(policy, PROMPTS * 3, ODE, 3)):
-        counts = torch.bincount(found.rows)
-        assert len(counts) == ODE.num_steps and counts.max() - counts.min() <= 1
-    assert len(found.rows) == STATES, "and of more, no more than that"
+    counts = torch.bincount(states.rows)
+    assert counts.tolist() == [len(PROMPTS)] * ODE.num_steps
+    assert len(torch.unique(states.x, dim=0)) == len(PROMPTS) * ODE.num_steps
+    many = fix_states(policy, [PROMPTS[i % len(PROMPTS)] for i in range(TRAJECTORIES)], ODE, 3)
+    counts = torch.bincount(many.rows)
+    assert len(many.rows) == STATES and len(counts) == ODE.num_steps and counts.max() - counts.min() <= 1
+    assert len(torch.unique(many.x, dim=0)) == STATES
     shift(policy, 0.3)
     again = fix_states(policy, PROMPTS, CPS, 3)
     assert torch.equal(again.x, states.x) and torch.equal(again.said, states.said)

@@ -310,7 +310,8 @@ def test_settings_that_cannot_work(guard: GuardConfig, evaluation: EvaluationCon
 
 
 def guarded(model: Path, run_dir: Path, *more: str) -> list[str]:
-    options = """--steps 4 --evaluation.every 1 --evaluation.num-samples 10 --evaluation.held-out compressibility
+    options = """--steps 4 --evaluation.every 1 --evaluation.num-samples 10 --sampling.batch-size 10
+        --evaluation.held-out compressibility
         --guard.patience 1 --guard.noise 0.01 --guard.drop 0 --optimizer.learning-rate 1e-2"""
     return tiny_run(model, run_dir, *options.split(), *more)
 

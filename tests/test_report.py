@@ -142,14 +142,14 @@ def test_the_report_is_rewritten_between_evaluations_too(
 
 
 def test_the_hours_of_a_slow_reward_are_counted(tiny_folder: Path, tmp_path: Path) -> None:
-    """Sampling four images takes a few hundredths of a second, and the reward half a second."""
+    """Sampling four images takes a few hundredths of a second, and the reward a quarter of a second."""
 
     def sleeping(images: Any, prompts: Any, metadata: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(0.25)
         return images.mean((1, 2, 3))
 
     train(parse_train(tiny_train(tiny_folder, tmp_path / "run")[1:]), reward=sleeping)
-    assert read_run(tmp_path / "run").metrics[-1]["hours"] * 3600 >= 2 * 0.5
+    assert read_run(tmp_path / "run").metrics[-1]["hours"] * 3600 >= 2 * 0.25
 
 
 def test_best_worst_and_failed_are_those_of_the_last_training_steps(tiny_folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from diffusionrl.sampling.rollout import draw_noise, make_table, predict, sample
 from diffusionrl.transitions import SamplerTable
 
 TRAJECTORIES, STATES = 8, 32
-"""Samples that the reference draws once, and the states that are taken of them, where there are so many: a tenth of an
+"""Samples that the reference draws once, and the states that are taken of them, at most one a sample and step: a tenth of an
 evaluation, and then a few percent of each."""
 
 
@@ -68,7 +68,7 @@ def fix_states(policy: Policy, prompts: Sequence[Prompt], sampling: SamplingConf
         UserError: the policy keeps no reference.
     """
     table, count = make_table(policy, replace(sampling, sampler="ode", eta=0.0)), len(prompts)
-    states = min(STATES, len(table) * count)  # short grids have fewer: each of them once
+    states = min(STATES, count * len(table))
     rows, samples = torch.arange(states) * len(table) // states, torch.arange(states) % count
     x = torch.empty(states, *policy.latent_shape, device=policy.device)
     with policy.reference():
