@@ -22,7 +22,11 @@ from diffusionrl.policies import StableDiffusionPolicy
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
-gc.freeze()  # what was imported stays: looking through it again and again takes a twentieth of the time
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: looking through it again and again takes a twentieth of the time."""
+    gc.freeze()
 
 
 def build_tiny_pipeline(folder: Path) -> StableDiffusionPipeline:

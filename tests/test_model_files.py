@@ -144,8 +144,9 @@ def test_the_lines_of_a_folder_load_what_the_run_had(saved: Any) -> None:
         assert made["pipe"].dtype == wanted and ("torch" in "".join(lines)) == (dtype == "bfloat16")
 
 
+@pytest.mark.usefixtures("no_network", "no_picture")
 def test_a_run_of_a_single_file(
-    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None, capsys: pytest.CaptureFixture[str]
+    saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trains, goes on, samples, evaluates, and says how it is loaded."""
     file, folder = saved("sd1")

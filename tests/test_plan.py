@@ -45,7 +45,7 @@ def config_of(name: str, folder: Path, *options: str) -> TrainConfig:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing"),
-    [("emoji", False), ("emoji-flow", True), ("ltx", False), ("sana", True)],
+    [("emoji", False), ("ltx", False), ("sana", True)],
 )
 def test_what_is_planned_is_what_is_held(name: str, checkpointing: bool, tmp_path: Path) -> None:
     """To 15 %, at the peak of a denoising step, of decoding and of an update."""

@@ -398,12 +398,12 @@ def test_it_is_public() -> None:
     assert diffusionrl.search is search
 
 
-@pytest.mark.parametrize("name", ["inpaint4", "sd3", "flux_kontext", "wan", "stable_audio"])
+@pytest.mark.parametrize("name", ["inpaint4", "flux_kontext", "wan", "stable_audio"])
 def test_any_pipeline_is_searched(name: str) -> None:
     """Latents that are edited after each step, flows, videos, sound; what is before is the plain sample."""
     prompt = Prompt("a cat", media=tiny.examples(name)[0])
-    policy = PipelinePolicy(tiny.build(name), prompt, steps=4, guidance=4.0, arguments=tiny.call_of(name))
-    sampling = SamplingConfig(num_steps=4, guidance=4.0, sampler="ddim", eta=0.5, batch_size=2)
+    policy = PipelinePolicy(tiny.build(name), prompt, steps=3, guidance=4.0, arguments=tiny.call_of(name))
+    sampling = SamplingConfig(num_steps=3, guidance=4.0, sampler="ddim", eta=0.5, batch_size=2)
 
     def bright(images: Tensor, prompts: Sequence[str], metadata: Any) -> Tensor:
         return images.flatten(1).mean(1)

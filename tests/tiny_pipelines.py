@@ -227,7 +227,6 @@ def sdxl() -> Any:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2),
         projection_class_embeddings_input_dim=80,
         cross_attention_dim=64,
         norm_num_groups=8,
@@ -263,7 +262,7 @@ def flow(**settings: Any) -> Any:
 @pipeline(**_WORDS)
 def sd3() -> Any:
     network = d.SD3Transformer2DModel(
-        sample_size=32,
+        sample_size=16,
         patch_size=1,
         in_channels=4,
         num_layers=2,
@@ -580,7 +579,7 @@ def cogview4() -> Any:
 # Videos and sound
 
 
-@pipeline(**_WORDS, num_frames=9)
+@pipeline(**_WORDS, num_frames=5)
 def wan() -> Any:
     network = d.WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -612,7 +611,7 @@ def wan() -> Any:
     )
 
 
-@pipeline(**_WORDS, num_frames=9, height=32, width=32)
+@pipeline(**_WORDS, num_frames=5, height=32, width=32)
 def ltx() -> Any:
     network = d.LTXVideoTransformer3DModel(
         in_channels=8,
@@ -647,7 +646,7 @@ def ltx() -> Any:
     return d.LTXPipeline(transformer=network, vae=vae, scheduler=scheduler, text_encoder=t5(), tokenizer=tokenizer())
 
 
-@pipeline(**_WORDS, num_frames=9, prompt_template={"template": "{}", "crop_start": 0})
+@pipeline(**_WORDS, num_frames=5, prompt_template={"template": "{}", "crop_start": 0})
 def hunyuan_video() -> Any:
     network = d.HunyuanVideoTransformer3DModel(
         in_channels=4,
@@ -740,7 +739,7 @@ NAMES = list(_BUILDERS)
 
 QUICK = [
     *("--sampling.num-steps", "2", "--sampling.guidance", "2", "--sampling.sampler", "cps", "--sampling.eta", "0.7"),
-    *("--sampling.batch-size", "2"),
+    *("--sampling.batch-size", "4"),
 ]
 
 
