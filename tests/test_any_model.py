@@ -26,7 +26,7 @@ TRAINED = [
 ]
 
 
-@pytest.mark.parametrize("model", ["sdxl", "sd3", "flux_kontext", "wan", "stable_audio"], indirect=True)
+@pytest.mark.parametrize("model", ["sdxl", "sd3", "flux", "flux_kontext", "wan", "stable_audio"], indirect=True)
 def test_train_sample_and_evaluate(model: Path, request: Any, capsys: pytest.CaptureFixture[str]) -> None:
     name = request.node.callspec.params["model"]
     reward = "sounds:loudness" if name == "stable_audio" else "compressibility"
@@ -59,7 +59,9 @@ def test_train_sample_and_evaluate(model: Path, request: Any, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("model", "told"),
     [
+        ("sd3", "decoded, 16 x 16, finite"),
         ("sdxl", "draws the same images"),
+        ("flux", "the same image twice"),
         ("flux_kontext", "decoded, 16 x 16, finite"),
         ("wan", "decoded, 16 x 16, 5 frames each, finite"),
         ("stable_audio", "decoded, sounds of 7 values, 2 channels, finite, not silent"),

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,15 @@ def module_of(file: Path) -> str:
 MODULES = {module_of(file): file for file in FILES}
 
 
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
 def imported_modules(file: Path) -> set[str]:
     """Of the project, wherever in the file they are imported, but for type checkers alone."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes_of(file):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -64,14 +70,15 @@ def imported_modules(file: Path) -> set[str]:
     return found & set(MODULES) - {"diffusionrl"}
 
 
+@cache
 def calls(file: Path) -> set[str]:
-    return {ast.unparse(node.func) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)}
+    return {ast.unparse(node.func) for node in nodes_of(file) if isinstance(node, ast.Call)}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_nothing_is_unpickled_or_evaluated(file: Path) -> None:
     assert not calls(file) & FORBIDDEN_CALLS
-    nodes = list(ast.walk(ast.parse(file.read_text())))
+    nodes = nodes_of(file)
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert not {name for name in imported if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill", "joblib")}
@@ -87,7 +94,7 @@ def test_no_global_generator_is_used(file: Path) -> None:
     assert not found & GLOBAL_GENERATORS
     unseeded = [
         ast.unparse(node)
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in nodes_of(file)
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in {"torch.randn", "torch.rand", "torch.randint", "torch.randperm"}
         and not any(keyword.arg == "generator" for keyword in node.keywords)
@@ -112,8 +119,7 @@ def test_no_circle_inside_a_room() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_files_and_functions_stay_short(file: Path) -> None:
-    tree = ast.parse(file.read_text())
     assert len(file.read_text().splitlines()) <= 400
-    for node in ast.walk(tree):
+    for node in nodes_of(file):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno <= 70, f"{node.name} is longer than a screen"

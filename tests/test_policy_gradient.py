@@ -179,7 +179,7 @@ def test_the_loss_is_the_papers(flow: PipelinePolicy, name: str) -> None:
         old, table = means(flow, rollout, rows), rollout.table
         fresh, dt = table.fresh[step].double(), (table.grid.sigma - table.grid.sigma_next)[step].double()
         x = rollout.latents[sample, step + 1].double()
-        with moved(flow, 0.3, 2):
+        with moved(flow, 0.1, 2):
             new = means(flow, rollout, rows)
             with flow.reference():
                 reference = means(flow, rollout, rows)
