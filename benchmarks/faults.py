@@ -167,6 +167,7 @@ class Campaign:
             "soak_mb_at_the_end": round(warm[-1][0]),
             "soak_open_files": [warm[0][1], warm[-1][1]],
             "soak_checkpoints": len(checkpoint.complete_steps(run_dir)),
+            "soak_commit": _output("git", "rev-parse", "--short", "HEAD"),
         }
         self.count()
 
@@ -184,7 +185,8 @@ class Campaign:
             ("nothing non-finite reaches weights or a checkpoint", "NaN or infinity in a loss or a gradient",
              f"{state['nans_stopped']} of {state['nans']} stopped, {state['nans_clean']} clean, "
              f"{state['nans_resumed_identical']} resumed bit-identical"),
-            ("nothing grows", f"{state['soak_steps']} steps in one process (exit code {state['soak_exit_code']})",
+            ("nothing grows", f"{state['soak_steps']} steps in one process (exit code {state['soak_exit_code']}), "
+             f"after commit {state.get('soak_commit', commit)}",
              f"{state['soak_mb_after_warm_up']} MB after the first tenth, {state['soak_mb_at_the_end']} MB at the end; "
              f"{state['soak_open_files'][0]} and {state['soak_open_files'][1]} open files; "
              f"{state['soak_checkpoints']} checkpoints kept"),

@@ -106,6 +106,14 @@ def test_one_line_a_step(tmp_path: Path) -> None:
     assert read_metrics(tmp_path)[-1]["eval/reward"] == 1.0
 
 
+def test_the_lines_of_a_long_run_share_their_names(tmp_path: Path) -> None:
+    """Which are most of what they hold."""
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "reward/mean": 0.5}}\n' for i in range(3)))
+    first, *others = read_metrics(tmp_path)
+    for line in others:
+        assert all(a is b for a, b in zip(first, line, strict=True))
+
+
 @pytest.mark.parametrize(("cost", "steps"), [(0.1, 1000), (5.5, 4000), (100.0, 4000)])
 def test_the_report_costs_little_of_a_long_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cost: float, steps: int
