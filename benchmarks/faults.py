@@ -173,7 +173,8 @@ class Campaign:
 
     def write(self) -> None:
         """The table, between its two marks in the page."""
-        state, commit = self.state, _output("git", "rev-parse", "--short", "HEAD")
+        state = self.state
+        commit = state.setdefault("commit", _output("git", "rev-parse", "--short", "HEAD"))  # where the campaign began
         kinds = ", ".join(f"{state.get(f'killed_runs of {kind}', 0)} of {kind}" for kind in self.kinds)
         rows = [
             ("a run killed at any moment ends bit-identical", "SIGKILL from outside at random moments, the same command again",
@@ -196,7 +197,7 @@ class Campaign:
         page = PAGE.read_text()
         first, rest = page.split(BEGIN)
         PAGE.write_text(first + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + rest.split(END)[1])
-        figures = state | {"commit": commit, "config": asdict(self.config) | {"folder": None}}
+        figures = state | {"config": asdict(self.config) | {"folder": None}}
         (HERE / "faults.json").write_text(json.dumps(figures, indent=2) + "\n")
         print("\n".join(lines))
 

@@ -45,7 +45,7 @@ def _object(text: str, where: str, remedy: str) -> dict[str, Any]:
         raise UserError(f"{where} is broken ({error}): {remedy}") from error
     if not isinstance(found, dict):
         raise UserError(f"{where} is broken (a {type(found).__name__}, no object): {remedy}")
-    return {sys.intern(key): value for key, value in found.items()}  # a long run's lines share their names, which are most of them
+    return {sys.intern(key): value for key, value in found.items()}  # lines share their names, which are most of them
 
 
 def append_line(file: Path, entry: dict[str, Any]) -> None:
