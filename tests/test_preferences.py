@@ -17,7 +17,7 @@ from PIL import Image
 from test_forward_process import alike, endpoints, gradient, learned, parts_of, small, square, whole_loss
 from torch import Tensor
 
-from diffusionrl import TrainConfig, UserError, train
+from diffusionrl import TrainConfig, UserError, diagnose, train
 from diffusionrl.algorithms.groups import both, labels_of, pairs_of
 from diffusionrl.cli import main
 from diffusionrl.config import D3POConfig, DPOConfig, KTOConfig, PolicyConfig, SamplingConfig
@@ -414,6 +414,14 @@ def test_a_run_on_judged_images_that_is_killed_ends_as_if_it_had_not_been(
     line = whole["metrics"][-1]
     assert line["queries"] == 0 and line["preferences/ties"] == (2 if kind == "parquet" else 0)
     assert (line["policy/ranked_right"], line["preferences/broken"]) != (0.5, 0) and line["grad_norm"] > 0
+
+
+def test_the_doctor_counts_no_sampling_where_images_are_judged(make_policy: Any, tmp_path: Path) -> None:
+    config = small(tmp_path / "run", DPOConfig(noisings=1), preferences=str(pairs_in(tmp_path / "data")))
+    found = {each.check: each for each in diagnose(config, make_policy(), brightness, ["a cat", "a dog"])}
+    assert {each.verdict for each in found.values()} <= {"pass", "warn"}
+    assert "judged entries a step, from disk" in found["groups"].said
+    assert "a step (updates alone; images are read beside it)" in found["time"].said
 
 
 def test_labels_on_two_processes_teach_what_they_do_on_one(tiny_folder: Path, tmp_path: Path) -> None:
