@@ -137,7 +137,7 @@ def kill(process: ForkServerProcess) -> None:
 def tiny_run(model: Path, run_dir: Path, *more: str, algorithm: str = "--algorithm.min-count 2") -> list[str]:
     """A run of seconds: a checkpoint every other step, evaluations, and every kind of state that DDPO has."""
     options = f"""train --model {model} --run-dir {run_dir} --prompts ddpo-animals --reward incompressibility --steps 6
-        --prompts-per-step 2 --samples-per-prompt 2 --sampling.num-steps 3 --sampling.batch-size 4
+        --prompts-per-step 2 --samples-per-prompt 2 --sampling.num-steps 2 --sampling.batch-size 4
         {algorithm} --algorithm.updates-per-step 2 --evaluation.every 3 --evaluation.num-samples 2
         --checkpoint.every 2 --rewards.normalise"""
     return [*options.split(), *more]
