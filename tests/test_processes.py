@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(400)  # starts of several processes on what may
 
 SMALL = (
     *("--model", "./tiny", "--policy.device", "cpu", "--steps", "3", "--prompts-per-step", "4", "--samples-per-prompt", "2"),
-    *("--sampling.num-steps", "2", "--sampling.batch-size", "4", "--evaluation.num-samples", "8"),
+    *("--sampling.num-steps", "2", "--sampling.batch-size", "4", "--evaluation.num-samples", "4"),
     *("--checkpoint.every", "1"),
 )
 REWARD = """

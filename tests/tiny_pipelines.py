@@ -13,7 +13,6 @@ import diffusers as d
 import numpy as np
 import torch
 import transformers as t
-from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from PIL import Image
 
 from diffusionrl.policies import EMBEDDED_MODEL
@@ -714,6 +713,8 @@ def stable_audio() -> Any:
     scheduler = d.CosineDPMSolverMultistepScheduler(
         solver_order=1, prediction_type="v_prediction", sigma_data=1.0, sigma_schedule="exponential"
     )
+    from diffusers.pipelines.stable_audio import StableAudioProjectionModel  # whose module imports half of SciPy
+
     projection = StableAudioProjectionModel(text_encoder_dim=32, conditioning_dim=4, min_value=0, max_value=32)
     return d.StableAudioPipeline(
         transformer=network,
