@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,13 @@ def test_a_second_process_is_refused_at_once(tiny_folder: Path, tmp_path: Path) 
     assert "another process" not in (tmp_path / "log").read_text(), "the lock of a dead process is none"
 
 
+def handles(process: ForkServerProcess, number: signal.Signals) -> bool:
+    caught = Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 PHASES = {
-    "loading": lambda run: run.parent.joinpath("log").is_file(),
+    "loading": lambda run: True,
     "first evaluation": lambda run: (run / "config.yaml").is_file(),
     "training": lambda run: len(checkpoint.complete_steps(run)) >= 1,
 }
@@ -171,8 +177,8 @@ def test_a_signal_saves_and_stops(
 ) -> None:
     run_dir = tmp_path / "run"
     process = start(tiny_run(tiny_folder, run_dir), tmp_path / "log")
-    wait_for(lambda: PHASES[phase](run_dir))
-    time.sleep({"loading": 0.3}.get(phase, 0.01))
+    wait_for(lambda: handles(process, number) and PHASES[phase](run_dir))
+    time.sleep(0.01)
     os.kill(process.pid, number)  # type: ignore[arg-type]
     process.join(20)
     said = (tmp_path / "log").read_text()
