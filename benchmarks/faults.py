@@ -186,7 +186,8 @@ class Campaign:
             ("nothing non-finite reaches weights or a checkpoint", "NaN or infinity in a loss or a gradient",
              f"{state['nans_stopped']} of {state['nans']} stopped, {state['nans_clean']} clean, "
              f"{state['nans_resumed_identical']} resumed bit-identical"),
-            ("nothing grows", f"{state['soak_steps']} steps in one process (exit code {state['soak_exit_code']}), "
+            ("memory and open files over a long run",
+             f"{state['soak_steps']} steps in one process (exit code {state['soak_exit_code']}), "
              f"after commit {state.get('soak_commit', commit)}",
              f"{state['soak_mb_after_warm_up']} MB after the first tenth, {state['soak_mb_at_the_end']} MB at the end; "
              f"{state['soak_open_files'][0]} and {state['soak_open_files'][1]} open files; "

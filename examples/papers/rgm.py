@@ -35,6 +35,7 @@ from torch.nn.functional import softplus
 from diffusionrl import NetworkPolicy, Prompt, TrainConfig, train
 from diffusionrl.config import EvaluationConfig, GRPOConfig, OptimizerConfig, PolicyConfig, SamplingConfig
 from diffusionrl.evaluation.intervals import mean_interval
+from diffusionrl.rewards.noise import noise
 from diffusionrl.sampling.rollout import collect
 from diffusionrl.transitions import Grid
 
@@ -179,11 +180,6 @@ def no_reward(points, prompts, metadata):
 def leave_the_left(points, prompts, metadata):
     """0 in the middle and on the right, below it the further a point is on the left; (B, 2) -> (B,)."""
     return (points[:, 0] + 0.35).clamp(max=0)
-
-
-def noise(points, prompts, metadata):
-    """What depends on a point as chance would have it, (B, 2) -> (B,)."""
-    return (1e4 * points.double().sum(1)).sin().float()
 
 
 def on_the_left(points):

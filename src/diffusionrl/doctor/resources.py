@@ -227,21 +227,23 @@ def _weights(trainer: Trainer) -> int:
 
 def check_time(trainer: Trainer, rollout: Rollout, advantages: Tensor, costs: Costs) -> tuple[Finding, Finding]:
     """Of a step and of the run; and the reward's part in it."""
-    config, judged = trainer.config, trainer.tasks[0].judged is not None
+    config = trainer.config
     score = rollout.seconds["reward"] / len(rollout.prompts)
-    sampling = 0.0 if judged else _sampling_seconds(trainer, costs, config.samples_per_step)
     evaluation = _evaluation_seconds(trainer, costs, score)
     micro = trainer.algorithm.micro_batch_size
     parts = [part for rows in whole_step(trainer, rollout, advantages) for part in chunks(len(rows), micro)]
     update = sum(costs.update.time(part.stop - part.start) for part in parts)
-    reward = score * config.samples_per_step
-    waiting = 0.0 if judged else max(score * min(config.sampling.batch_size, config.samples_per_step), reward - sampling)
+    if trainer.tasks[0].judged is None:
+        sampling, reward = _sampling_seconds(trainer, costs, config.samples_per_step), score * config.samples_per_step
+        waiting = max(score * min(config.sampling.batch_size, config.samples_per_step), reward - sampling)
+        of_it = f"sampling {clock(sampling)}, waiting for the reward {clock(waiting)}, updates {clock(update)}"
+    else:
+        sampling = waiting = 0.0
+        of_it = "updates alone; images are read beside it"
     step = sampling + waiting + update
     every = config.evaluation.every
     evaluations = 1 + (config.last_step // every + (config.last_step % every > 0) if every else 1)
     run = config.last_step * step + evaluations * evaluation
-    of_it = f"sampling {clock(sampling)}, waiting for the reward {clock(waiting)}, updates {clock(update)}"
-    of_it = "updates alone; images are read beside it" if judged else of_it
     told = (
         f"about {clock(step)} a step ({of_it}), {clock(evaluation)} an evaluation; "
         f"{clock(run)} for {config.last_step} steps and {evaluations} evaluations"

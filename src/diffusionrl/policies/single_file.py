@@ -8,7 +8,6 @@ they are made of. What is missing or left over is known before a weight is read.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -117,12 +116,6 @@ def look_into(path: Path, config: str | None) -> SingleFile:
         UserError: it is no safetensors file; the configuration is not there, or of another model; or it lacks weights, or
             holds others.
     """
-    found = path.stat() if path.is_file() else None
-    return _look_into(path, config, found and (found.st_mtime_ns, found.st_size))
-
-
-@lru_cache(maxsize=2)  # a command asks several times, and converting a large file's names takes a second
-def _look_into(path: Path, config: str | None, version: tuple[int, int] | None) -> SingleFile:
     headers = _read_headers(path)
     known = config or _infer_config(path, headers)
     try:
