@@ -256,7 +256,7 @@ def measure(folder, seed, sizes):
 
 def interval(values):
     found = mean_interval(values)
-    return f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
+    return f"{found.value:.3f}" + (f" ({found.low:.3f} to {found.high:.3f})" if len(values) > 1 else "")
 
 
 def table(results):
